@@ -1,0 +1,234 @@
+"""Every op of this package in plain PyTorch.
+
+These definitions are the contract: the Triton kernels must agree with them, tensors on devices without
+Triton are computed by them, and the tests and benchmarks compare against them. They follow the order of
+operations and the roundings of the transformers modules they stand for, so on CPU a patched model gives
+the numbers of an unpatched one. Formulas, saved tensors and bytes moved are in README.md.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class TokenStats(NamedTuple):
+    """Per-token statistics of the next-token distribution, each of the labels' shape, 0 (False) where ignored.
+
+    ``log_probs`` (fp32): log-probability of the label. ``entropy`` (fp32): entropy in nats.
+    ``is_top1`` (bool): the label is the argmax, the first one where several logits tie.
+    """
+
+    log_probs: Tensor
+    entropy: Tensor
+    is_top1: Tensor
+
+
+class TokenLogProbs(NamedTuple):
+    """Outputs of ``linear_logprobs``, each fp32 (``is_top1`` bool) and of the labels' shape, 0 where ignored.
+
+    ``log_probs`` and ``entropy`` are differentiable. ``log_sum_sq_probs`` is ``log(sum_v p_v^2)`` and
+    ``mean_logits`` the mean over the vocabulary of the transformed logits; both are for metrics.
+    """
+
+    log_probs: Tensor
+    entropy: Tensor
+    is_top1: Tensor
+    log_sum_sq_probs: Tensor
+    mean_logits: Tensor
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor | None = None, eps: float = 1e-6, *, weight_offset: float = 0.0, scale_in_fp32: bool = False
+) -> Tensor:
+    """``x / sqrt(mean(x^2) + eps) * (weight_offset + weight)`` over the last dimension, statistics in fp32."""
+    compute = torch.promote_types(x.dtype, torch.float32)
+    wide = x.to(compute)
+    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    if weight is None:
+        return normed.to(x.dtype)
+    if scale_in_fp32:
+        scale = weight.to(compute)
+        return (normed * (scale + weight_offset if weight_offset else scale)).to(x.dtype)
+    scale = weight + weight_offset if weight_offset else weight
+    return scale * normed.to(x.dtype)
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor | None = None, eps: float = 1e-6, *, weight_offset: float = 0.0,
+    scale_in_fp32: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """``(rms_norm(x + residual), x + residual)``."""
+    total = x + residual
+    return rms_norm(total, weight, eps, weight_offset=weight_offset, scale_in_fp32=scale_in_fp32), total
+
+
+def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+    """``(x - mean) / sqrt(var + eps) * weight + bias`` over the last dimension, rounded once to ``x.dtype``."""
+    if torch.is_autocast_enabled(x.device.type) and x.device.type == "cuda":
+        x = x.float()  # what autocast does to torch's own layer_norm on CUDA
+    compute = torch.promote_types(x.dtype, torch.float32)
+    out = F.layer_norm(
+        x.to(compute),
+        x.shape[-1:],
+        None if weight is None else weight.to(compute),
+        None if bias is None else bias.to(compute),
+        eps,
+    )
+    return out.to(x.dtype)
+
+
+def rotate_half(x: Tensor) -> Tensor:
+    """``(a, b) -> (-b, a)`` for the two halves of the last dimension."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((-second, first), dim=-1)
+
+
+def rotate_pairs(x: Tensor) -> Tensor:
+    """``(a, b) -> (-b, a)`` for neighbouring elements of the last dimension."""
+    even, odd = x[..., 0::2], x[..., 1::2]
+    return torch.stack((-odd, even), dim=-1).flatten(-2)
+
+
+def rope(
+    q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, *, interleaved: bool = False, rotary_dim: int | None = None,
+    unsqueeze_dim: int = 1, compute_in_fp32: bool = False,
+) -> tuple[Tensor, Tensor] | Tensor:  # fmt: skip
+    """``x * cos + rotate(x) * sin`` on the first ``rotary_dim`` elements of each head; the rest passes through.
+
+    ``cos`` and ``sin`` are ``[B or 1, T, rotary_dim]``, or ``[B or 1, T, rotary_dim / 2]`` with one entry per
+    rotated pair when ``rotary_dim`` is given and twice their width.
+    """
+    width = cos.shape[-1]
+    rotary_dim = width if rotary_dim is None else rotary_dim
+    if width != rotary_dim:
+        expand = (lambda t: t.repeat_interleave(2, dim=-1)) if interleaved else (lambda t: torch.cat((t, t), dim=-1))
+        cos, sin = expand(cos), expand(sin)
+    cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+    rotate = rotate_pairs if interleaved else rotate_half
+
+    def apply(x: Tensor) -> Tensor:
+        head, tail = x[..., :rotary_dim], x[..., rotary_dim:]
+        wide = head.float() if compute_in_fp32 else head
+        turned = (wide * cos + rotate(wide) * sin).to(x.dtype)
+        return turned if tail.shape[-1] == 0 else torch.cat((turned, tail), dim=-1)
+
+    return apply(q) if k is None else (apply(q), apply(k))
+
+
+def _gate_and_up(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
+    return gate.chunk(2, dim=-1) if up is None else (gate, up)
+
+
+def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
+    """``silu(gate) * up``; with ``up=None``, ``gate`` holds both as ``[..., 2 * I]``, gate first."""
+    gate, up = _gate_and_up(gate, up)
+    return F.silu(gate) * up
+
+
+def geglu(gate: Tensor, up: Tensor | None = None, *, approximate: str = "tanh") -> Tensor:
+    """``gelu(gate) * up``; ``approximate`` is ``"tanh"`` or ``"none"`` as in ``torch.nn.functional.gelu``."""
+    gate, up = _gate_and_up(gate, up)
+    return F.gelu(gate, approximate=approximate) * up
+
+
+def transform_logits(logits: Tensor, logit_scale: float = 1.0, softcap: float | None = None) -> Tensor:
+    """``logits * logit_scale``, then ``softcap * tanh(logits / softcap)``, in at least fp32."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if logit_scale != 1.0:
+        logits = logits * logit_scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return logits
+
+
+def check_labels(labels: Tensor, vocab_size: int, ignore_index: int) -> None:
+    """Raise ``ValueError`` for a label that is neither ``ignore_index`` nor in ``[0, vocab_size)``. Reads the device."""
+    bad = (labels != ignore_index) & ((labels < 0) | (labels >= vocab_size))
+    if bool(bad.any()):
+        raise ValueError(
+            f"labels: found {int(labels[bad][0])}; every label must be in [0, {vocab_size}) or ignore_index={ignore_index}"
+        )
+
+
+def reduce_loss(token_loss: Tensor, valid: Tensor, reduction: str, num_items: Tensor | float | None) -> Tensor:
+    """Reduce per-token losses; a batch with no valid token gives a differentiable zero."""
+    if reduction == "none":
+        return token_loss
+    if num_items is not None:
+        if torch.is_tensor(num_items):
+            num_items = num_items.to(token_loss.device)
+        return token_loss.sum() / num_items
+    return token_loss.sum() if reduction == "sum" else token_loss.sum() / valid.sum().clamp(min=1)
+
+
+def cross_entropy(
+    logits: Tensor, labels: Tensor, *, ignore_index: int = -100, label_smoothing: float = 0.0, z_loss: float = 0.0,
+    softcap: float | None = None, logit_scale: float = 1.0, reduction: str = "mean", num_items: Tensor | float | None = None,
+    token_weights: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Cross-entropy of ``logits`` ``[..., V]`` against ``labels`` ``[...]``, plus ``z_loss * logsumexp^2`` per token."""
+    check_labels(labels, logits.shape[-1], ignore_index)
+    z = transform_logits(logits, logit_scale, softcap)
+    valid = labels != ignore_index
+    lse = z.logsumexp(-1)
+    target = z.gather(-1, labels.where(valid, 0).unsqueeze(-1)).squeeze(-1)
+    token_loss = lse - target
+    if label_smoothing:
+        token_loss = (1 - label_smoothing) * token_loss + label_smoothing * (lse - z.mean(-1))
+    if z_loss:
+        token_loss = token_loss + z_loss * lse.square()
+    if token_weights is not None:
+        token_loss = token_loss * token_weights.to(token_loss.dtype)
+    return reduce_loss(token_loss.masked_fill(~valid, 0.0), valid, reduction, num_items)
+
+
+def linear_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``hidden @ weight.T + bias`` as a Linear module computes it, autocast included."""
+    return F.linear(hidden, weight, bias)
+
+
+def token_stats(z: Tensor, labels: Tensor, ignore_index: int = -100) -> TokenLogProbs:
+    """Statistics of transformed logits ``z`` ``[..., V]``; see ``TokenLogProbs``."""
+    valid = labels != ignore_index
+    index = labels.where(valid, 0).unsqueeze(-1)
+    log_p = z.log_softmax(-1)
+    p = log_p.exp()
+    fields = (
+        log_p.gather(-1, index).squeeze(-1),
+        -(p * log_p).sum(-1),
+        z.argmax(-1) == labels,
+        p.square().sum(-1).log(),
+        z.mean(-1),
+    )
+    return TokenLogProbs(*(f.masked_fill(~valid, 0) for f in fields))
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None = None, *, ignore_index: int = -100,
+    label_smoothing: float = 0.0, z_loss: float = 0.0, softcap: float | None = None, logit_scale: float = 1.0,
+    token_weights: Tensor | None = None, reduction: str = "mean", num_items: Tensor | float | None = None,
+    return_stats: bool = False,
+) -> Tensor | tuple[Tensor, TokenStats]:  # fmt: skip
+    """``cross_entropy(hidden @ weight.T + bias, labels)``, optionally with detached per-token statistics."""
+    logits = linear_logits(hidden, weight, bias)
+    loss = cross_entropy(
+        logits, labels, ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap,
+        logit_scale=logit_scale, reduction=reduction, num_items=num_items, token_weights=token_weights,
+    )  # fmt: skip
+    if not return_stats:
+        return loss
+    stats = token_stats(transform_logits(logits.detach(), logit_scale, softcap), labels, ignore_index)
+    return loss, TokenStats(stats.log_probs, stats.entropy, stats.is_top1)
+
+
+def linear_logprobs(
+    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None = None, *, ignore_index: int = -100,
+    temperature: float = 1.0, softcap: float | None = None, logit_scale: float = 1.0,
+) -> TokenLogProbs:  # fmt: skip
+    """Per-token statistics of ``softmax(transform(hidden @ weight.T + bias) / temperature)``."""
+    check_labels(labels, weight.shape[0], ignore_index)
+    z = transform_logits(linear_logits(hidden, weight, bias), logit_scale, softcap) / temperature
+    out = token_stats(z, labels, ignore_index)
+    return out._replace(log_sum_sq_probs=out.log_sum_sq_probs.detach(), mean_logits=out.mean_logits.detach())

@@ -1,0 +1,1 @@
+"""Triton kernels for LLM training as a Hugging Face Trainer plugin."""
