@@ -1,0 +1,84 @@
+"""What a user can ask for: one frozen dataclass, checked when it is made."""
+
+import dataclasses
+import difflib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+LAYER_KINDS = ("rms_norm", "layer_norm", "rope", "glu")
+KINDS = (*LAYER_KINDS, "fused_loss")
+
+
+def nearest(name: str, valid) -> str:
+    """`` (did you mean 'x'?)`` for the valid name closest to ``name``, or an empty string."""
+    close = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.4)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+@dataclass(frozen=True)
+class LigerConfig:
+    """Which kernels to apply and how.
+
+    Args:
+        rms_norm, layer_norm, rope, glu: replace the model's RMS norms, layer norms, rotary embeddings and gated
+            activations (SwiGLU, GeGLU) where a numeric probe shows that our op computes the same.
+        fused_loss: compute the causal-LM loss inside ``lm_head``, chunk by chunk, without building the logits.
+        strict: anything asked for and not applied is an error instead of a line in the report.
+        logits_budget_mib: upper bound in MiB of the transient logits the fused loss holds at a time. Larger is
+            faster up to a point, smaller is leaner; it changes no result.
+
+    Raises:
+        TypeError: an option of the wrong type; names the option, its value and the type expected.
+        ValueError: ``logits_budget_mib`` below 1.
+    """
+
+    rms_norm: bool = True
+    layer_norm: bool = True
+    rope: bool = True
+    glu: bool = True
+    fused_loss: bool = True
+    strict: bool = False
+    logits_budget_mib: int = 256
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if type(value) is not field.type:
+                raise TypeError(f"liger_config: {field.name} must be {field.type.__name__}, got {value!r}")
+        if self.logits_budget_mib < 1:
+            raise ValueError(f"liger_config: logits_budget_mib must be at least 1 (MiB), got {self.logits_budget_mib}")
+
+    @classmethod
+    def parse(cls, value: "LigerConfig | dict[str, Any] | str | None") -> "LigerConfig":
+        """A config from itself, a dict, JSON text (as a command line gives it), or ``None`` for the defaults.
+
+        Raises:
+            ValueError: text that is not a JSON object, or an unknown key (names it and the nearest valid one).
+            TypeError: a value of another type.
+        """
+        if value is None:
+            return cls()
+        if isinstance(value, cls):
+            return value
+        if isinstance(value, str):
+            try:
+                value = json.loads(value)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"liger_config must be a JSON object, got {value!r}: {error}") from error
+        if not isinstance(value, dict):
+            raise TypeError(f"liger_config must be a LigerConfig, a dict, a JSON object or None, got {value!r}")
+        valid = [field.name for field in dataclasses.fields(cls)]
+        for key in value:
+            if key not in valid:
+                hint = nearest(str(key), valid)
+                raise ValueError(f"liger_config: unknown key {key!r}{hint}; valid keys: {', '.join(valid)}")
+        return cls(**value)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The options as a plain dict, which ``parse`` reads back."""
+        return dataclasses.asdict(self)
+
+    def wants(self, kind: str) -> bool:
+        """Whether ``kind``, one of ``KINDS``, was asked for."""
+        return getattr(self, kind)

@@ -1,0 +1,150 @@
+"""Rules for gated MLPs, ``down(act(gate(x)) * up(x))``, and for mixture-of-experts gates.
+
+The probe replaces the projections by recorders that return fixed random numbers of the right width. What reaches the
+down projection shows the activation, and the recorders show that nothing else happens before or after it; no
+projection weight is needed, so adapters and quantised projections make no difference.
+"""
+
+import functools
+import inspect
+import itertools
+
+import torch
+from torch import nn
+
+from .kernels import reference
+from .kernels.geglu import geglu
+from .kernels.swiglu import swiglu
+from .probing import TOLERANCE, difference, generator, stand_in, takes_one_tensor
+from .verdicts import Refusal, Replacement, Verdict
+
+ACTIVATIONS = {
+    "swiglu": (swiglu, reference.swiglu, {}),
+    "geglu, tanh": (geglu, reference.geglu, {"approximate": "tanh"}),
+    "geglu, exact": (geglu, reference.geglu, {"approximate": "none"}),
+}
+DTYPES = (torch.float32, torch.bfloat16)
+UNKNOWN = "what reaches the down projection is neither silu(gate) * up nor gelu(gate) * up"
+
+
+class _Recorder(nn.Module):
+    """Stands for a projection: keeps its input, returns fixed numbers."""
+
+    def __init__(self, width: int, seed: int, dtype: torch.dtype):
+        super().__init__()
+        self.out = torch.randn(1, 3, width, generator=generator().manual_seed(seed)).mul_(2).to(dtype)
+        self.seen = None
+
+    def forward(self, x):
+        self.seen = x
+        return self.out
+
+
+def _projections(module: nn.Module) -> dict[str, nn.Module]:
+    return {n: c for n, c in module._modules.items() if hasattr(c, "in_features") and hasattr(c, "out_features")}
+
+
+def _roles(projections: dict[str, nn.Module]) -> list[tuple[str, ...]]:
+    """Ways to read the children as (gate, up, down) or (packed gate_up, down), by their widths."""
+    roles = []
+    for names in itertools.permutations(projections):
+        *inner, down = (projections[n] for n in names)
+        same_input = len({p.in_features for p in inner}) == 1 and len({p.out_features for p in inner}) == 1
+        width = inner[0].out_features // (2 if len(inner) == 1 else 1)
+        if same_input and down.in_features == width and down.out_features == inner[0].in_features:
+            roles.append(names)
+    # A square MLP leaves the roles open; the usual reading comes first.
+    return sorted(roles, key=lambda names: ("down" not in names[-1], "gate" not in names[0]))
+
+
+def matches_mlp(module: nn.Module) -> bool:
+    """Two or three projections whose widths fit a gated MLP, no other parameters, one input."""
+    projections = _projections(module)
+    if len(projections) not in (2, 3) or module._parameters or not takes_one_tensor(module):
+        return False
+    others = (c for n, c in module._modules.items() if n not in projections)
+    return bool(_roles(projections)) and not any(True for c in others for _ in c.parameters())
+
+
+def probe_mlp(module: nn.Module) -> Verdict:
+    """The activation and the reading of the children that agree with ``module``."""
+    for names in _roles(_projections(module)):
+        runs = [_record(module, names, dtype) for dtype in DTYPES]
+        if any(run is None for run in runs):
+            continue
+        for variant, (op, definition, options) in ACTIVATIONS.items():
+            for swapped in (False, True):
+                inputs = [run[0][::-1] if swapped else run[0] for run in runs]
+                if all(
+                    difference(definition(*pair, **options), seen) <= TOLERANCE[dtype]
+                    for pair, (_, seen), dtype in zip(inputs, runs, DTYPES, strict=True)
+                ):
+                    forward = _mlp_forward(type(module).forward, names, swapped, functools.partial(op, **options))
+                    packed = ", packed" if len(names) == 2 else ""
+                    return Replacement("glu", f"{variant}{packed}", "forward", forward)
+    return Refusal("glu", UNKNOWN)
+
+
+def _record(module, names, dtype):
+    """((gate, up), input of down) of one run, or ``None`` where the children are used in another way."""
+    *inner, down = (_Recorder(_projections(module)[name].out_features, seed, dtype) for seed, name in enumerate(names))
+    twin = stand_in(module, dtype, dict(zip(names, [*inner, down], strict=True)))
+    x = torch.randn(1, 3, _projections(module)[names[0]].in_features, generator=generator()).to(dtype)
+    with torch.no_grad():
+        out = type(module).forward(twin, x)
+    untouched = all(p.seen is not None and torch.equal(p.seen, x) for p in inner)
+    if not untouched or down.seen is None or not torch.is_tensor(out) or not torch.equal(out, down.out):
+        return None
+    pair = inner[0].out.chunk(2, dim=-1) if len(inner) == 1 else (inner[0].out, inner[1].out)
+    return pair, down.seen
+
+
+def _mlp_forward(original, names, swapped, op):
+    if len(names) == 2:
+        gate_up_name, down_name = names
+
+        @functools.wraps(original)
+        def forward(self, hidden_states):
+            gate_up = getattr(self, gate_up_name)(hidden_states)
+            gated = op(*reversed(gate_up.chunk(2, dim=-1))) if swapped else op(gate_up)
+            return getattr(self, down_name)(gated)
+    else:
+        gate_name, up_name = reversed(names[:2]) if swapped else names[:2]
+        down_name = names[2]
+
+        @functools.wraps(original)
+        def forward(self, hidden_states):
+            gate, up = getattr(self, gate_name)(hidden_states), getattr(self, up_name)(hidden_states)
+            return getattr(self, down_name)(op(gate, up))
+
+    return forward
+
+
+def matches_experts(module: nn.Module) -> bool:
+    """transformers' experts with the gate as a method of its own, called by the batched and grouped forwards."""
+    return bool(vars(module).get("has_gate")) and callable(getattr(type(module), "_apply_gate", None))
+
+
+def probe_experts(module: nn.Module) -> Verdict:
+    """The activation that agrees with the experts' ``_apply_gate`` on a packed ``[tokens, 2 * I]`` tensor."""
+    eager = module.config._experts_implementation in (None, "eager")
+    if eager and "_apply_gate" not in inspect.unwrap(type(module).forward).__code__.co_names:
+        return Refusal("glu", "its eager forward has the gate inline; set experts_implementation='grouped_mm'")
+    original = type(module)._apply_gate
+    twin = stand_in(module, torch.float32, parameters=False)
+    gate_up = torch.randn(5, 48, generator=generator()).mul_(2)
+    for variant, (op, definition, options) in ACTIVATIONS.items():
+        if all(
+            difference(definition(gate_up.to(d), **options), original(twin, gate_up.to(d))) <= TOLERANCE[d]
+            for d in DTYPES
+        ):
+            return Replacement("glu", f"{variant}, packed", "_apply_gate", _experts_gate(original, op, options))
+    return Refusal("glu", "its gate is neither silu(gate) * up nor gelu(gate) * up")
+
+
+def _experts_gate(original, op, options):
+    @functools.wraps(original)
+    def apply_gate(self, gate_up_out):
+        return op(gate_up_out, **options)
+
+    return apply_gate

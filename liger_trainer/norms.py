@@ -1,0 +1,112 @@
+"""Rule for RMS norms and layer norms: a 1-D weight (or none), an epsilon, a forward of one tensor."""
+
+import functools
+
+import torch
+from torch import nn
+
+from .kernels import reference
+from .kernels.layer_norm import layer_norm
+from .kernels.rms_norm import rms_norm
+from .probing import TOLERANCE, difference, generator, stand_in, takes_one_tensor
+from .verdicts import Refusal, Replacement, Verdict
+
+# Forms of rms_norm. Cast-then-scale (llama) and scaling in fp32 (gemma, olmo2) differ by one rounding only; the probe
+# takes the form with the smaller error, and the first of equals.
+RMS_VARIANTS = {
+    "rms_norm": {},
+    "rms_norm, scaled in fp32": {"scale_in_fp32": True},
+    "rms_norm, 1 + weight in fp32": {"weight_offset": 1.0, "scale_in_fp32": True},
+    "rms_norm, 1 + weight": {"weight_offset": 1.0},
+}
+# Tried where the module has its epsilon in its code instead of an attribute.
+COMMON_EPS = (1e-5, 1e-6, 1e-8, 1e-12)
+# (dtype of x, dtype of the parameters): plain training in either, and bf16 activations with fp32 parameters.
+DTYPES = ((torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32))
+WEIGHTLESS_WIDTH = 64
+
+
+def matches(module: nn.Module) -> bool:
+    """No children, no parameters but a 1-D weight and bias, an epsilon or ``normalized_shape``, one input."""
+    parameters = {n: p for n, p in module._parameters.items() if p is not None}
+    if module._modules or not parameters.keys() <= {"weight", "bias"}:
+        return False
+    if any(p.ndim != 1 for p in parameters.values()) or not takes_one_tensor(module):
+        return False
+    return bool(_eps_attributes(module)) or hasattr(module, "normalized_shape")
+
+
+def probe(module: nn.Module) -> Verdict:
+    """The form of ``rms_norm`` or ``layer_norm`` that agrees with ``module`` in every dtype it accepts."""
+    original = type(module).forward
+    has_weight = module._parameters.get("weight") is not None
+    has_bias = module._parameters.get("bias") is not None
+    samples = list(_samples(module, original))
+    best = None
+    for eps in _eps_attributes(module) or COMMON_EPS:
+        for kind, variant, options in _forms(has_weight, has_bias):
+            op = functools.partial(getattr(reference, kind), eps=eps, **options)
+            errors = [difference(op(x, *parameters), out) / limit for x, parameters, out, limit in samples]
+            if max(errors) <= 1 and (best is None or sum(errors) < best[0]):
+                best = sum(errors), kind, variant, eps, options
+    if best is None:
+        kind = "layer_norm" if has_bias else "rms_norm"
+        return Refusal(kind, "its forward is no RMS norm or layer norm of the forms known")
+    _, kind, variant, eps, options = best
+    bind = _rms_norm_forward if kind == "rms_norm" else _layer_norm_forward
+    return Replacement(kind, variant, "forward", bind(original, has_weight, has_bias, eps, options))
+
+
+def _samples(module, original):
+    """(x, parameters, the module's output, tolerance) for each combination of dtypes the module accepts."""
+    weight = module._parameters.get("weight")
+    shape = getattr(module, "normalized_shape", WEIGHTLESS_WIDTH)
+    width = weight.shape[0] if weight is not None else shape if isinstance(shape, int) else shape[-1]
+    # Rows of very different sizes: the small ones tell one epsilon from another.
+    rows = torch.randn(2, 2, 4, width, generator=generator()) + 0.1
+    rows = rows * torch.tensor([1.0, 1e-1, 1e-2, 1e-3])[:, None]
+    for x_dtype, dtype in DTYPES:
+        twin, x = stand_in(module, dtype), rows.to(x_dtype)
+        try:
+            with torch.no_grad():
+                out = original(twin, x)
+        except RuntimeError:
+            if x_dtype != dtype:  # torch's own layer_norm refuses mixed dtypes: nothing to agree with
+                continue
+            raise
+        yield (
+            x,
+            [p for p in (twin._parameters.get("weight"), twin._parameters.get("bias")) if p is not None],
+            out,
+            (TOLERANCE[x_dtype]),
+        )
+
+
+def _eps_attributes(module: nn.Module) -> list[float]:
+    return [v for k, v in vars(module).items() if "eps" in k.lower() and isinstance(v, float)]
+
+
+def _forms(has_weight: bool, has_bias: bool):
+    if not has_bias:
+        forms = RMS_VARIANTS if has_weight else {"rms_norm, no weight": {}}
+        for variant, options in forms.items():
+            yield "rms_norm", variant, options
+    missing = "" if has_bias else ", no bias" if has_weight else ", no weight"
+    yield "layer_norm", f"layer_norm{missing}", {}
+
+
+def _rms_norm_forward(original, has_weight, has_bias, eps, options):
+    @functools.wraps(original)
+    def forward(self, hidden_states):
+        return rms_norm(hidden_states, self.weight if has_weight else None, eps, **options)
+
+    return forward
+
+
+def _layer_norm_forward(original, has_weight, has_bias, eps, options):
+    @functools.wraps(original)
+    def forward(self, hidden_states):
+        weight, bias = self.weight if has_weight else None, self.bias if has_bias else None
+        return layer_norm(hidden_states, weight, bias, eps)
+
+    return forward

@@ -1,0 +1,223 @@
+"""Plan, apply, revert: the only place that changes a model.
+
+A plan is made first and touches nothing; an error while planning (``strict``, a bad config) leaves the model as it was.
+Applying sets instance attributes and registers hooks, all noted in the model's ``PatchState``; reverting undoes them.
+"""
+
+import types
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+from .config import LigerConfig
+from .fused_head import FusedHead, HeadForward
+from .head_probe import probe_head
+from .report import Applied, LigerReport, Skipped
+from .rules import verdicts
+from .verdicts import Refusal
+
+_STATE = "_liger_state"
+
+
+class _Missing:
+    """Marks an attribute the instance did not have; a class, because deep copies keep those as they are."""
+
+
+class Edit(NamedTuple):
+    """One instance attribute to set: ``module.<attribute> = value``."""
+
+    module: nn.Module
+    attribute: str
+    value: Any
+
+
+@dataclass
+class PatchState:
+    """What was done to one model, kept on it as ``_liger_state``; a deep copy of the model copies it along."""
+
+    config: LigerConfig
+    report: LigerReport
+    fused: FusedHead | None = None
+    undo: list[tuple[nn.Module, str, Any]] = field(default_factory=list)
+    hooks: list[tuple[Callable, Callable]] = field(default_factory=list)
+    registered: list[tuple[nn.Module, Callable]] = field(default_factory=list)
+    handles: list[Any] = field(default_factory=list)
+
+
+class _Plan(NamedTuple):
+    edits: list[Edit]
+    fused: FusedHead | None
+    report: LigerReport
+
+
+def core_model(model: nn.Module) -> nn.Module:
+    """The transformers model inside ``model`` (itself, or inside PEFT, DDP or compile wrappers), else ``model``."""
+    return next((m for m in model.modules() if isinstance(m, PreTrainedModel)), model)
+
+
+def patch_state(model: nn.Module) -> PatchState | None:
+    """What ``apply_liger`` did to ``model``, or ``None``."""
+    return vars(core_model(model)).get(_STATE)
+
+
+def apply_liger(model: nn.Module, config: LigerConfig | dict | str | None = None) -> LigerReport:
+    """Put the kernels and the fused loss into this model, and nothing else in the process.
+
+    Works on plain transformers models, PEFT-wrapped ones and models on the meta device; call it on the outermost
+    wrapper. Applying twice with the same config is applying once.
+
+    Args:
+        model: an ``nn.Module``.
+        config: a ``LigerConfig``, or its options as a dict or JSON text; ``None`` for the defaults.
+
+    Returns:
+        The report: what was replaced, what was skipped and why. ``str(report)`` is a table.
+
+    Raises:
+        TypeError: ``model`` is not an ``nn.Module``, or an option has the wrong type.
+        ValueError: an unknown option; a model already patched with another config; with ``strict=True``, a
+            candidate that cannot be replaced. The model is then as it was.
+    """
+    return apply_with(model, LigerConfig.parse(config))
+
+
+def apply_with(model: nn.Module, config: LigerConfig, no_fused_loss: str | None = None) -> LigerReport:
+    """``apply_liger`` where the caller may know why the fused loss cannot be used (``no_fused_loss``)."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    core = core_model(model)
+    state = vars(core).get(_STATE)
+    if state is not None:
+        if state.config != config:
+            raise ValueError(
+                f"model is already patched with {state.config}; call revert_liger(model) before applying {config}"
+            )
+        _register_hooks(model, state)  # wrappers may have been added since
+        return state.report
+    plan = _plan(model, core, config, no_fused_loss)
+    if config.strict and plan.report.skipped:
+        lines = "\n".join(f"  {s.kind} {s.module} ({s.cls}): {s.reason}" for s in plan.report.skipped)
+        raise ValueError(f"strict=True and these were asked for but cannot be applied:\n{lines}")
+    state = PatchState(config, plan.report, plan.fused)
+    for edit in plan.edits:
+        state.undo.append((edit.module, edit.attribute, vars(edit.module).get(edit.attribute, _Missing)))
+        setattr(edit.module, edit.attribute, edit.value)
+    setattr(core, _STATE, state)
+    if plan.fused is not None:
+        add_hooks(model, state, plan.fused.before_forward, plan.fused.after_forward)
+    return state.report
+
+
+def revert_liger(model: nn.Module) -> None:
+    """Put back every original; the model's outputs are bit-equal to before ``apply_liger``. Without it, a no-op."""
+    core = core_model(model)
+    state = vars(core).get(_STATE)
+    if state is None:
+        return
+    for handle in state.handles:
+        handle.remove()
+    for module, attribute, value in reversed(state.undo):
+        if value is _Missing:
+            delattr(module, attribute)
+        else:
+            setattr(module, attribute, value)
+    delattr(core, _STATE)
+
+
+def add_hooks(model: nn.Module, state: PatchState, before: Callable, after: Callable) -> None:
+    """Call ``before(module, args, kwargs)`` and ``after(module, args, output)`` around the causal LM's forward."""
+    state.hooks.append((before, after))
+    _register_hooks(model, state)
+
+
+def _register_hooks(model: nn.Module, state: PatchState) -> None:
+    """Register hooks that are not yet, also on the causal LM's direct parent: PEFT calls its ``forward`` past hooks."""
+    core = core_model(model)
+    parents = [m for m in model.modules() if any(child is core for child in m.children())]
+    for module in (core, *parents):
+        for before, after in state.hooks:
+            if not any(m is module and b == before for m, b in state.registered):
+                state.registered.append((module, before))
+                state.handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+                state.handles.append(module.register_forward_hook(after))
+
+
+def _plan(model: nn.Module, core: nn.Module, config: LigerConfig, no_fused_loss: str | None) -> _Plan:
+    edits: list[Edit] = []
+    report = LigerReport()
+    for name, module in model.named_modules():
+        for verdict in verdicts(module):
+            if not config.wants(verdict.kind):
+                continue
+            cls = type(module).__name__
+            attribute = _free_attribute(module, verdict.attribute) if not isinstance(verdict, Refusal) else None
+            if isinstance(verdict, Refusal):
+                report.skipped.append(Skipped(verdict.kind, name, cls, verdict.reason))
+            elif attribute is None:
+                reason = f"its {verdict.attribute} was already replaced on the instance"
+                report.skipped.append(Skipped(verdict.kind, name, cls, reason))
+            else:
+                edits.append(Edit(module, attribute, types.MethodType(verdict.function, module)))
+                report.applied.append(Applied(verdict.kind, name, cls, verdict.variant))
+    fused = None
+    if config.fused_loss:
+        fused = _plan_head(core, config, no_fused_loss, edits, report)
+    return _Plan(edits, fused, report)
+
+
+def _free_attribute(module: nn.Module, attribute: str) -> str | None:
+    """Where to bind: accelerate's device hooks keep the module's own forward as ``_old_forward`` and call that."""
+    if attribute not in vars(module):
+        return attribute
+    return "_old_forward" if attribute == "forward" and "_old_forward" in vars(module) else None
+
+
+def _plan_head(core, config, no_fused_loss, edits, report) -> FusedHead | None:
+    head = core.get_output_embeddings() if isinstance(core, PreTrainedModel) else None
+    name = next((n for n, m in core.named_modules() if m is head), "") if head is not None else ""
+    linears = _plain_linears(head)
+    if no_fused_loss is not None:
+        reason = no_fused_loss
+    elif head is None:
+        reason = "it has no output embeddings"
+    elif isinstance(linears, str):
+        reason = linears
+    elif "." in name:
+        reason = f"its output embeddings are nested ({name})"
+    elif core.loss_function is not ForCausalLMLoss:
+        name_of_loss = getattr(core.loss_function, "__name__", repr(core.loss_function))
+        reason = f"its loss function is {name_of_loss}, not ForCausalLMLoss"
+    else:
+        form = probe_head(core, name, linears[0])
+        reason = form if isinstance(form, str) else None
+    if reason is not None:
+        report.skipped.append(Skipped("fused_loss", name, type(core).__name__, reason))
+        return None
+    fused = FusedHead(core, form, config.logits_budget_mib)
+    for linear in linears:
+        edits.append(Edit(linear, _free_attribute(linear, "forward"), HeadForward(fused, linear).forward))
+    edits.append(Edit(core, "_loss_function", fused.loss_function))
+    report.applied.append(Applied("fused_loss", name, type(core).__name__, str(form)))
+    return fused
+
+
+def _plain_linears(head: nn.Module | None) -> list[nn.Linear] | str:
+    """The Linear modules that ``head`` may call (PEFT's ``modules_to_save`` has copies), or why it is not plain."""
+    if head is None:
+        return []
+    if hasattr(head, "original_module") and hasattr(head, "modules_to_save"):
+        linears = [head.original_module, *head.modules_to_save.values()]
+    else:
+        linears = [head]
+    for linear in linears:
+        if hasattr(linear, "base_layer"):
+            return f"it carries an adapter ({type(linear).__module__.split('.')[-2]}): ordinary path"
+        if type(linear).forward is not nn.Linear.forward:
+            return f"its forward is that of {type(linear).__qualname__}, not of torch.nn.Linear"
+        if _free_attribute(linear, "forward") is None:
+            return "its forward was already replaced on the instance"
+    return linears

@@ -1,0 +1,79 @@
+"""Numeric probes: does a module compute what one of our ops computes?
+
+A probe runs the module's own class-level ``forward`` on a few random numbers, on CPU, on a stand-in that shares the
+module's settings but has random parameters. So it works for weights that are on the meta device, sharded, quantised or
+on a GPU, and never touches the module.
+"""
+
+import copy
+import inspect
+
+import torch
+from torch import Tensor, nn
+
+# Largest error, relative to the largest value, at which two results count as the same computation.
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
+
+
+def generator() -> torch.Generator:
+    """The probes' own random numbers: the process-wide generator, and so training, is not touched."""
+    return torch.Generator().manual_seed(0x11)
+
+
+def stand_in(
+    module: nn.Module, dtype: torch.dtype, children: dict[str, nn.Module] | None = None, parameters: bool = True
+) -> nn.Module:
+    """A training-mode copy of ``module`` without hooks or buffers, with random parameters in ``dtype`` on CPU.
+
+    ``children`` replaces child modules by name; the others are deep-copied, which is asked of small ones only.
+    ``parameters=False`` leaves the parameters out, for methods that do not read them.
+    """
+    twin = object.__new__(type(module))
+    nn.Module.__init__(twin)  # empty hook tables; a subclass's own __init__ would need its arguments
+    twin.__dict__.update({k: v for k, v in vars(module).items() if k not in vars(twin) and k != "forward"})
+    random = generator()
+    twin._parameters = {
+        name: None if p is None else nn.Parameter(torch.rand(p.shape, generator=random).add_(0.5).to(dtype))
+        for name, p in module._parameters.items()
+        if parameters
+    }
+    children = children or {}
+    twin._modules = {
+        name: children[name] if name in children else copy.deepcopy(child).train()
+        for name, child in module._modules.items()
+    }
+    return twin
+
+
+def settings_key(module: nn.Module) -> tuple:
+    """What a probe's verdict may depend on: class, plain attributes, parameters' and children's form."""
+    plain = tuple(
+        sorted((k, repr(v)) for k, v in vars(module).items() if isinstance(v, (int, float, str, tuple, torch.Size)))
+    )
+    parameters = tuple((n, None if p is None else tuple(p.shape)) for n, p in module._parameters.items())
+    children = tuple((n, repr(c)) for n, c in module._modules.items())
+    experts = getattr(vars(module).get("config"), "_experts_implementation", None)
+    return type(module), plain, parameters, children, experts
+
+
+def difference(ours: Tensor, theirs: Tensor) -> float:
+    """Largest error relative to the largest value; infinite if shapes or dtypes differ or a value is not finite."""
+    if not torch.is_tensor(theirs) or ours.shape != theirs.shape or ours.dtype != theirs.dtype:
+        return float("inf")
+    error = ((ours.double() - theirs.double()).abs().amax() / theirs.double().abs().amax().clamp(min=1e-30)).item()
+    return error if error == error else float("inf")
+
+
+def forward_parameters(function) -> list[inspect.Parameter] | None:
+    """The parameters of ``function`` after ``self``, or ``None`` where they cannot be known."""
+    try:
+        return list(inspect.signature(function).parameters.values())[1:]
+    except (TypeError, ValueError):
+        return None
+
+
+def takes_one_tensor(module: nn.Module) -> bool:
+    """Whether the class-level forward takes exactly one argument besides ``self``."""
+    parameters = forward_parameters(type(module).forward)
+    named = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return parameters is not None and len(parameters) == 1 and parameters[0].kind in named

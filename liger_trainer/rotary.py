@@ -1,0 +1,203 @@
+"""Rule for rotary embeddings: an attention forward that calls a module-level function of ``cos`` and ``sin``.
+
+The function is probed; then the module's forward is rebound on the instance with a copy of its globals in which that
+one name is our adapter. No source is rewritten and no module global changes, so other models keep the original.
+"""
+
+import functools
+import inspect
+import itertools
+import types
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from .kernels import reference
+from .kernels.rope import rope
+from .probing import TOLERANCE, difference, generator
+from .verdicts import Refusal, Replacement, Verdict
+
+BATCH, TOKENS, HEADS, KV_HEADS, HEAD_DIM = 2, 5, 4, 2, 16
+
+
+class Form(NamedTuple):
+    """What a rotary function does.
+
+    ``first_half_tables``: the first half of ``cos`` and ``sin`` holds one entry for each pair, the rest is unused.
+    ``promotes``: bf16 states with fp32 tables give fp32. ``unsqueeze_dim``: its default.
+    """
+
+    interleaved: bool
+    first_half_tables: bool
+    compute_in_fp32: bool
+    promotes: bool
+    unsqueeze_dim: int
+
+    def __str__(self) -> str:
+        return "rope, interleaved" if self.interleaved else "rope"
+
+    def __call__(self, op, q, k, cos, sin, unsqueeze_dim):
+        """Compute with ``op``, ``rope`` or its reference, in this form."""
+        rotary_dim = cos.shape[-1]
+        if self.first_half_tables:
+            cos, sin = cos[..., : rotary_dim // 2], sin[..., : rotary_dim // 2]
+        options = {"interleaved": self.interleaved, "rotary_dim": rotary_dim, "unsqueeze_dim": unsqueeze_dim}
+        if self.promotes and cos.dtype != q.dtype:
+            wide = torch.promote_types(cos.dtype, q.dtype)
+            q, k = q.to(wide), None if k is None else k.to(wide)
+        return op(q, k, cos, sin, compute_in_fp32=self.compute_in_fp32, **options)
+
+
+def _forward_code(module: nn.Module):
+    function = inspect.unwrap(type(module).forward)
+    return function if isinstance(function, types.FunctionType) else None
+
+
+@functools.cache
+def _rotary_names(forward) -> tuple[str, ...]:
+    """Names in ``forward`` that are module-level functions with parameters ``cos`` and ``sin``."""
+    names = []
+    for name in forward.__code__.co_names:
+        value = forward.__globals__.get(name)
+        if isinstance(value, types.FunctionType) and {"cos", "sin"} <= set(inspect.signature(value).parameters):
+            names.append(name)
+    return tuple(names)
+
+
+def matches(module: nn.Module) -> bool:
+    """Whether the module's forward calls a function of ``cos`` and ``sin``."""
+    function = _forward_code(module)
+    return function is not None and bool(_rotary_names(function))
+
+
+def probe(module: nn.Module) -> Verdict:
+    """The adapters for the module's rotary functions, all of which must agree with a form of ``rope``."""
+    function = _forward_code(module)
+    adapters, forms = {}, []
+    for name in _rotary_names(function):
+        form_or_reason = _probe_function(function.__globals__[name])
+        if isinstance(form_or_reason, str):
+            return Refusal("rope", f"{name}: {form_or_reason}")
+        adapters[name] = _adapter(function.__globals__[name], form_or_reason)
+        forms.append(str(form_or_reason))
+    rebound = _with_globals(type(module).forward, adapters)
+    if isinstance(rebound, str):
+        return Refusal("rope", rebound)
+    return Replacement("rope", ", ".join(dict.fromkeys(forms)), "forward", rebound)
+
+
+def _layout(original) -> tuple[list[str], int] | str:
+    """The parameter names and how many lead the tables (1: x; 2: q, k), or why the signature is not known."""
+    parameters = inspect.signature(original).parameters
+    names = list(parameters)
+    states = names[: min(names.index("cos"), names.index("sin"))]
+    optional = [n for n in names if n not in (*states, "cos", "sin")]
+    if len(states) not in (1, 2) or not set(optional) <= {"position_ids", "unsqueeze_dim"}:
+        return f"its parameters ({', '.join(names)}) are not (q, k, cos, sin) or (x, cos, sin)"
+    if any(parameters[n].default is inspect.Parameter.empty for n in optional):
+        return f"it requires {optional[0]}"
+    return names, len(states)
+
+
+@functools.cache
+def _probe_function(original) -> Form | str:
+    layout = _layout(original)
+    if isinstance(layout, str):
+        return layout
+    names, num_states = layout
+    tries = []  # (q, k, cos, sin, unsqueeze_dim, theirs)
+    for unsqueeze_dim in (1, 2):
+        for width in (HEAD_DIM, HEAD_DIM // 2):
+            for dtypes in ((torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16)):
+                inputs = _inputs(unsqueeze_dim, width, *dtypes)
+                out = _run(original, names, num_states, *inputs, unsqueeze_dim)
+                if out is not None:
+                    tries.append((*inputs, unsqueeze_dim, out))
+    if not tries:
+        return "it accepted no tables of head_dim or half of it"
+    first_dim, width = tries[0][4], tries[0][2].shape[-1]
+    default = inspect.signature(original).parameters.get("unsqueeze_dim")
+    mixed = _inputs(first_dim, width, torch.bfloat16, torch.float32)
+    mixed_out = _run(original, names, num_states, *mixed, first_dim)
+    promotes = mixed_out is not None and mixed_out[0].dtype == torch.float32
+    best = None
+    for flags in itertools.product((False, True), repeat=3):
+        form = Form(*flags, promotes, default.default if default else first_dim)
+        error = 0.0
+        for q, k, cos, sin, unsqueeze_dim, theirs in tries:
+            ours = form(reference.rope, q, k if num_states == 2 else None, cos, sin, unsqueeze_dim)
+            pairs = zip(ours if num_states == 2 else (ours,), theirs, strict=True)
+            error = max(error, *(difference(a, b) / TOLERANCE[q.dtype] for a, b in pairs))
+        if error <= 1 and (best is None or error < best[0]):
+            best = error, form
+    return best[1] if best else "it is no rotation of halves or of neighbouring pairs by cos and sin"
+
+
+def _inputs(unsqueeze_dim, width, dtype, table_dtype):
+    """Random states in the layout of ``unsqueeze_dim`` and unstructured tables: equal halves are not assumed."""
+    random = generator()
+    shape = (BATCH, TOKENS) if unsqueeze_dim == 2 else (BATCH,)
+    tail = (HEAD_DIM,) if unsqueeze_dim == 2 else (TOKENS, HEAD_DIM)
+    q = torch.randn(*shape, HEADS, *tail, generator=random).to(dtype)
+    k = torch.randn(*shape, KV_HEADS, *tail, generator=random).to(dtype)
+    cos, sin = (torch.randn(BATCH, TOKENS, width, generator=random).to(table_dtype) for _ in range(2))
+    return q, k, cos, sin
+
+
+def _run(original, names, num_states, q, k, cos, sin, unsqueeze_dim):
+    """The function's outputs as a tuple, or ``None`` where it does not accept these shapes."""
+    kwargs = dict(zip(names, (q, k)[:num_states], strict=False)) | {"cos": cos, "sin": sin}
+    if "unsqueeze_dim" in names:
+        kwargs["unsqueeze_dim"] = unsqueeze_dim
+    try:
+        out = original(**kwargs)
+    except (RuntimeError, IndexError):
+        return None
+    out = (out,) if torch.is_tensor(out) else tuple(out)
+    return out if len(out) == num_states and out[0].shape == q.shape else None
+
+
+def _adapter(original, form: Form):
+    """A function with ``original``'s parameters that computes with ``rope``.
+
+    Layouts the probe did not cover (anything but 4-D states and 3-D tables) go to ``original``.
+    """
+    names, num_states = _layout(original)
+
+    @functools.wraps(original)
+    def rotary(*args, **kwargs):
+        given = dict(zip(names, args, strict=False)) | kwargs
+        q, k = given[names[0]], given[names[1]] if num_states == 2 else None
+        unsqueeze_dim = given.get("unsqueeze_dim", form.unsqueeze_dim)
+        if q.ndim != 4 or given["cos"].ndim != 3 or unsqueeze_dim not in (1, 2) or (num_states == 2 and k is None):
+            return original(*args, **kwargs)
+        return form(rope, q, k, given["cos"], given["sin"], unsqueeze_dim)
+
+    return rotary
+
+
+def _with_globals(function, replaced: dict):
+    """A copy of ``function`` that sees ``replaced`` in place of those globals, through any ``functools.wraps`` layers.
+
+    Returns the reason as a string where a wrapper does not hold the function it wraps in its closure.
+    """
+    inner = getattr(function, "__wrapped__", None)
+    closure = function.__closure__
+    if inner is None:
+        namespace = {**function.__globals__, **replaced}
+    else:
+        copied = _with_globals(inner, replaced)
+        if isinstance(copied, str):
+            return copied
+        cells = [cell.cell_contents is inner for cell in closure or ()]
+        if not any(cells):
+            return f"its forward is wrapped by {function.__qualname__}, which cannot be rebuilt around another function"
+        closure = tuple(types.CellType(copied) if holds else cell for cell, holds in zip(closure, cells, strict=True))
+        namespace = function.__globals__
+    copy = types.FunctionType(function.__code__, namespace, function.__name__, function.__defaults__, closure)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    copy.__dict__.update(function.__dict__)
+    if inner is not None:
+        copy.__wrapped__ = copied
+    return copy

@@ -1,0 +1,42 @@
+"""The layer rules: each looks at a module's shape, probes its numbers and gives a verdict.
+
+A rule goes by structure (a module's parameters, its children, the names its forward uses), never by a model's name.
+The probe runs the module's own forward on random numbers against each variant of our op; the variant that agrees is
+the one applied, and where none agrees the candidate is skipped with that as the reason. Verdicts are cached by what
+they depend on, so a model costs one probe for each class and shape.
+"""
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from . import gated, norms, rotary
+from .probing import settings_key
+from .verdicts import Refusal, Rule, Verdict
+
+LAYER_RULES = (
+    Rule("rms_norm", norms.matches, norms.probe),
+    Rule("glu", gated.matches_mlp, gated.probe_mlp),
+    Rule("glu", gated.matches_experts, gated.probe_experts),
+    Rule("rope", rotary.matches, rotary.probe),
+)
+
+_verdicts: dict[tuple, Verdict] = {}
+
+
+def verdicts(module: nn.Module) -> Iterator[Verdict]:
+    """Each layer rule's verdict on ``module``; most modules are no rule's candidate and give none."""
+    for rule in LAYER_RULES:
+        if not rule.matches(module):
+            continue
+        key = (rule, settings_key(module))
+        if key not in _verdicts:
+            _verdicts[key] = _probe(rule, module)
+        yield _verdicts[key]
+
+
+def _probe(rule: Rule, module: nn.Module) -> Verdict:
+    try:
+        return rule.probe(module)
+    except Exception as error:  # a stranger's forward may fail on a probe's inputs in any way: that is the reason
+        return Refusal(rule.kind, f"its forward failed on a probe: {type(error).__name__}: {error}")

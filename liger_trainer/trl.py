@@ -1,0 +1,79 @@
+"""Our per-token log-probabilities behind TRL's own fused LM head, for models that ``use_liger`` patched.
+
+TRL's trainers call ``model(..., fused_lm_head=True)``, whose forward ends in ``_ChunkedLogProbFunction.apply``. That
+name in ``trl.trainer.utils`` becomes a dispatcher: while the forward of a patched model is running it computes with
+``linear_logprobs``, otherwise it is TRL's own function. The loss math, the metrics and every other model stay TRL's.
+"""
+
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from .kernels.linear_logprobs import Speculation, linear_logprobs
+from .patching import add_hooks, core_model, patch_state
+from .report import Applied
+
+
+@dataclass
+class _Head:
+    """One model's settings behind TRL's head; its methods are forward hooks."""
+
+    logits_budget_mib: int
+    speculation: Speculation = field(default_factory=Speculation)
+
+    def before_forward(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Make this head the running one for a forward with ``fused_lm_head=True``."""
+        _Dispatcher.running = self if kwargs.get("fused_lm_head") else None
+
+    def after_forward(self, module: nn.Module, args: tuple, output) -> None:
+        """No head is running any more."""
+        _Dispatcher.running = None
+
+
+class _Dispatcher:
+    """Stands where TRL looks up its autograd function."""
+
+    running: _Head | None = None
+
+    def __init__(self, original):
+        self.original = original
+
+    def apply(
+        self,
+        hidden: Tensor,  # [N, H]
+        weight: Tensor,  # [V, H]
+        bias: Tensor | None,  # [V]
+        targets: Tensor,  # [N]
+        temperature: float,
+        chunk_size: int,
+        softcap: float | None = None,
+        logit_scale: float = 1.0,
+        outputs: tuple[str, ...] = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1"),
+    ) -> tuple[Tensor | None, ...]:
+        """TRL's signature and outputs: log-probs, entropy, log-sum-of-squared-probs, mean logits, is-top-1."""
+        head = self.running
+        if head is None:
+            return self.original.apply(
+                hidden, weight, bias, targets, temperature, chunk_size, softcap, logit_scale, outputs
+            )
+        out = linear_logprobs(
+            hidden, weight, targets, bias, temperature=temperature, softcap=softcap, logit_scale=logit_scale,
+            logits_budget_mib=head.logits_budget_mib, speculation=head.speculation,
+        )  # fmt: skip
+        optional = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+        return out.log_probs, *(getattr(out, name) if name in outputs else None for name in optional)
+
+
+def attach(model: nn.Module) -> None:
+    """Use ``linear_logprobs`` behind TRL's fused head of ``model``, which ``apply_liger`` has patched."""
+    import trl.trainer.utils as trl_utils
+
+    state = patch_state(model)
+    if any(isinstance(getattr(before, "__self__", None), _Head) for before, _ in state.hooks):
+        return
+    if not isinstance(trl_utils._ChunkedLogProbFunction, _Dispatcher):
+        trl_utils._ChunkedLogProbFunction = _Dispatcher(trl_utils._ChunkedLogProbFunction)
+    head = _Head(state.config.logits_budget_mib)
+    add_hooks(model, state, head.before_forward, head.after_forward)
+    cls = type(core_model(model)).__name__
+    state.report.applied.append(Applied("fused_loss", "", cls, "linear_logprobs, behind TRL's fused head"))

@@ -1,0 +1,36 @@
+"""What a rule says of a module."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import nn
+
+
+class Replacement(NamedTuple):
+    """One of our ops can stand in: ``function`` becomes the instance's method ``attribute``.
+
+    ``variant`` names the form of the op that agreed with the module's own.
+    """
+
+    kind: str
+    variant: str
+    attribute: str
+    function: Callable
+
+
+class Refusal(NamedTuple):
+    """A candidate that stays as it is, and why."""
+
+    kind: str
+    reason: str
+
+
+Verdict = Replacement | Refusal
+
+
+class Rule(NamedTuple):
+    """A structural test, the probe for what passes it, and the kind to report where the probe fails to run."""
+
+    kind: str
+    matches: Callable[[nn.Module], bool]
+    probe: Callable[[nn.Module], Verdict]

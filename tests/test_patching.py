@@ -1,0 +1,254 @@
+"""apply_liger and revert_liger: same numbers, this instance only, everything reported, nothing half done."""
+
+import copy
+import sys
+
+import pytest
+import torch
+from tiny_models import MODEL_TYPES, batch, tiny_config, tiny_model
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from liger_trainer import LigerConfig, apply_liger, revert_liger
+from liger_trainer.kernels import launch
+
+# What each architecture has two layers of: (norms, rotary attentions, gated MLPs).
+EXPECTED = {
+    "llama": (5, 2, 2), "mistral": (5, 2, 2), "qwen2": (5, 2, 2), "qwen3": (9, 2, 2), "gemma": (5, 2, 2),
+    "gemma2": (9, 2, 2), "gemma3_text": (13, 2, 2), "phi3": (5, 2, 2), "mixtral": (5, 2, 2), "olmo2": (9, 2, 2),
+    "granite": (5, 2, 2), "cohere": (3, 2, 2), "glm4": (9, 2, 2), "gpt_neox": (5, 2, 0), "smollm3": (5, 2, 2),
+}  # fmt: skip
+
+
+def loss_and_gradients(model, inputs):
+    model.train()
+    model.zero_grad()
+    out = model(**inputs)
+    out.loss.backward()
+    return out.loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same_training(theirs, ours, tolerance=1e-5):
+    (loss, gradients), (our_loss, our_gradients) = theirs, ours
+    torch.testing.assert_close(our_loss, loss, rtol=tolerance, atol=1e-7)
+    assert our_gradients.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        error = (our_gradients[name] - gradient).norm() / gradient.norm().clamp(min=1e-12)
+        assert error < tolerance, f"{name}: {error:.2e}"
+
+
+def fingerprint(model):
+    """What patching must leave alone: the classes' and modules' dictionaries, as identities."""
+    places = {type(m) for m in model.modules()}
+    namespaces = [vars(c) for c in places] + [vars(sys.modules[c.__module__]) for c in places]
+    return [{k: id(v) for k, v in namespace.items()} for namespace in namespaces]
+
+
+def instance_traces(model):
+    """Instance attributes and hooks of every module, by name."""
+    return [(sorted(vars(m)), len(m._forward_pre_hooks), len(m._forward_hooks)) for m in model.modules()]
+
+
+# Every model on the ops' plain definitions; one for each variant of the kernels on Triton (interpreted on a CPU).
+@pytest.mark.parametrize(
+    ("model_type", "triton"),
+    [(t, False) for t in MODEL_TYPES] + [(t, True) for t in ("llama", "gemma2", "olmo2", "glm4", "phi3", "gpt_neox")],
+)
+def test_same_numbers_and_nothing_skipped(model_type, triton, monkeypatch):
+    monkeypatch.setattr(launch, "INTERPRET", triton and launch.INTERPRET)
+    model, bystander = tiny_model(model_type), tiny_model(model_type)
+    inputs = batch()
+    theirs = loss_and_gradients(model, inputs)
+    untouched = fingerprint(bystander)
+    bystander.eval(), model.eval()
+    with torch.no_grad():
+        logits = model(**inputs).logits
+
+    traces = instance_traces(model)
+    report = apply_liger(model, {"strict": True})
+
+    norms, ropes, mlps = EXPECTED[model_type]
+    counts = report.counts
+    assert counts.get("rms_norm", 0) + counts.get("layer_norm", 0) == norms
+    assert (counts.get("rope", 0), counts.get("glu", 0), counts["fused_loss"]) == (ropes, mlps, 1)
+    assert not report.skipped
+    assert_same_training(theirs, loss_and_gradients(model, inputs))
+    assert apply_liger(model, {"strict": True}) is report  # idempotent
+
+    assert fingerprint(bystander) == untouched
+    with torch.no_grad():
+        assert torch.equal(bystander(**inputs).logits, logits)
+        revert_liger(model)
+        assert torch.equal(model.eval()(**inputs).logits, logits)
+    assert instance_traces(model) == traces
+    theirs_again = loss_and_gradients(model, inputs)
+    assert torch.equal(theirs_again[0], theirs[0])
+
+
+def test_logits_and_generation_are_unchanged_without_labels():
+    model, inputs = tiny_model("gemma2").eval(), batch()
+    ids = inputs["input_ids"][:1]
+    with torch.no_grad():
+        theirs = model(input_ids=ids).logits
+        text = model.generate(ids, max_new_tokens=5, do_sample=False)
+    apply_liger(model)
+    with torch.no_grad():
+        torch.testing.assert_close(model(input_ids=ids).logits, theirs, rtol=1e-5, atol=1e-5)
+        assert torch.equal(model.generate(ids, max_new_tokens=5, do_sample=False), text)
+        kept = model(**inputs, logits_to_keep=inputs["labels"].shape[1]).logits
+    assert type(kept) is torch.Tensor
+    assert kept.shape[-1] == model.config.vocab_size
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "granite"])
+def test_evaluation_builds_logits_only_when_they_are_read(model_type):
+    model, inputs = tiny_model(model_type).eval(), batch()
+    with torch.no_grad():
+        theirs = model(**inputs)
+        apply_liger(model)
+        ours = model(**inputs)
+    torch.testing.assert_close(ours.loss, theirs.loss)
+    assert "not computed" in repr(ours.logits)
+    assert ours.logits.shape == theirs.logits.shape
+    assert ours.logits.dtype == theirs.logits.dtype
+    assert "not computed" in repr(ours.logits.float())  # what accelerate does to bf16 outputs
+    read = ours.logits.argmax(-1)
+    assert type(read) is torch.Tensor
+    assert torch.equal(read, theirs.logits.argmax(-1))
+    torch.testing.assert_close(torch.as_tensor(ours.logits.cpu().numpy()), theirs.logits, rtol=1e-5, atol=1e-5)
+
+
+def test_evaluation_mode_with_gradients_has_real_logits():
+    model, inputs = tiny_model("llama").eval(), batch()
+    apply_liger(model)
+    out = model(**inputs)
+    out.logits.sum().backward()
+    assert model.lm_head.weight.grad is not None
+
+
+@pytest.mark.parametrize(
+    ("labels", "num_items"),
+    [("ragged", None), ("ragged", 7), ("ragged", torch.tensor(5)), ("none valid", None), ("none valid", 9)],
+)
+def test_loss_is_normalised_as_transformers_does(labels, num_items):
+    model, inputs = tiny_model("qwen2"), batch()
+    if labels == "none valid":
+        inputs["labels"] = torch.full_like(inputs["labels"], -100)
+    extra = {} if num_items is None else {"num_items_in_batch": num_items}
+    theirs = loss_and_gradients(model, inputs | extra)
+    apply_liger(model)
+    ours = loss_and_gradients(model, inputs | extra)
+    if labels == "none valid" and num_items is None:
+        assert torch.isnan(theirs[0])  # 0 / 0; ours is a differentiable zero
+        assert ours[0] == 0
+        assert all(torch.isfinite(g).all() for g in ours[1].values())
+    else:
+        assert_same_training(theirs, ours)
+
+
+def test_shift_labels_are_used_as_given():
+    model, inputs = tiny_model("llama"), batch()
+    shifted = torch.roll(inputs["labels"], 3, dims=1)
+    theirs = loss_and_gradients(model, inputs | {"shift_labels": shifted})
+    apply_liger(model)
+    assert_same_training(theirs, loss_and_gradients(model, inputs | {"shift_labels": shifted}))
+
+
+def test_kinds_can_be_turned_off_and_the_report_reads_well():
+    model = tiny_model("qwen3")
+    report = apply_liger(model, LigerConfig(rope=False, fused_loss=False))
+    assert report.counts == {"rms_norm": 9, "glu": 2}
+    text = str(report)
+    assert "model.layers.*.self_attn.q_norm" in text
+    assert "swiglu" in text
+    assert max(len(line) for line in text.splitlines()) <= 120
+
+
+def test_meta_device_model_is_patched_without_weights():
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(tiny_config("llama"))
+    assert apply_liger(model).counts == {"rms_norm": 5, "rope": 2, "glu": 2, "fused_loss": 1}
+    assert all(p.is_meta for p in model.parameters())
+
+
+def test_deep_copy_is_patched_and_independent():
+    model, inputs = tiny_model("llama"), batch()
+    theirs = loss_and_gradients(model, inputs)
+    apply_liger(model)
+    twin = copy.deepcopy(model)
+    revert_liger(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert_same_training(theirs, loss_and_gradients(twin, inputs))
+    revert_liger(twin)
+    assert not any("forward" in vars(m) for m in twin.modules())
+
+
+class Opaque(nn.Module):
+    """Looks like a norm, computes something else."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(64)), 1e-6
+
+    def forward(self, x):
+        return self.weight * x / (x.abs().mean(-1, keepdim=True) + self.eps)
+
+
+def test_what_cannot_be_replaced_is_reported_and_strict_refuses_it():
+    model, inputs = tiny_model("llama"), batch()
+    model.model.norm = Opaque()
+    theirs = loss_and_gradients(model, inputs)
+    with pytest.raises(ValueError, match=r"strict=True.*\n.*rms_norm model.norm \(Opaque\).*no RMS norm"):
+        apply_liger(model, LigerConfig(strict=True))
+    assert not any("forward" in vars(m) for m in model.modules())
+    report = apply_liger(model)
+    assert [(s.kind, s.module, s.cls) for s in report.skipped] == [("rms_norm", "model.norm", "Opaque")]
+    assert "skipped: " in str(report)
+    assert_same_training(theirs, loss_and_gradients(model, inputs))
+
+
+def test_models_that_change_their_logits_are_left_to_the_ordinary_path():
+    model, inputs = tiny_model("llama"), batch()
+
+    class Squared(type(model)):
+        def forward(self, *args, **kwargs):
+            loss_function = self.loss_function
+            self.loss_function = lambda logits, *a, **k: loss_function(logits**2, *a, **k)
+            out = super().forward(*args, **kwargs)
+            del self._loss_function
+            return out
+
+    model.__class__ = Squared
+    theirs = loss_and_gradients(model, inputs)
+    report = apply_liger(model)
+    assert [s.kind for s in report.skipped] == ["fused_loss"]
+    assert_same_training(theirs, loss_and_gradients(model, inputs))
+
+
+def test_a_loss_function_set_later_is_respected():
+    model, inputs = tiny_model("llama"), batch()
+    apply_liger(model)
+    model.loss_function = lambda logits, labels, **kwargs: logits.float().square().mean()
+    loss, _ = loss_and_gradients(model, inputs)
+    assert loss > 0
+
+
+def test_wrong_use():
+    model = tiny_model("llama")
+    with pytest.raises(TypeError, match="model must be a torch.nn.Module, got str"):
+        apply_liger("llama")
+    with pytest.raises(ValueError, match=r"unknown key 'rms_nrom' \(did you mean 'rms_norm'\?\)"):
+        apply_liger(model, {"rms_nrom": True})
+    with pytest.raises(TypeError, match="rope must be bool, got 1"):
+        apply_liger(model, {"rope": 1})
+    with pytest.raises(ValueError, match="logits_budget_mib must be at least 1"):
+        LigerConfig(logits_budget_mib=0)
+    with pytest.raises(ValueError, match="must be a JSON object"):
+        LigerConfig.parse("{rope")
+    apply_liger(model, {"rope": False})
+    with pytest.raises(ValueError, match="already patched with .*revert_liger"):
+        apply_liger(model)
+    revert_liger(model)
+    revert_liger(model)  # nothing left to revert

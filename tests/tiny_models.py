@@ -1,0 +1,61 @@
+"""Tiny random causal LMs of many architectures, made from configs: what the patching and training tests run on."""
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+VOCAB = 131
+_COMMON = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+# Settings that make an architecture show its own traits (scales, soft-caps, tied weights), by model type.
+_OWN = {
+    "llama": {},
+    "mistral": {},
+    "qwen2": {"tie_word_embeddings": True},
+    "qwen3": {"head_dim": 24},
+    "gemma": {"head_dim": 16},
+    "gemma2": {"head_dim": 16, "final_logit_softcapping": 2.0},
+    "gemma3_text": {"head_dim": 16, "final_logit_softcapping": 1.5},
+    "phi3": {"partial_rotary_factor": 0.5},
+    "mixtral": {"num_local_experts": 4, "output_router_logits": True},
+    "olmo2": {},
+    "granite": {"logits_scaling": 8.0, "embedding_multiplier": 6.0, "residual_multiplier": 0.5},
+    "cohere": {"logit_scale": 0.25},
+    "glm4": {"head_dim": 16},
+    "gpt_neox": {},
+    "smollm3": {},
+}
+MODEL_TYPES = tuple(_OWN)
+
+
+def tiny_config(model_type: str, **overrides):
+    """A config of ``model_type`` with two narrow layers."""
+    return AutoConfig.for_model(model_type, **{**_COMMON, **_OWN.get(model_type, {}), **overrides})
+
+
+def tiny_model(model_type: str, seed: int = 0, **overrides):
+    """A random fp32 model of ``model_type``, the same for the same seed, with norm weights that are not all ones."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(tiny_config(model_type, **overrides), dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def batch(rows: int = 2, tokens: int = 11, seed: int = 1, ignored: float = 0.3) -> dict[str, torch.Tensor]:
+    """Random ids with labels of which a share is -100."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, VOCAB, (rows, tokens), generator=generator)
+    labels = ids.masked_fill(torch.rand(rows, tokens, generator=generator) < ignored, -100)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
