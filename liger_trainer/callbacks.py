@@ -1,5 +1,6 @@
 """TrainerCallbacks that put the kernels into the Trainer's model."""
 
+import logging
 import sys
 
 import transformers.trainer
@@ -7,6 +8,9 @@ from transformers import TrainerCallback
 
 from .config import LigerConfig
 from .patching import apply_with, patch_state
+
+
+logger = logging.getLogger(__name__)
 
 
 class LigerCallback(TrainerCallback):
@@ -26,6 +30,7 @@ class LigerCallback(TrainerCallback):
     def __init__(self, config: LigerConfig | dict | str | None = None):
         self.config = None if config is None else LigerConfig.parse(config)
         self._printed = False
+        self._checked = False
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
         """Patch the model before it is wrapped for distributed training."""
@@ -34,6 +39,19 @@ class LigerCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         """Patch a model that ``model_init`` has just made."""
         self._apply(args, state, model)
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        """After the first step, say so if the fused loss was applied but the Trainer did not go through it."""
+        if self._checked:
+            return
+        self._checked = True
+        patched = patch_state(model)
+        heads = [] if patched is None else [h for h in (patched.fused, patched.trl_head) if h is not None]
+        if heads and not any(head.calls_fused for head in heads):
+            logger.warning(
+                "liger_trainer: the fused loss was not used in the first step, because the Trainer did not pass "
+                "labels to the model (compute_loss_func, or a compute_loss of its own?); the full logits are built."
+            )
 
     def _apply(self, args, state, model):
         if args.n_gpu > 1:

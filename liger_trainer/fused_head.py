@@ -45,7 +45,7 @@ class FusedHead:
         self._warned = False
 
     def before_forward(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Forward pre-hook of the causal LM and of wrappers that call its ``forward`` directly (PEFT)."""
+        """Forward pre-hook of the causal LM: take note of the labels, where this call's loss can be fused."""
         given = dict(zip(self._parameter_names, args, strict=False)) | kwargs
         keep = given.get("logits_to_keep")
         everything = keep is None or (isinstance(keep, int) and keep == 0)

@@ -42,9 +42,8 @@ class PatchState:
     config: LigerConfig
     report: LigerReport
     fused: FusedHead | None = None
+    trl_head: Any = None
     undo: list[tuple[nn.Module, str, Any]] = field(default_factory=list)
-    hooks: list[tuple[Callable, Callable]] = field(default_factory=list)
-    registered: list[tuple[nn.Module, Callable]] = field(default_factory=list)
     handles: list[Any] = field(default_factory=list)
 
 
@@ -96,7 +95,6 @@ def apply_with(model: nn.Module, config: LigerConfig, no_fused_loss: str | None 
             raise ValueError(
                 f"model is already patched with {state.config}; call revert_liger(model) before applying {config}"
             )
-        _register_hooks(model, state)  # wrappers may have been added since
         return state.report
     plan = _plan(model, core, config, no_fused_loss)
     if config.strict and plan.report.skipped:
@@ -108,7 +106,7 @@ def apply_with(model: nn.Module, config: LigerConfig, no_fused_loss: str | None 
         setattr(edit.module, edit.attribute, edit.value)
     setattr(core, _STATE, state)
     if plan.fused is not None:
-        add_hooks(model, state, plan.fused.before_forward, plan.fused.after_forward)
+        add_hooks(core, state, plan.fused.before_forward, plan.fused.after_forward)
     return state.report
 
 
@@ -128,22 +126,10 @@ def revert_liger(model: nn.Module) -> None:
     delattr(core, _STATE)
 
 
-def add_hooks(model: nn.Module, state: PatchState, before: Callable, after: Callable) -> None:
+def add_hooks(core: nn.Module, state: PatchState, before: Callable, after: Callable) -> None:
     """Call ``before(module, args, kwargs)`` and ``after(module, args, output)`` around the causal LM's forward."""
-    state.hooks.append((before, after))
-    _register_hooks(model, state)
-
-
-def _register_hooks(model: nn.Module, state: PatchState) -> None:
-    """Register hooks that are not yet, also on the causal LM's direct parent: PEFT calls its ``forward`` past hooks."""
-    core = core_model(model)
-    parents = [m for m in model.modules() if any(child is core for child in m.children())]
-    for module in (core, *parents):
-        for before, after in state.hooks:
-            if not any(m is module and b == before for m, b in state.registered):
-                state.registered.append((module, before))
-                state.handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-                state.handles.append(module.register_forward_hook(after))
+    state.handles.append(core.register_forward_pre_hook(before, with_kwargs=True))
+    state.handles.append(core.register_forward_hook(after))
 
 
 def _plan(model: nn.Module, core: nn.Module, config: LigerConfig, no_fused_loss: str | None) -> _Plan:

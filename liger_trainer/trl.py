@@ -20,6 +20,7 @@ class _Head:
 
     logits_budget_mib: int
     speculation: Speculation = field(default_factory=Speculation)
+    calls_fused: int = 0
 
     def before_forward(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Make this head the running one for a forward with ``fused_lm_head=True``."""
@@ -56,6 +57,7 @@ class _Dispatcher:
             return self.original.apply(
                 hidden, weight, bias, targets, temperature, chunk_size, softcap, logit_scale, outputs
             )
+        head.calls_fused += 1
         out = linear_logprobs(
             hidden, weight, targets, bias, temperature=temperature, softcap=softcap, logit_scale=logit_scale,
             logits_budget_mib=head.logits_budget_mib, speculation=head.speculation,
@@ -68,12 +70,12 @@ def attach(model: nn.Module) -> None:
     """Use ``linear_logprobs`` behind TRL's fused head of ``model``, which ``apply_liger`` has patched."""
     import trl.trainer.utils as trl_utils
 
-    state = patch_state(model)
-    if any(isinstance(getattr(before, "__self__", None), _Head) for before, _ in state.hooks):
+    state, core = patch_state(model), core_model(model)
+    if state.trl_head is not None:
         return
     if not isinstance(trl_utils._ChunkedLogProbFunction, _Dispatcher):
         trl_utils._ChunkedLogProbFunction = _Dispatcher(trl_utils._ChunkedLogProbFunction)
-    head = _Head(state.config.logits_budget_mib)
-    add_hooks(model, state, head.before_forward, head.after_forward)
-    cls = type(core_model(model)).__name__
-    state.report.applied.append(Applied("fused_loss", "", cls, "linear_logprobs, behind TRL's fused head"))
+    head = state.trl_head = _Head(state.config.logits_budget_mib)
+    add_hooks(core, state, head.before_forward, head.after_forward)
+    variant = "linear_logprobs, behind TRL's fused head"
+    state.report.applied.append(Applied("fused_loss", "", type(core).__name__, variant))

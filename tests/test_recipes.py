@@ -1,0 +1,151 @@
+"""Recipes: all of them parse, mistakes are named, and the quickstart runs through the real commands."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from liger_trainer.cli import main
+from liger_trainer.recipe import parse_recipe
+
+ROOT = Path(__file__).parents[1]
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+QUICKSTART = str(ROOT / "recipes" / "quickstart.yaml")
+TINY = "--max_steps 3 --per_device_train_batch_size 2 --dataset_split train[:40] --logging_steps 1 --eval_examples 4"
+# Four test runs at a time would fight for two cores otherwise.
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRITON_INTERPRET": "0"}
+
+
+def write(tmp_path, **content):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({"model_config": {"model_type": "llama"}, "bf16": "auto", **content}))
+    return str(path)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_parses(path, tmp_path):
+    recipe = parse_recipe([str(path), "--output_dir", str(tmp_path)])
+    assert recipe.training.use_liger
+    header = path.read_text().split("\n\n")[0]
+    assert all(line.startswith("#") for line in header.splitlines())
+    assert f"recipes/{path.name}" in header
+    for word in ("Hardware:", "Launch:", "Measured:"):
+        assert word in path.read_text().split("\n\n# ")[0] or word in header, f"{path.name}: the header lacks {word}"
+
+
+@pytest.mark.parametrize("trainer", ["trainer", "sft"])
+def test_command_line_overrides_yaml_overrides_defaults(tmp_path, trainer):
+    content = {"trainer": trainer, "learning_rate": "1e-3", "max_length": 77, "use_liger": True, "seed": 5}
+    content |= {"liger_config": {"rope": False}, "lora_target_modules": ["q_proj", "v_proj"], "tokenizer": None}
+    path = write(tmp_path, **content)
+    recipe = parse_recipe(
+        [path, "--seed", "6", "--max_steps=9", "--use_liger", "true", "--lora_target_modules", "k", "o"]
+    )
+    assert (recipe.training.seed, recipe.training.max_steps, recipe.training.learning_rate) == (6, 9, 1e-3)
+    assert (recipe.max_length, recipe.run.tokenizer, recipe.model.lora_target_modules) == (77, None, ["k", "o"])
+    assert recipe.training.liger_config["rope"] is False
+    assert recipe.training.bf16 is False
+    assert parse_recipe([path]).model.lora_target_modules == ["q_proj", "v_proj"]
+    changed = parse_recipe([path, "--model_config", '{"model_type": "qwen3"}', "--liger_config", '{"glu": false}'])
+    assert changed.run.model_config == {"model_type": "qwen3"}
+    assert changed.training.liger_config["glu"] is False
+
+
+@pytest.mark.parametrize(
+    ("content", "overrides", "message"),
+    [
+        ({"learning_rat": 1}, [], r"recipe\.yaml: unknown key 'learning_rat' \(did you mean 'learning_rate'\?\)"),
+        ({}, ["--max_step", "3"], r"command line: unknown key 'max_step' \(did you mean 'max_steps'\?\)"),
+        ({}, ["--use_lger=true"], r"unknown key 'use_lger' \(did you mean 'use_liger'\?\)"),
+        ({}, ["max_steps", "3"], "'max_steps' belongs to no key"),
+        ({"max_steps": "many"}, [], "max_steps.*many"),
+        ({"max_steps": [1, 2]}, [], "'2' belongs to no key"),
+        ({"trainer": "stf"}, [], r"trainer must be one of trainer, sft, got 'stf' \(did you mean 'sft'\?\)"),
+        ({"model_name_or_path": "a/b"}, [], "either model_name_or_path or model_config"),
+        ({"model_config": None}, [], "either model_name_or_path or model_config"),
+        ({"model_config": {"hidden_size": 8}}, [], "model_config needs a model_type"),
+        ({"model_config": "{"}, [], "model_config must be a JSON object"),
+        ({"use_liger": True, "liger_config": {"rop": False}}, [], "unknown key 'rop'"),
+        ({"use_liger": True, "use_liger_kernel": True}, [], "use_liger_kernel"),
+        ({"max_length": 0}, [], "max_length must be at least 1, got 0"),
+        ({"eval_examples": -1}, [], "eval_examples must be at least 0, got -1"),
+        ({"sample_tokens": 0}, [], "sample_tokens must be at least 1, got 0"),
+        ({"load_in_4bit": True}, [], "load_in_4bit"),
+    ],
+)
+def test_mistakes_are_named(tmp_path, content, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        parse_recipe([write(tmp_path, **content), *overrides])
+
+
+def test_files_that_are_no_recipes(tmp_path, capsys):
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    with pytest.raises(ValueError, match="YAML mapping"):
+        parse_recipe([str(tmp_path / "list.yaml")])
+    with pytest.raises(SystemExit) as exit_:
+        main(["train", str(tmp_path / "missing.yaml"), "--seed", "1"])
+    assert exit_.value.code == 2
+    assert "no such file" in capsys.readouterr().err
+
+
+def run(*command):
+    done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def check_run(output, directory, processes):
+    """One summary, of a saved model that answered."""
+    assert output.count("saved to") == output.count("question ") == output.count("answer ") == 1
+    assert "What does `json.dumps` do?" in output
+    assert (directory / "model.safetensors").is_file()
+    state = json.loads((directory / "checkpoint-3" / "trainer_state.json").read_text())
+    assert state["global_step"] == 3
+    third = state["log_history"][2]
+    assert third["tokens_per_second"] > 0
+    assert third["peak_memory_rss_gib"] > 0.1
+    assert third["epoch"] == pytest.approx(3 * 2 * processes / 36)
+
+
+def test_quickstart_by_the_command(tmp_path):
+    args = [*TINY.split(), "--output_dir", str(tmp_path), "--save_strategy", "steps", "--save_steps", "3"]
+    output = run("liger_trainer.cli", "train", QUICKSTART, *args)
+    check_run(output, tmp_path, 1)
+    assert "rms_norm" in output  # the report of what was patched
+
+
+def test_quickstart_with_sft_on_two_processes(tmp_path):
+    args = [*TINY.split(), "--output_dir", str(tmp_path), "--save_strategy", "steps", "--save_steps", "3"]
+    launch = [
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+    ]
+    args += ["--trainer", "sft", "--use_cpu", "true"]
+    output = run("accelerate.commands.launch", *launch, "-m", "liger_trainer.train", QUICKSTART, *args)
+    check_run(output, tmp_path, 2)
+
+
+def test_report_of_a_recipe(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["report", QUICKSTART])
+    assert not exit_.value.code
+    assert "rms_norm" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_accelerate_reads_every_config(path):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(path))
+    assert config.num_processes >= 1
