@@ -40,7 +40,12 @@ class TokenLogProbs(NamedTuple):
 
 
 def rms_norm(
-    x: Tensor, weight: Tensor | None = None, eps: float = 1e-6, *, weight_offset: float = 0.0, scale_in_fp32: bool = False
+    x: Tensor,
+    weight: Tensor | None = None,
+    eps: float = 1e-6,
+    *,
+    weight_offset: float = 0.0,
+    scale_in_fp32: bool = False,
 ) -> Tensor:
     """``x / sqrt(mean(x^2) + eps) * (weight_offset + weight)`` over the last dimension, statistics in fp32."""
     compute = torch.promote_types(x.dtype, torch.float32)

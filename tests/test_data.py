@@ -100,6 +100,11 @@ def test_columns_are_found_by_their_standard_names():
     assert data.select_columns(pair, None, None, None).to_list() == [{"prompt": "p", "completion": "c"}]
     assert data.select_columns(pair, "prompt", None, None).to_list() == [{"text": "p"}]
     assert data.select_columns(pair.select_columns("text"), None, None, None).to_list() == [{"text": "t"}]
+    message = {"role": "user", "content": "hello"}
+    chat = data.select_columns(Dataset.from_dict({"id": [1], "messages": [[message]]}), None, None, None)
+    assert chat.to_list() == [{"messages": [message]}]
+    assert list(data.texts(chat)) == ["hello"]
+    assert list(data.texts(pair)) == ["t", "c", "p"]
 
 
 def test_tokenizer_round_trip(tokenizer):
@@ -131,7 +136,9 @@ def test_encode(tokenizer, form):
         assert cut == {key: values[:length] for key, values in encoded.items()}
 
 
-def test_encode_refuses_a_template_that_changes_the_prompt(tokenizer):
+def test_encode_refuses_what_it_cannot_mask(tokenizer):
+    with pytest.raises(ValueError, match="needs trainer: sft"):
+        data.encode({"messages": []}, tokenizer, 10)
     odd = copy.deepcopy(tokenizer)
     odd.chat_template = "{{ messages | length }}{{ messages[0]['content'] }}"
     with pytest.raises(ValueError, match="chat template"):

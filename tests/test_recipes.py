@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from liger_trainer.cli import main
@@ -15,8 +17,9 @@ from liger_trainer.recipe import parse_recipe
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 QUICKSTART = str(ROOT / "recipes" / "quickstart.yaml")
-TINY = "--max_steps 3 --per_device_train_batch_size 2 --dataset_split train[:40] --logging_steps 1 --eval_examples 4"
-# Four test runs at a time would fight for two cores otherwise.
+TINY = "--max_steps 3 --save_strategy steps --save_steps 3 --logging_steps 1 --per_device_train_batch_size 2"
+TINY = [*TINY.split(), "--dataset_split", "train[:40]", "--eval_examples", "4"]
+# As a user has it: one process to a core, and no interpreter, which the kernels' own tests use.
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRITON_INTERPRET": "0"}
 
 
@@ -33,8 +36,8 @@ def test_every_recipe_parses(path, tmp_path):
     header = path.read_text().split("\n\n")[0]
     assert all(line.startswith("#") for line in header.splitlines())
     assert f"recipes/{path.name}" in header
-    for word in ("Hardware:", "Launch:", "Measured:"):
-        assert word in path.read_text().split("\n\n# ")[0] or word in header, f"{path.name}: the header lacks {word}"
+    for word in ("# Hardware:", "# Launch:", "# Measured:"):
+        assert word in header, f"the header lacks {word!r}"
 
 
 @pytest.mark.parametrize("trainer", ["trainer", "sft"])
@@ -48,7 +51,7 @@ def test_command_line_overrides_yaml_overrides_defaults(tmp_path, trainer):
     assert (recipe.training.seed, recipe.training.max_steps, recipe.training.learning_rate) == (6, 9, 1e-3)
     assert (recipe.max_length, recipe.run.tokenizer, recipe.model.lora_target_modules) == (77, None, ["k", "o"])
     assert recipe.training.liger_config["rope"] is False
-    assert recipe.training.bf16 is False
+    assert recipe.training.bf16 is torch.cuda.is_available()
     assert parse_recipe([path]).model.lora_target_modules == ["q_proj", "v_proj"]
     changed = parse_recipe([path, "--model_config", '{"model_type": "qwen3"}', "--liger_config", '{"glu": false}'])
     assert changed.run.model_config == {"model_type": "qwen3"}
@@ -82,6 +85,12 @@ def test_mistakes_are_named(tmp_path, content, overrides, message):
         parse_recipe([write(tmp_path, **content), *overrides])
 
 
+def test_processes_without_a_group(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"launched as 2 processes.*--use_cpu true"):
+        parse_recipe([write(tmp_path)])
+
+
 def test_files_that_are_no_recipes(tmp_path, capsys):
     (tmp_path / "list.yaml").write_text("- 1\n")
     with pytest.raises(ValueError, match="YAML mapping"):
@@ -100,39 +109,28 @@ def run(*command):
 
 def check_run(output, directory, processes):
     """One summary, of a saved model that answered."""
-    assert output.count("saved to") == output.count("question ") == output.count("answer ") == 1
-    assert "What does `json.dumps` do?" in output
+    (question,) = re.findall("^question +(.*)$", output, re.MULTILINE)
+    assert question == "What does `json.dumps` do?"
+    assert len(re.findall("^answer ", output, re.MULTILINE)) == 1
     assert (directory / "model.safetensors").is_file()
     state = json.loads((directory / "checkpoint-3" / "trainer_state.json").read_text())
     assert state["global_step"] == 3
     third = state["log_history"][2]
     assert third["tokens_per_second"] > 0
-    assert third["peak_memory_rss_gib"] > 0.1
+    assert third["step_seconds"] > 0
+    assert [key for key in third if key.startswith("peak_memory_")]
     assert third["epoch"] == pytest.approx(3 * 2 * processes / 36)
 
 
 def test_quickstart_by_the_command(tmp_path):
-    args = [*TINY.split(), "--output_dir", str(tmp_path), "--save_strategy", "steps", "--save_steps", "3"]
-    output = run("liger_trainer.cli", "train", QUICKSTART, *args)
+    output = run("liger_trainer.cli", "train", QUICKSTART, *TINY, "--output_dir", str(tmp_path))
     check_run(output, tmp_path, 1)
     assert "rms_norm" in output  # the report of what was patched
 
 
 def test_quickstart_with_sft_on_two_processes(tmp_path):
-    args = [*TINY.split(), "--output_dir", str(tmp_path), "--save_strategy", "steps", "--save_steps", "3"]
-    launch = [
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-        "--mixed_precision",
-        "no",
-        "--dynamo_backend",
-        "no",
-    ]
-    args += ["--trainer", "sft", "--use_cpu", "true"]
-    output = run("accelerate.commands.launch", *launch, "-m", "liger_trainer.train", QUICKSTART, *args)
+    args = [QUICKSTART, *TINY, "--output_dir", str(tmp_path), "--trainer", "sft", "--use_cpu", "true"]
+    output = run("torch.distributed.run", "--nproc_per_node", "2", "-m", "liger_trainer.train", *args)
     check_run(output, tmp_path, 2)
 
 

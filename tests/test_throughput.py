@@ -168,6 +168,23 @@ def test_token_counts_of_each_input_form():
     assert callback.counts[torch.device("cpu")].tolist() == [12, 12, 42]
 
 
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989.4),
+        ("NVIDIA H100 PCIe", 756.0),
+        ("NVIDIA A100-SXM4-80GB", 312.0),
+        ("NVIDIA GB200", 2500.0),
+        ("NVIDIA L40", None),
+        ("NVIDIA RTX A1000", None),
+    ],
+)
+def test_peak_of_known_devices(monkeypatch, name, peak):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert throughput.peak_tflops(torch.device("cuda")) == peak
+    assert throughput.peak_tflops(torch.device("cpu")) is None
+
+
 def test_flop_count():
     norms = (2 * 2 + 1) * 16
     for tied in (False, True):

@@ -1,0 +1,188 @@
+"""What every benchmark shares: fresh worker processes, provenance, result files and tables. Imports no torch."""
+
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PREFIX = "@result "  # marks the lines of a worker's stdout that are messages; libraries print there too
+PACKAGES = (
+    "torch",
+    "triton",
+    "transformers",
+    "trl",
+    "accelerate",
+    "liger-trainer",
+    "liger-kernel",
+    "cut-cross-entropy",
+)
+
+
+def emit(message: dict) -> None:
+    """Send one message from a worker to the process that started it."""
+    print(PREFIX + json.dumps(message), flush=True)
+
+
+def run_worker(command: Sequence[str], timeout: float) -> Iterator[dict]:
+    """Run ``command`` and yield the messages it emits, as they come.
+
+    The last message is ``{"kind": "exit", "code": int, "tail": str}``: the exit status and, where that is not 0, the
+    end of what the worker wrote. A worker still running after ``timeout`` seconds is killed.
+    """
+    noise: list[str] = []
+    env = {"CUDA_VISIBLE_DEVICES": "0"} | os.environ  # the Trainer would spread over all GPUs it sees
+    env |= {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    with tempfile.TemporaryFile(mode="w+", errors="replace") as stderr:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=env, cwd=ROOT)
+        watchdog = threading.Timer(timeout, process.kill)
+        watchdog.start()
+        try:
+            for line in process.stdout:
+                if line.startswith(PREFIX):
+                    yield json.loads(line[len(PREFIX) :])
+                else:
+                    noise.append(line)
+            code = process.wait()
+        finally:
+            watchdog.cancel()
+            process.kill()  # the reader of this generator may have stopped early; nothing to do for one that ended
+            process.wait()
+        stderr.seek(0)
+        tail = "" if code == 0 else ("".join(noise[-5:]) + stderr.read())[-2000:].strip()
+    yield {"kind": "exit", "code": code, "tail": tail}
+
+
+def describe_software() -> dict:
+    """Python and the versions of the packages that matter; ``None`` where one is not installed."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    return {"python": platform.python_version(), "packages": versions}
+
+
+def current_commit(explicit: str | None = None) -> str:
+    """The commit that is measured: given, ``$LIGER_COMMIT``, or git's, with ``+uncommitted`` where the tree differs."""
+    given = explicit or os.environ.get("LIGER_COMMIT")
+    if given:
+        return given
+
+    def git(*args: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=False)
+        except FileNotFoundError:
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    head = git("rev-parse", "HEAD")
+    if head is None:
+        return "uncommitted"
+    return head + ("+uncommitted" if git("status", "--porcelain", "--", ":!benchmarks/results") else "")
+
+
+def slug(device_name: str) -> str:
+    """``"NVIDIA H100 80GB HBM3"`` -> ``"h100-80gb-hbm3"``."""
+    return re.sub(r"[^a-z0-9]+", "-", device_name.lower().replace("nvidia", "")).strip("-")
+
+
+class ResultFile:
+    """``{"runs": [provenance], "results": [row]}`` on disk, rewritten after every row, so that a kill loses nothing.
+
+    Rows with the same values of ``keys`` replace each other, also across runs: ``row["run"]`` is the index of the
+    provenance it was measured under.
+    """
+
+    def __init__(self, path: Path, keys: Sequence[str], provenance: dict):
+        self.path, self.keys = path, keys
+        old = json.loads(path.read_text()) if path.exists() else {"runs": [], "results": []}
+        self.runs, self.rows = [*old["runs"], provenance], old["results"]
+        self.new: list[dict] = []
+
+    def _key(self, row: dict) -> str:
+        return json.dumps([row.get(k) for k in self.keys], sort_keys=True)
+
+    def add(self, row: dict) -> None:
+        """Add or replace one row and write the file."""
+        row = row | {"run": len(self.runs) - 1}
+        self.rows = [r for r in self.rows if self._key(r) != self._key(row)] + [row]
+        self.new = [r for r in self.new if self._key(r) != self._key(row)] + [row]
+        used = sorted({r["run"] for r in self.rows})  # runs whose every row was measured again are dropped
+        rows = [r | {"run": used.index(r["run"])} for r in self.rows]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        part = self.path.with_suffix(".part")
+        part.write_text(json.dumps({"runs": [self.runs[i] for i in used], "results": rows}, indent=1) + "\n")
+        part.replace(self.path)
+
+
+def provenance(hello: dict, commit: str | None) -> dict:
+    """What a worker said of its device and software, with the commit, the date and the command of this process."""
+    command = " ".join(["python", *(os.path.relpath(a, ROOT) if a.startswith(str(ROOT)) else a for a in sys.argv)])
+    about = {k: v for k, v in hello.items() if k != "kind"}
+    return about | {
+        "commit": current_commit(commit),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": command,
+    }
+
+
+class Progress:
+    """One line per finished step: a live bar where a person watches, plain lines elsewhere."""
+
+    def __init__(self, total: int):
+        self.total, self.done, self.start = total, 0, time.monotonic()
+        self.bar = None
+        if sys.stderr.isatty():
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+            from rich.progress import Progress as Bar
+
+            self.bar = Bar(BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+            self.task = self.bar.add_task("", total=total)
+            self.bar.start()
+
+    def step(self, text: str, quiet: bool = False) -> None:
+        """Report that one step is done; ``quiet``: only where there is a bar."""
+        self.done += 1
+        if self.bar is not None:
+            self.bar.update(self.task, advance=1, description=text)
+        elif not quiet:
+            print(f"[{self.done}/{self.total} {time.monotonic() - self.start:5.0f} s] {text}", flush=True)
+
+    def close(self) -> None:
+        """Take the bar off the screen."""
+        if self.bar is not None:
+            self.bar.stop()
+
+
+def format_number(value: object) -> str:
+    """Three significant digits for floats, ``-`` for nothing."""
+    if value is None:
+        return "-"
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def text_table(header: Sequence[str], rows: Sequence[Sequence[object]], markdown: bool = False) -> str:
+    """Rows as aligned text, or as a Markdown table; the first column is left-aligned."""
+    cells = [list(header), *([format_number(v) for v in row] for row in rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    lines = []
+    for row in cells:
+        padded = [c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+        lines.append("| " + " | ".join(padded) + " |" if markdown else "  ".join(padded).rstrip())
+    if markdown:
+        lines.insert(1, "|" + "|".join("-" * (w + 1) + ("-" if i == 0 else ":") for i, w in enumerate(widths)) + "|")
+    return "\n".join(lines)

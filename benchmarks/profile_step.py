@@ -1,0 +1,64 @@
+"""Where the device time of a training step goes: the profiler's kernels, grouped by what they are."""
+
+import re
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+from transformers import TrainerCallback
+
+# First match wins: attention kernels can have "cutlass" in their names.
+GROUPS = {
+    "attention": r"flash|fmha|attention|sdpa",
+    "GEMM": r"gemm|nvjet|cutlass|cublas|xmma|wgmma|splitk|aten::(mm|addmm|bmm|linear|matmul)",
+    "optimizer": r"adam|multi_tensor|foreach|lpnorm",
+    "CE": r"cross_entropy|softmax|nll|log_?prob|logsumexp|_loss_|_ce_|^_(forward|backward|reduce|scale)_kernel$",
+    "rope": r"rope|rotary",
+    "GLU": r"glu|silu|gelu|gated",
+    "norm": r"rms_?norm|layer_?norm|rsqrt|sum_partials|norm_(forward|backward|fwd|bwd)",
+    "copy and fill": r"memcpy|memset|copy|fill|catarray",
+}
+
+
+def group_of(name: str) -> str:
+    """The group of a kernel, by its name."""
+    lowered = name.lower()
+    return next((group for group, pattern in GROUPS.items() if re.search(pattern, lowered)), "other")
+
+
+class KernelProfile(TrainerCallback):
+    """Profiles ``steps`` steps after ``warmup`` ones."""
+
+    def __init__(self, device: str, warmup: int, steps: int):
+        self.device, self.warmup, self.steps = device, warmup, steps
+        activities = [ProfilerActivity.CUDA] if device == "cuda" else [ProfilerActivity.CPU]
+        self.profiler = profile(activities=activities)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Start after the warm-up, stop after the last step."""
+        if state.global_step == self.warmup:
+            self.profiler.start()
+        elif state.global_step == self.warmup + self.steps:
+            self.profiler.stop()
+
+    def summary(self) -> dict:
+        """``profile_groups``: ms per step by group; ``profile_kernels``: the 40 largest, with their group."""
+        kernels: dict[str, list[float]] = {}
+        on_gpu = self.device == "cuda"
+        for event in self.profiler.key_averages():
+            if on_gpu != (event.device_type == torch.autograd.DeviceType.CUDA):
+                continue
+            total = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+            entry = kernels.setdefault(event.key, [0.0, 0])
+            entry[0] += total / 1e3 / self.steps
+            entry[1] += event.count / self.steps
+        groups: dict[str, float] = {}
+        for name, (ms, _) in kernels.items():
+            groups[group_of(name)] = groups.get(group_of(name), 0.0) + ms
+        largest = sorted(kernels.items(), key=lambda item: -item[1][0])[:40]
+        return {
+            "profile_groups": {g: round(ms, 4) for g, ms in sorted(groups.items(), key=lambda item: -item[1])},
+            "profile_kernels": [
+                {"name": name[:120], "group": group_of(name), "ms": round(ms, 4), "calls": calls}
+                for name, (ms, calls) in largest
+            ],
+        }

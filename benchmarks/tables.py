@@ -1,0 +1,130 @@
+"""Result rows as tables: plain text for the terminal, Markdown for the README."""
+
+import statistics
+
+from benchmarks.common import format_number, text_table
+from benchmarks.shapes import OPS
+
+KERNEL_METRICS = {"full_ms": "forward + backward, ms", "fwd_ms": "forward, ms", "bwd_ms": "backward, ms"}
+LABELS = {
+    "ours": "liger_trainer",
+    "ours_64mib": "liger_trainer, 64 MiB",
+    "hf": "HF eager",
+    "torch": "PyTorch op",
+    "compile": "torch.compile",
+    "liger": "liger-kernel",
+    "liger_fp32": "liger-kernel, fp32 dW",
+    "trl": "TRL",
+    "cce": "CCE",
+    "trl_head": "TRL head",
+    "liger_trl_head": "liger-kernel + TRL head",
+}
+
+
+def _unique(rows: list[dict], key: str) -> list:
+    return list(dict.fromkeys(row[key] for row in rows))
+
+
+def arms_of(rows: list[dict]) -> list[str]:
+    """Arms with at least one measurement, in the order of ``LABELS``."""
+    present = {row["arm"] for row in rows if row["status"] in ("ok", "inexact", "oom")}
+    return [arm for arm in LABELS if arm in present]
+
+
+def _cell(row: dict | None, metric: str, floor: str | None) -> str:
+    if row is None:
+        return "-"
+    if row["status"] in ("oom", "error", "dropped"):
+        return {"oom": "OOM"}.get(row["status"], row["status"])
+    value = row.get(metric)
+    text = format_number(value)
+    if value is not None and floor and row.get(floor):
+        text += f" ({value / row[floor]:.2f}x)"
+    return text + ("~" if row["status"] == "inexact" else "")
+
+
+def pivot(rows: list[dict], metric: str, floor: str | None = None, markdown: bool = False) -> str:
+    """One line a shape, one column an arm; in brackets the multiple of the floor. ``~``: failed the accuracy check."""
+    rows = [r for r in rows if r["status"] not in ("absent", "unsupported")]
+    arms = arms_of(rows)
+    lines = []
+    for op, shape in sorted(dict.fromkeys((r["op"], r["shape"]) for r in rows), key=lambda k: OPS.index(k[0])):
+        here = {r["arm"]: r for r in rows if (r["op"], r["shape"]) == (op, shape)}
+        if not any(r.get(metric) is not None for r in here.values()):
+            continue
+        first = [f"{op} {shape}"]
+        if floor:
+            floors = [r[floor] for r in here.values() if r.get(floor)]
+            first.append(statistics.median(floors) if floors else None)
+        lines.append(first + [_cell(here.get(arm), metric, floor) for arm in arms])
+    header = ["op"] + (["floor"] if floor else []) + [LABELS[a] if markdown else a for a in arms]
+    return text_table(header, lines, markdown) if lines else ""
+
+
+def _absent(rows: list[dict]) -> str:
+    names = _unique([r for r in rows if r["status"] == "absent"], "arm")
+    return f"absent: {', '.join(names)}" if names else ""
+
+
+def kernels_text(rows: list[dict]) -> str:
+    """What the kernel benchmark prints at its end."""
+    if any("host_us" in r for r in rows):
+        fields = ("host_us", "host_launch_us", "host_autograd_us", "host_full_us")
+        lines = [[f"{r['op']} {r['shape']} {r['arm']}", *(r.get(f) for f in fields)] for r in rows if "host_us" in r]
+        return text_table(["host us", "no grad", "bare launches", "autograd", "with backward"], lines)
+    parts = []
+    for metric, title in KERNEL_METRICS.items():
+        table = pivot(rows, metric, f"floor_{metric}")
+        parts.append(f"{title} (multiple of the floor)\n{table}" if table else "")
+    memory = pivot(rows, "extra_mib")
+    parts.append(f"extra peak memory, MiB\n{memory}" if memory else "")
+    parts.append(_absent(rows))
+    return "\n\n".join(p for p in parts if p)
+
+
+def _percent(row: dict, base: dict | None, metric: str) -> str:
+    if base is None or base is row or not row.get(metric) or not base.get(metric):
+        return "-"
+    return f"{row[metric] / base[metric] - 1:+.1%}"
+
+
+def train_text(rows: list[dict], markdown: bool = False) -> str:
+    """Training results, one line per model, setting and arm: medians over the rounds; in percent against HF."""
+    header = [
+        "model",
+        "arm",
+        "tokens/s",
+        "vs HF",
+        "peak GiB",
+        "vs HF",
+        "reserved GiB",
+        "first loss",
+        "last loss",
+        "rounds",
+    ]
+    base = {(r["model"], r["setting"]): r for r in rows if r["arm"] == "hf" and r["status"] == "ok"}
+    lines = []
+    for row in (r for r in rows if r["status"] != "absent"):
+        name = [f"{row['model']} {row['setting']}", LABELS[row["arm"]] if markdown else row["arm"]]
+        if row["status"] != "ok":
+            lines.append([*name, row["status"].upper(), *[None] * 6, row["rounds"]])
+            continue
+        hf = base.get((row["model"], row["setting"]))
+        losses = [f"{row[f]:.4f}" for f in ("first_loss", "last_loss")]
+        speed = [row["tokens_per_s"], _percent(row, hf, "tokens_per_s")]
+        memory = [row["peak_allocated_gib"], _percent(row, hf, "peak_allocated_gib"), row["peak_reserved_gib"]]
+        lines.append([*name, *speed, *memory, *losses, row["rounds"]])
+    return "\n\n".join(p for p in (text_table(header, lines, markdown), _absent(rows)) if p)
+
+
+def profile_text(rows: list[dict]) -> str:
+    """Device time of a step by group, and the largest kernels."""
+    parts = []
+    for row in (r for r in rows if "profile_groups" in r):
+        total = sum(row["profile_groups"].values())
+        groups = [[g, ms, f"{ms / total:.1%}"] for g, ms in row["profile_groups"].items()]
+        kernels = [[k["name"][:70], k["group"], k["ms"], k["calls"]] for k in row["profile_kernels"][:20]]
+        parts.append(f"{row['model']} {row['setting']} {row['arm']}: {total:.2f} ms a step busy")
+        parts.append(text_table(["group", "ms", "share"], groups))
+        parts.append(text_table(["kernel", "group", "ms", "calls"], kernels))
+    return "\n\n".join(parts)

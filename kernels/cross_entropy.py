@@ -1,0 +1,154 @@
+"""Cross-entropy of logits that exist, with per-token upstream gradients.
+
+    loss = reduce(w * ((1 - eps) * (lse - t) + eps * (lse - mean(z)) + z_loss * lse^2)),   z = transform(logits)
+
+Forward reads the logits once and saves them, the labels and lse (fp32 [N]); backward reads them once and writes
+dlogits once, in the logits' dtype. The input is never written. Ignored rows are not read. See softmax_rows.py for
+the kernels and the gradient's formula.
+"""
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .inputs import as_rows, check_rows
+from .launch import on_device, tl, triton, use_triton
+from .loss_args import (
+    LogitTransform,
+    check_labels_form,
+    check_loss_args,
+    logit_transform,
+    on_host_or_device,
+)
+from .softmax_rows import empty_rows, loss_grad_rows, loss_rows
+
+REDUCE_BLOCK = 4096
+
+
+@triton.jit
+def _reduce_kernel(
+    loss_ptr, labels_ptr, num_items_ptr, out_ptr, scale_ptr, labels_ok_ptr, num_rows, num_cols, ignore_index, scale,
+    MEAN: tl.constexpr, HAS_NUM_ITEMS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+):  # fmt: skip
+    total = tl.zeros([BLOCK_ROWS], tl.float32)
+    count = tl.zeros([BLOCK_ROWS], tl.int32)
+    bad = tl.zeros([BLOCK_ROWS], tl.int32)
+    for start in range(0, num_rows, BLOCK_ROWS):
+        rows = start + tl.arange(0, BLOCK_ROWS)
+        mask = rows < num_rows
+        total += tl.load(loss_ptr + rows, mask=mask, other=0.0)
+        label = tl.load(labels_ptr + rows, mask=mask, other=0)
+        valid = mask & (label != ignore_index)
+        count += valid.to(tl.int32)
+        bad |= (valid & ((label < 0) | (label >= num_cols))).to(tl.int32)
+    if MEAN:
+        scale = 1.0 / tl.maximum(tl.sum(count, 0), 1).to(tl.float32)
+    if HAS_NUM_ITEMS:
+        scale = 1.0 / tl.load(num_items_ptr).to(tl.float32)
+    tl.store(out_ptr, tl.sum(total, 0) * scale)
+    tl.store(scale_ptr, scale)
+    tl.store(labels_ok_ptr, 1 - tl.max(bad, 0))
+
+
+def cross_entropy_fwd(
+    logits: Tensor, labels: Tensor, transform: LogitTransform, *, ignore_index: int, label_smoothing: float,
+    z_loss: float, reduction: str, num_items: Tensor | float | None, token_weights: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """``(loss, lse, scale)`` of ``logits`` ``[N, V]``; ``scale`` (fp32 ``[1]``) is what the reduction multiplies by."""
+    num_rows, num_cols = logits.shape
+    token_loss, lse = empty_rows(num_rows, logits.device), empty_rows(num_rows, logits.device)
+    loss, scale = empty_rows(1, logits.device).squeeze(0), empty_rows(1, logits.device)
+    labels_ok = torch.empty((), dtype=torch.int32, device=logits.device)
+    if num_rows:
+        loss_rows(
+            logits, labels, token_loss, lse, transform, ignore_index=ignore_index, label_smoothing=label_smoothing,
+            z_loss=z_loss, token_weights=token_weights,
+        )  # fmt: skip
+    on_device_items = torch.is_tensor(num_items)
+    with on_device(logits):
+        _reduce_kernel[(1,)](
+            token_loss, labels, num_items if on_device_items else None, loss, scale, labels_ok,
+            num_rows, num_cols, ignore_index, 1.0 if on_device_items or num_items is None else 1.0 / num_items,
+            MEAN=reduction == "mean" and num_items is None, HAS_NUM_ITEMS=on_device_items and reduction != "none",
+            BLOCK_ROWS=REDUCE_BLOCK, num_warps=16,
+        )  # fmt: skip
+    if logits.is_cuda:
+        torch._assert_async(labels_ok, "cross_entropy: a label is neither ignore_index nor in [0, V)")
+    return token_loss if reduction == "none" else loss, lse, scale
+
+
+def cross_entropy_bwd(
+    grad: Tensor, logits: Tensor, labels: Tensor, lse: Tensor, scale: Tensor | None, token_weights: Tensor | None,
+    transform: LogitTransform, **options,
+) -> Tensor:  # fmt: skip
+    """dlogits ``[N, V]`` for ``grad`` of the reduced loss, or of the per-token loss when ``scale`` is None."""
+    dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    if logits.shape[0]:
+        loss_grad_rows(
+            logits, dlogits, labels, lse, grad, transform, token_weights=token_weights, scale=scale, **options
+        )
+    return dlogits
+
+
+class CrossEntropyFunction(torch.autograd.Function):
+    """Takes 2-D logits and 1-D labels; the public function does the reshaping."""
+
+    @staticmethod
+    def forward(
+        ctx, logits, labels, token_weights, num_items, transform, ignore_index, label_smoothing, z_loss, reduction
+    ):  # fmt: skip
+        """Reduced loss, or token losses ``[N]``; saves lse and the reduction's factor."""
+        ctx.transform, ctx.per_token = transform, reduction == "none"
+        ctx.options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "z_loss": z_loss}
+        loss, lse, scale = cross_entropy_fwd(
+            logits, labels, transform, reduction=reduction, num_items=num_items, token_weights=token_weights,
+            **ctx.options,
+        )  # fmt: skip
+        ctx.save_for_backward(logits, labels, token_weights, lse, scale)
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        """dlogits for the upstream gradient of the loss."""
+        logits, labels, token_weights, lse, scale = ctx.saved_tensors
+        scale = None if ctx.per_token else scale
+        dlogits = cross_entropy_bwd(grad, logits, labels, lse, scale, token_weights, ctx.transform, **ctx.options)
+        return dlogits, None, None, None, None, None, None, None, None
+
+
+def cross_entropy(
+    logits: Tensor, labels: Tensor, *, ignore_index: int = -100, label_smoothing: float = 0.0, z_loss: float = 0.0,
+    softcap: float | None = None, logit_scale: float = 1.0, reduction: str = "mean",
+    num_items: Tensor | float | None = None, token_weights: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Cross-entropy of ``logits`` ``[..., V]`` (float) against ``labels`` ``[...]`` (int64 or int32); the loss is fp32.
+
+    ``logits`` become ``softcap * tanh(logits * logit_scale / softcap)`` first; ``z_loss * logsumexp^2`` is added per
+    token; ``token_weights`` ``[...]`` multiply the token losses and are constants. ``reduction`` is ``"mean"`` (over
+    labels that are not ``ignore_index``; 0 where there is none), ``"sum"`` or ``"none"`` (``[...]``, 0 where ignored).
+    ``num_items``, a number or a one-element tensor on any device, replaces the mean's count and divides the sum too.
+
+    Raises ``ValueError`` or ``TypeError`` for shapes, dtypes and options outside of these. A label that is neither
+    ``ignore_index`` nor in ``[0, V)`` is a ``ValueError`` on CPU; on CUDA it is a device-side assert, raised
+    at the next synchronisation, because reading the labels here would make the host wait.
+    """
+    check_rows("logits", logits)
+    check_labels_form(labels, "logits", logits)
+    check_loss_args(labels, label_smoothing, z_loss, reduction, num_items, token_weights)
+    transform = logit_transform(logit_scale, softcap)
+    if not use_triton(logits) or logits.dtype == torch.float64:
+        return reference.cross_entropy(
+            logits, labels, ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap,
+            logit_scale=logit_scale, reduction=reduction, num_items=num_items, token_weights=token_weights,
+        )  # fmt: skip
+    if not logits.is_cuda:
+        reference.check_labels(labels, logits.shape[-1], ignore_index)
+    loss = CrossEntropyFunction.apply(
+        as_rows(logits),
+        labels.reshape(-1).contiguous(),
+        None if token_weights is None else token_weights.reshape(-1).contiguous(),
+        on_host_or_device(num_items, logits.device),
+        transform, ignore_index, label_smoothing, z_loss, reduction,
+    )  # fmt: skip
+    return loss.view(labels.shape) if reduction == "none" else loss

@@ -1,0 +1,39 @@
+"""GeGLU: ``gelu(gate) * up`` (arXiv 2002.05202; gelu: arXiv 1606.08415), by the kernels in ``gated``.
+
+``gelu(g) = g * Phi(g)`` with the exact normal distribution Phi ("none"), or ``Phi(g) ~ sigmoid(2 u)`` with
+``u = sqrt(2 / pi) * (g + 0.044715 g^3)`` ("tanh"). Backward: ``dup = dout * gelu(gate)``,
+``dgate = dout * up * gelu'(gate)``, where ``gelu'(g) = Phi(g) + g * Phi'(g)``.
+"""
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .gated import GELU_ERF, GELU_TANH, GatedFunction, check_gated
+from .launch import use_triton
+
+_ACTIVATIONS = {"tanh": GELU_TANH, "none": GELU_ERF}
+
+
+def geglu(gate: Tensor, up: Tensor | None = None, *, approximate: str = "tanh") -> Tensor:
+    """``gelu(gate) * up``, computed in fp32 and rounded once.
+
+    Args:
+        gate: ``[..., I]``, fp16, bf16, fp32 or fp64; any strides. Without ``up``, ``[..., 2 * I]``: gate, then up.
+        up: of ``gate``'s shape, or None.
+        approximate: ``"tanh"`` or ``"none"`` (exact), as in ``torch.nn.functional.gelu``.
+
+    Returns:
+        ``[..., I]`` in the dtype that the two promote to.
+
+    Raises:
+        TypeError: an argument is not floating-point.
+        ValueError: ``up`` is not of ``gate``'s shape and device; ``gate``'s last dimension is empty, or odd without
+            ``up``; ``approximate`` is unknown.
+    """
+    check_gated(gate, up)
+    if approximate not in _ACTIVATIONS:
+        raise ValueError(f'approximate: is {approximate!r}; allowed are "tanh" and "none"')
+    if not use_triton(gate) or torch.float64 in (gate.dtype, None if up is None else up.dtype):
+        return reference.geglu(gate, up, approximate=approximate)
+    return GatedFunction.apply(gate, up, _ACTIVATIONS[approximate])

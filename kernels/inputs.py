@@ -1,0 +1,53 @@
+"""What the element-wise and norm ops accept: dtype and shape checks, and the view of a tensor as rows."""
+
+import torch
+from torch import Tensor
+
+FLOATING = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
+
+
+def check_floating(name: str, x: Tensor) -> None:
+    """Raise ``TypeError`` unless ``x`` is fp16, bf16, fp32 or fp64."""
+    if x.dtype not in FLOATING:
+        raise TypeError(f"{name}: dtype is {x.dtype}; allowed are float16, bfloat16, float32 and float64")
+
+
+def check_rows(name: str, x: Tensor) -> None:
+    """Raise unless ``x`` is floating-point with a last dimension of at least one element."""
+    check_floating(name, x)
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(f"{name}: shape is {tuple(x.shape)}; the last dimension must have at least one element")
+
+
+def check_vector(name: str, v: Tensor, x: Tensor) -> None:
+    """Raise unless ``v`` is a floating-point vector as long as ``x``'s last dimension and on its device."""
+    check_floating(name, v)
+    if v.dim() != 1 or v.shape[0] != x.shape[-1]:
+        raise ValueError(
+            f"{name}: shape is {tuple(v.shape)}; allowed is {(x.shape[-1],)}, the last dimension of the input"
+        )
+    check_device(name, v, x)
+
+
+def check_device(name: str, t: Tensor, x: Tensor) -> None:
+    """Raise ``ValueError`` unless ``t`` is on ``x``'s device."""
+    if t.device != x.device:
+        raise ValueError(f"{name}: device is {t.device}; allowed is {x.device}, where the input is")
+
+
+def check_same_shape(name: str, t: Tensor, other: str, x: Tensor) -> None:
+    """Raise unless ``t`` is floating-point and of ``x``'s shape and device; ``other`` is ``x``'s name."""
+    check_floating(name, t)
+    if t.shape != x.shape:
+        raise ValueError(f"{name}: shape is {tuple(t.shape)}; allowed is {tuple(x.shape)}, the shape of {other}")
+    check_device(name, t, x)
+
+
+def unit_stride(x: Tensor) -> Tensor:
+    """``x`` itself if its last dimension is contiguous, else a contiguous copy."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """``x`` as ``[rows, last dimension]`` with unit stride inside a row; a view wherever its strides allow one."""
+    return unit_stride(x.reshape(-1, x.shape[-1]))

@@ -1,0 +1,297 @@
+"""Rotary position embedding of q and k in one launch (arXiv 2104.09864).
+
+Each pair ``(x1, x2)`` of a head's rotary part, elements of its two halves or neighbours (interleaved), becomes
+``(x1 * c1 - x2 * s1, x2 * c2 + x1 * s2)``; (c1, c2) and (s1, s2) are the pair's entries of cos and sin, which need not
+be equal. Backward: ``dx1 = dy1 * c1 + dy2 * s2`` and ``dx2 = dy2 * c2 - dy1 * s1``, the same kernel.
+Saved: cos and sin. Moved, forward and backward alike: q and k in and out once; the tables are small and stay in L2.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import reference
+from .inputs import check_device, check_floating, unit_stride
+from .launch import cdiv, next_power_of_2, on_device, tl, triton, use_triton
+
+TILE_SIZE = 4096  # elements of q or k that a program turns
+TILE_HEADS = 8  # heads that share one load of the tables; more would leave lanes idle where there are few k heads
+
+
+@triton.jit
+def _load_table(
+    base, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr, PAIRED: tl.constexpr, INTERLEAVED: tl.constexpr, mask
+):
+    """The two entries of every pair, fp32; one and the same where the table is ``PAIRED``, one entry a pair."""
+    if PAIRED:
+        cols = tl.arange(0, BLOCK_HALF)[None, None, :]
+        first = tl.load(base + cols, mask=mask & (cols < HALF), other=0.0).to(tl.float32)
+        second = first
+    else:
+        first, second = _load_pairs(base, HALF, BLOCK_HALF, INTERLEAVED, mask)
+    return first, second
+
+
+@triton.jit
+def _load_pairs(base, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr, INTERLEAVED: tl.constexpr, mask):
+    """Both elements of the pairs of the rows that start at ``base`` ``[A, B, 1]``: ``[A, B, BLOCK_HALF]`` fp32 each."""
+    if INTERLEAVED:
+        cols = tl.arange(0, 2 * BLOCK_HALF)[None, None, :]
+        both = tl.load(base + cols, mask=mask & (cols < 2 * HALF), other=0.0).to(tl.float32)
+        first, second = tl.split(tl.reshape(both, (base.shape[0], base.shape[1], BLOCK_HALF, 2)))
+    else:
+        cols = tl.arange(0, BLOCK_HALF)[None, None, :]
+        first = tl.load(base + cols, mask=mask & (cols < HALF), other=0.0).to(tl.float32)
+        second = tl.load(base + HALF + cols, mask=mask & (cols < HALF), other=0.0).to(tl.float32)
+    return first, second
+
+
+@triton.jit
+def _turn_heads(
+    x_ptr, y_ptr, x_batch_stride, x_head_stride, x_token_stride, y_batch_stride, y_head_stride, y_token_stride,
+    num_heads, first_head, batch, tokens, num_tokens, cos_base, sin_base, BACKWARD: tl.constexpr, PAIRED: tl.constexpr,
+    HALF: tl.constexpr, TAIL: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_TAIL: tl.constexpr,
+    INTERLEAVED: tl.constexpr, TILE_HEADS: tl.constexpr,
+):  # fmt: skip
+    heads = (first_head + tl.arange(0, TILE_HEADS)).to(tl.int64)
+    token_mask = (tokens < num_tokens)[:, None, None]
+    mask = token_mask & (heads < num_heads)[None, :, None]
+    tokens = tokens[:, None, None]
+    heads = heads[None, :, None]
+    x_base = x_ptr + batch * x_batch_stride + heads * x_head_stride + tokens * x_token_stride
+    y_base = y_ptr + batch * y_batch_stride + heads * y_head_stride + tokens * y_token_stride
+    # Tables of the tile's full shape load in its layout: repeated heads hit L1, a conversion would have to wait.
+    cos_base += tl.zeros((1, TILE_HEADS, 1), dtype=tl.int64)
+    sin_base += tl.zeros((1, TILE_HEADS, 1), dtype=tl.int64)
+    x1, x2 = _load_pairs(x_base, HALF, BLOCK_HALF, INTERLEAVED, mask)
+    c1, c2 = _load_table(cos_base, HALF, BLOCK_HALF, PAIRED, INTERLEAVED, mask)
+    s1, s2 = _load_table(sin_base, HALF, BLOCK_HALF, PAIRED, INTERLEAVED, mask)
+    if BACKWARD:
+        s1, s2 = -s2, -s1
+    y1 = (x1 * c1 - x2 * s1).to(y_ptr.dtype.element_ty)
+    y2 = (x2 * c2 + x1 * s2).to(y_ptr.dtype.element_ty)
+    if INTERLEAVED:
+        cols = tl.arange(0, 2 * BLOCK_HALF)[None, None, :]
+        both = tl.reshape(tl.join(y1, y2), (y1.shape[0], y1.shape[1], 2 * BLOCK_HALF))
+        tl.store(y_base + cols, both, mask=mask & (cols < 2 * HALF))
+    else:
+        cols = tl.arange(0, BLOCK_HALF)[None, None, :]
+        tl.store(y_base + cols, y1, mask=mask & (cols < HALF))
+        tl.store(y_base + HALF + cols, y2, mask=mask & (cols < HALF))
+    if TAIL > 0:
+        cols = tl.arange(0, BLOCK_TAIL)[None, None, :]
+        tail = tl.load(x_base + 2 * HALF + cols, mask=mask & (cols < TAIL))
+        tl.store(y_base + 2 * HALF + cols, tail, mask=mask & (cols < TAIL))
+
+
+# HALF and TAIL are constants because a width such as 40 or 48 is then known to be a multiple of 8, and the masked
+# accesses are 16 bytes wide.
+@triton.jit
+def _rope_kernel(
+    q_ptr,  # [B, H_q, T, D], like the next three whatever the memory order
+    k_ptr,  # [B, H_k, T, D]
+    q_out_ptr,  # [B, H_q, T, D]
+    k_out_ptr,  # [B, H_k, T, D]
+    cos_ptr,  # [B, T, 2 * HALF], or [B, T, HALF] if PAIRED
+    sin_ptr,  # like cos
+    q_batch_stride, q_head_stride, q_token_stride,
+    k_batch_stride, k_head_stride, k_token_stride,
+    q_out_batch_stride, q_out_head_stride, q_out_token_stride,
+    k_out_batch_stride, k_out_head_stride, k_out_token_stride,
+    cos_batch_stride, cos_token_stride,
+    sin_batch_stride, sin_token_stride,
+    num_q_heads,
+    num_k_heads,
+    num_tokens,
+    q_chunks,
+    k_chunks,
+    HAS_K: tl.constexpr,
+    BACKWARD: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    PAIRED: tl.constexpr,
+    HALF: tl.constexpr,
+    TAIL: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+    BLOCK_TAIL: tl.constexpr,
+    TILE_TOKENS: tl.constexpr,
+    TILE_HEADS: tl.constexpr,
+):  # fmt: skip
+    # Chunks of heads vary fastest: programs that read the same table entries and neighbouring memory run together.
+    chunk = tl.program_id(0) % (q_chunks + k_chunks)
+    block = tl.program_id(0) // (q_chunks + k_chunks)
+    token_blocks = tl.cdiv(num_tokens, TILE_TOKENS)
+    batch = (block // token_blocks).to(tl.int64)
+    tokens = (block % token_blocks).to(tl.int64) * TILE_TOKENS + tl.arange(0, TILE_TOKENS)
+    cos_base = (cos_ptr + batch * cos_batch_stride + tokens * cos_token_stride)[:, None, None]
+    sin_base = (sin_ptr + batch * sin_batch_stride + tokens * sin_token_stride)[:, None, None]
+    if HAS_K and chunk >= q_chunks:
+        _turn_heads(
+            k_ptr, k_out_ptr, k_batch_stride, k_head_stride, k_token_stride, k_out_batch_stride, k_out_head_stride,
+            k_out_token_stride, num_k_heads, (chunk - q_chunks) * TILE_HEADS, batch, tokens, num_tokens, cos_base,
+            sin_base, BACKWARD, PAIRED, HALF, TAIL, BLOCK_HALF, BLOCK_TAIL, INTERLEAVED, TILE_HEADS,
+        )  # fmt: skip
+    else:
+        _turn_heads(
+            q_ptr, q_out_ptr, q_batch_stride, q_head_stride, q_token_stride, q_out_batch_stride, q_out_head_stride,
+            q_out_token_stride, num_q_heads, chunk * TILE_HEADS, batch, tokens, num_tokens, cos_base,
+            sin_base, BACKWARD, PAIRED, HALF, TAIL, BLOCK_HALF, BLOCK_TAIL, INTERLEAVED, TILE_HEADS,
+        )  # fmt: skip
+
+
+def _strides(x: Tensor, unsqueeze_dim: int) -> tuple[int, int, int]:
+    """Strides of batch, head and token."""
+    batch, second, third, _ = x.stride()
+    return (batch, second, third) if unsqueeze_dim == 1 else (batch, third, second)
+
+
+def _launch(
+    q: Tensor, q_out: Tensor, k: Tensor | None, k_out: Tensor | None, cos: Tensor, sin: Tensor, rotary_dim: int,
+    interleaved: bool, unsqueeze_dim: int, backward: bool,
+) -> None:  # fmt: skip
+    """Turn ``q`` into ``q_out`` and, unless None, ``k`` into ``k_out``."""
+    batch, num_tokens, head_dim = q.shape[0], q.shape[3 - unsqueeze_dim], q.shape[3]
+    q_heads, k_heads = q.shape[unsqueeze_dim], 0 if k is None else k.shape[unsqueeze_dim]
+    if batch * num_tokens * (q_heads + k_heads) == 0:
+        return
+    half, tail = rotary_dim // 2, head_dim - rotary_dim
+    block_half = next_power_of_2(half)
+    tile_heads = min(TILE_HEADS, next_power_of_2(max(q_heads, k_heads)))
+    tile_tokens = max(1, min(TILE_SIZE // (2 * block_half * tile_heads), next_power_of_2(num_tokens)))
+    q_chunks, k_chunks = cdiv(q_heads, tile_heads), cdiv(k_heads, tile_heads)
+    strides = [s for t in (q, k, q_out, k_out) for s in ((0, 0, 0) if t is None else _strides(t, unsqueeze_dim))]
+    strides += [s for t in (cos, sin) for s in (t.stride(0) if t.shape[0] > 1 else 0, t.stride(1))]
+    with on_device(q):
+        _rope_kernel[(batch * cdiv(num_tokens, tile_tokens) * (q_chunks + k_chunks),)](
+            q, k, q_out, k_out, cos, sin, *strides,
+            num_q_heads=q_heads,
+            num_k_heads=k_heads,
+            num_tokens=num_tokens,
+            q_chunks=q_chunks,
+            k_chunks=k_chunks,
+            HAS_K=k is not None,
+            BACKWARD=backward,
+            INTERLEAVED=interleaved,
+            PAIRED=cos.shape[-1] != rotary_dim,
+            HALF=half,
+            TAIL=tail,
+            BLOCK_HALF=block_half,
+            BLOCK_TAIL=next_power_of_2(tail),
+            TILE_TOKENS=tile_tokens,
+            TILE_HEADS=tile_heads,
+            num_warps=4,
+        )  # fmt: skip
+
+
+def rope_fwd(
+    q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, rotary_dim: int, interleaved: bool, unsqueeze_dim: int
+) -> tuple[Tensor, Tensor | None]:
+    """Return the turned ``q`` and ``k``, in their shapes and memory order."""
+    q, k = unit_stride(q), None if k is None else unit_stride(k)
+    q_out, k_out = torch.empty_like(q), None if k is None else torch.empty_like(k)
+    _launch(q, q_out, k, k_out, cos, sin, rotary_dim, interleaved, unsqueeze_dim, backward=False)
+    return q_out, k_out
+
+
+def rope_bwd(
+    dq: Tensor | None, dk: Tensor | None, q_strides: tuple[int, ...], k_strides: tuple[int, ...], cos: Tensor,
+    sin: Tensor, rotary_dim: int, interleaved: bool, unsqueeze_dim: int,
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    """Return the gradients of ``q`` and ``k`` with the given strides, None where the upstream gradient is None."""
+    dq, dk = (None if grad is None else unit_stride(grad) for grad in (dq, dk))
+    dq_out, dk_out = (
+        None if grad is None else torch.empty_strided(grad.shape, strides, dtype=grad.dtype, device=grad.device)
+        for grad, strides in ((dq, q_strides), (dk, k_strides))
+    )
+    tables = (cos, sin, rotary_dim, interleaved, unsqueeze_dim)
+    if dq is not None:
+        _launch(dq, dq_out, dk, dk_out, *tables, backward=True)
+    elif dk is not None:
+        _launch(dk, dk_out, None, None, *tables, backward=True)
+    return dq_out, dk_out
+
+
+class RopeFunction(torch.autograd.Function):
+    """``rope`` of ``q`` and, unless None, ``k``; all arguments are positional."""
+
+    @staticmethod
+    def forward(ctx, q, k, cos, sin, rotary_dim, interleaved, unsqueeze_dim):
+        """Save the tables only."""
+        q_out, k_out = rope_fwd(q, k, cos, sin, rotary_dim, interleaved, unsqueeze_dim)
+        ctx.save_for_backward(cos, sin)
+        # The outputs are dense in the memory order of the inputs: gradients laid out so need no copy further up either.
+        ctx.strides = (q_out.stride(), None if k_out is None else k_out.stride())
+        ctx.settings = (rotary_dim, interleaved, unsqueeze_dim)
+        ctx.set_materialize_grads(False)
+        return q_out if k is None else (q_out, k_out)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dq, dk=None):
+        """Either upstream gradient may be None."""
+        dq = dq if ctx.needs_input_grad[0] else None
+        dk = dk if ctx.needs_input_grad[1] else None
+        return *rope_bwd(dq, dk, *ctx.strides, *ctx.saved_tensors, *ctx.settings), None, None, None, None, None
+
+
+def _check(q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, rotary_dim: int | None, unsqueeze_dim: int) -> int:
+    """Raise for arguments that do not fit together; return the rotary dimension."""
+    if unsqueeze_dim not in (1, 2):
+        raise ValueError(f"unsqueeze_dim: is {unsqueeze_dim}; allowed are 1 ([B, H, T, D]) and 2 ([B, T, H, D])")
+    check_floating("q", q)
+    if q.dim() != 4:
+        raise ValueError(f"q: shape is {tuple(q.shape)}; allowed is a 4-dimensional tensor")
+    batch, num_tokens, head_dim = q.shape[0], q.shape[3 - unsqueeze_dim], q.shape[3]
+    if k is not None:
+        check_floating("k", k)
+        if k.dim() != 4 or (k.shape[0], k.shape[3 - unsqueeze_dim], k.shape[3]) != (batch, num_tokens, head_dim):
+            raise ValueError(
+                f"k: shape is {tuple(k.shape)}; allowed is q's {tuple(q.shape)} but for the number of heads"
+            )
+        check_device("k", k, q)
+    width = cos.shape[-1] if cos.dim() else 0
+    for name, table in (("cos", cos), ("sin", sin)):
+        check_floating(name, table)
+        if table.shape not in ((batch, num_tokens, width), (1, num_tokens, width)):
+            allowed = f"[{batch} or 1, {num_tokens}, {width}], cos and sin of one width"
+            raise ValueError(f"{name}: shape is {tuple(table.shape)}; allowed is {allowed}")
+        if table.requires_grad:
+            raise ValueError(f"{name}: requires a gradient; rope has none for its tables, pass {name}.detach()")
+        check_device(name, table, q)
+    rotary_dim = width if rotary_dim is None else rotary_dim
+    if rotary_dim not in (width, 2 * width) or rotary_dim % 2 or not 0 < rotary_dim <= head_dim:
+        allowed = f"that width or twice it, even and at most the head dimension {head_dim}"
+        raise ValueError(f"rotary_dim: is {rotary_dim} for tables of width {width}; allowed is {allowed}")
+    return rotary_dim
+
+
+def rope(
+    q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, *, interleaved: bool = False, rotary_dim: int | None = None,
+    unsqueeze_dim: int = 1, compute_in_fp32: bool = False,
+) -> tuple[Tensor, Tensor] | Tensor:  # fmt: skip
+    """Rotary position embedding of the first ``rotary_dim`` elements of each head; the rest passes through.
+
+    Args:
+        q: ``[B, H_q, T, D]``, or ``[B, T, H_q, D]`` with ``unsqueeze_dim=2``; fp16, bf16, fp32 or fp64; any strides.
+        k: like ``q``, with a number of heads of its own; or None.
+        cos: ``[B or 1, T, rotary_dim]``; or ``[B or 1, T, rotary_dim / 2]``, one entry a pair, when ``rotary_dim``
+            is given and twice that width. Any floating dtype; gets no gradient.
+        sin: like ``cos``.
+        interleaved: a pair is two neighbouring elements, not element ``i`` of each half.
+        rotary_dim: width of the rotary part; that of the tables by default.
+        unsqueeze_dim: the dimension of the heads in ``q`` and ``k``, 1 or 2.
+        compute_in_fp32: the definition then computes in fp32, as the Triton kernel always does.
+
+    Returns:
+        The turned ``q`` and ``k``, or ``q`` alone if ``k`` is None, in the input's dtype, shape and memory order.
+
+    Raises:
+        TypeError: an argument is not floating-point.
+        ValueError: shapes, devices or ``rotary_dim`` do not fit together; ``cos`` or ``sin`` requires a gradient.
+    """
+    width = _check(q, k, cos, sin, rotary_dim, unsqueeze_dim)
+    if not use_triton(q) or torch.float64 in (q.dtype, q.dtype if k is None else k.dtype):
+        return reference.rope(
+            q, k, cos, sin, interleaved=interleaved, rotary_dim=rotary_dim, unsqueeze_dim=unsqueeze_dim,
+            compute_in_fp32=compute_in_fp32,
+        )  # fmt: skip
+    return RopeFunction.apply(q, k, unit_stride(cos), unit_stride(sin), width, interleaved, unsqueeze_dim)

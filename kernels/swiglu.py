@@ -1,0 +1,32 @@
+"""SwiGLU: ``silu(gate) * up`` (arXiv 2002.05202), by the kernels in ``gated``.
+
+Backward, with ``s = sigmoid(gate)``: ``dup = dout * gate * s`` and ``dgate = dout * up * s * (1 + gate * (1 - s))``.
+"""
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .gated import SILU, GatedFunction, check_gated
+from .launch import use_triton
+
+
+def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
+    """``silu(gate) * up``, computed in fp32 and rounded once.
+
+    Args:
+        gate: ``[..., I]``, fp16, bf16, fp32 or fp64; any strides. Without ``up``, ``[..., 2 * I]``: gate, then up.
+        up: of ``gate``'s shape, or None.
+
+    Returns:
+        ``[..., I]`` in the dtype that the two promote to.
+
+    Raises:
+        TypeError: an argument is not floating-point.
+        ValueError: ``up`` is not of ``gate``'s shape and device; ``gate``'s last dimension is empty, or odd without
+            ``up``.
+    """
+    check_gated(gate, up)
+    if not use_triton(gate) or torch.float64 in (gate.dtype, None if up is None else up.dtype):
+        return reference.swiglu(gate, up)
+    return GatedFunction.apply(gate, up, SILU)
