@@ -122,12 +122,12 @@ def in_memory(pairs: list[dict[str, str]], split: str):
 
 
 def select_columns(dataset, text_column: str | None, prompt_column: str | None, completion_column: str | None):
-    """``dataset`` with the columns ``prompt`` and ``completion``, or ``text``, alone, under these names.
+    """``dataset`` with ``prompt`` and ``completion``, or ``text``, or ``messages`` as its only columns.
 
-    Columns not named are looked for under their standard names, the pair first.
+    Columns not named are looked for under their standard names, in this order.
 
     Raises:
-        ValueError: a named column that is not there, half a pair, both forms, or neither form to be found.
+        ValueError: a named column that is not there, half a pair, both forms, or no form to be found.
     """
     if (prompt_column is None) != (completion_column is None):
         raise ValueError(
@@ -144,11 +144,11 @@ def select_columns(dataset, text_column: str | None, prompt_column: str | None, 
         names = {prompt_column: "prompt", completion_column: "completion"}
     elif {"prompt", "completion"} <= set(columns):
         names = {"prompt": "prompt", "completion": "completion"}
-    elif "text" in columns:
-        names = {"text": "text"}
+    elif standard := [name for name in ("text", "messages") if name in columns]:
+        names = {standard[0]: standard[0]}
     else:
         raise ValueError(
-            f"dataset has the columns {columns}, none of them prompt and completion, or text: "
+            f"dataset has the columns {columns}, but not prompt and completion, text, or messages: "
             "name them with prompt_column and completion_column, or text_column"
         )
     if missing := [name for name in names if name not in columns]:
@@ -157,12 +157,19 @@ def select_columns(dataset, text_column: str | None, prompt_column: str | None, 
     return dataset.rename_columns({old: new for old, new in names.items() if old != new})
 
 
-def train_tokenizer(texts: Iterator[str], vocab_size: int):
+def texts(dataset) -> Iterator[str]:
+    """All text of a dataset of strings and messages."""
+    for example in dataset:
+        for value in example.values():
+            yield from [value] if isinstance(value, str) else [message["content"] for message in value]
+
+
+def train_tokenizer(corpus: Iterator[str], vocab_size: int):
     """A byte-level BPE tokenizer with begin, end, padding and chat tokens and a chat template.
 
     Args:
-        texts: what to learn the merges from.
-        vocab_size: size of the vocabulary, special tokens included; fewer where the texts have fewer merges.
+        corpus: texts to learn the merges from.
+        vocab_size: size of the vocabulary, special tokens included; a small corpus gives fewer.
 
     Returns:
         A ``PreTrainedTokenizerFast``.
@@ -185,7 +192,7 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int):
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator(corpus, trainer)
     begin, end, pad, *chat = special
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -217,8 +224,11 @@ def encode(example: dict, tokenizer, max_length: int) -> dict[str, list[int]]:
         ``input_ids``, ``attention_mask`` and ``labels``; the prompt's labels are -100, so the loss is the answer's.
 
     Raises:
-        ValueError: the chat template gives the prompt alone other tokens than the prompt before its answer.
+        ValueError: the example is one of ``messages``; the chat template gives the prompt alone other tokens than the
+            prompt before its answer.
     """
+    if "messages" in example:
+        raise ValueError("a dataset of messages needs trainer: sft, or prompt_column and completion_column")
     if "text" in example:
         ids, start = [*tokenizer(example["text"])["input_ids"], tokenizer.eos_token_id], 0
     elif isinstance(example["prompt"], str):

@@ -1,6 +1,7 @@
 """A recipe: one training run as YAML. Its keys are the fields of dataclasses, and the command line overrides them."""
 
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -127,7 +128,7 @@ def parse_recipe(argv: list[str]) -> Recipe:
             raise ValueError(f"{source}: unknown key {key!r}{nearest(str(key), valid)}")
     *parsed, rest = parser.parse_args_into_dataclasses(flags, return_remaining_strings=True, look_for_args_file=False)
     if rest:
-        raise ValueError(f"command line: {rest[0]!r} belongs to no key; overrides are written --key value")
+        raise ValueError(f"{rest[0]!r} belongs to no key: overrides are written --key value, one value to most keys")
     run, model, training = parsed[:3]
     recipe = Recipe(run, training, model, parsed[3].max_length if trainer == "trainer" else training.max_length)
     _check(recipe)
@@ -138,11 +139,17 @@ def _check(recipe: Recipe):
     run, model = recipe.run, recipe.model
     if (run.model_config is None) == (model.model_name_or_path is None):
         raise ValueError(
-            "give either model_name_or_path or model_config (random weights), "
+            "give either model_name_or_path or model_config (random weights; `--model_config null` unsets it), "
             f"got model_name_or_path={model.model_name_or_path!r} and model_config={run.model_config!r}"
         )
     if run.trainer == "trainer" and (model.load_in_4bit or model.load_in_8bit):
         raise ValueError("load_in_4bit and load_in_8bit need trainer: sft, which prepares the quantised model")
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != recipe.training.world_size:  # accelerate forms no group of processes without GPUs by itself
+        raise ValueError(
+            f"launched as {launched} processes, which form a group of {recipe.training.world_size}: "
+            "each would train alone; without GPUs, add --use_cpu true"
+        )
 
 
 def _bool_or_auto(value: str | bool) -> bool:

@@ -1,5 +1,6 @@
 """ThroughputCallback: tokens per second, step time, MFU and peak memory in the Trainer's own logs."""
 
+import re
 import sys
 import time
 from dataclasses import dataclass
@@ -7,9 +8,11 @@ from dataclasses import dataclass
 import torch
 from transformers import TrainerCallback
 
-# Dense bf16 tensor-core TFLOP/s from the makers' data sheets. The first name contained in the device's name counts.
+# Dense bf16 TFLOP/s from the makers' data sheets. The first name that is contained in the device's, as words, counts.
 PEAK_TFLOPS = {
+    "GB200": 2500.0,
     "B200": 2250.0,
+    "GH200": 989.4,
     "H200": 989.4,
     "H100 PCIe": 756.0,
     "H100 NVL": 835.0,
@@ -227,7 +230,7 @@ def peak_tflops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for known, peak in PEAK_TFLOPS.items() if known in name), None)
+    return next((peak for known, peak in PEAK_TFLOPS.items() if re.search(rf"\b{known}\b", name)), None)
 
 
 def peak_memory(device: torch.device) -> dict[str, float]:

@@ -31,7 +31,7 @@ def from_main_process(make: Callable[[], Any]) -> Any:
 
 
 def build_dataset(recipe: Recipe):
-    """The recipe's data as ``prompt`` and ``completion``, or ``text``."""
+    """The recipe's data as ``prompt`` and ``completion``, ``text``, or ``messages``."""
     run = recipe.run
     if run.dataset == data.EMBEDDED:
         pairs = from_main_process(lambda: data.embedded_pairs(show_progress=not recipe.training.disable_tqdm))
@@ -50,8 +50,7 @@ def build_tokenizer(recipe: Recipe, dataset):
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
     size = recipe.run.model_config.get("vocab_size", DEFAULT_VOCAB_SIZE)
-    texts = (text for example in dataset for text in example.values())
-    return from_main_process(lambda: data.train_tokenizer(texts, size))
+    return from_main_process(lambda: data.train_tokenizer(data.texts(dataset), size))
 
 
 def build_model(recipe: Recipe, tokenizer):

@@ -56,6 +56,8 @@ def test_command_line_overrides_yaml_overrides_defaults(tmp_path, trainer):
     changed = parse_recipe([path, "--model_config", '{"model_type": "qwen3"}', "--liger_config", '{"glu": false}'])
     assert changed.run.model_config == {"model_type": "qwen3"}
     assert changed.training.liger_config["glu"] is False
+    named = parse_recipe([path, "--model_config", "null", "--model_name_or_path", "some/model"])
+    assert (named.run.model_config, named.model.model_name_or_path) == (None, "some/model")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,25 @@
+# Every target makes .venv itself where it is missing; the pins are in constraints.txt.
+VENV := .venv
+STAMP := $(VENV)/.installed
+PYTHON ?= python3
+
+.PHONY: demo test test-gpu lint
+
+demo: $(STAMP)  ## train the quickstart recipe; make demo ARGS="--max_steps 20"
+	$(VENV)/bin/liger-trainer train recipes/quickstart.yaml $(ARGS)
+
+test: $(STAMP)  ## the whole suite; without a GPU the kernels run in Triton's interpreter
+	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -n 2 --dist worksteal $(ARGS)
+
+test-gpu: $(STAMP)  ## what only a GPU can test
+	$(VENV)/bin/pytest -m gpu $(ARGS)
+
+lint: $(STAMP)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	@echo 'Installing into $(VENV): a minute or two'
+	$(VENV)/bin/pip install --quiet --constraint constraints.txt --editable '.[dev,plots]'
+	touch $@
