@@ -163,7 +163,7 @@ def reduce_loss(token_loss: Tensor, valid: Tensor, reduction: str, num_items: Te
         return token_loss
     if num_items is not None:
         if torch.is_tensor(num_items):
-            num_items = num_items.to(token_loss.device)
+            num_items = num_items.to(token_loss.device).reshape(())
         return token_loss.sum() / num_items
     return token_loss.sum() if reduction == "sum" else token_loss.sum() / valid.sum().clamp(min=1)
 

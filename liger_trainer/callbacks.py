@@ -9,7 +9,6 @@ from transformers import TrainerCallback
 from .config import LigerConfig
 from .patching import apply_with, patch_state
 
-
 logger = logging.getLogger(__name__)
 
 

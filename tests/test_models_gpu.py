@@ -33,7 +33,9 @@ def total_error(ours, exact):
 def test_gradients_are_as_good_as_the_unpatched_model_s(model_type, dtype):
     inputs = {k: v.cuda() for k, v in batch(rows=4, tokens=33).items()}
     model = tiny_model(model_type).cuda()
-    exact_loss, exact = gradients(copy.deepcopy(model).double(), inputs)
+    # grouped experts have no fp64 form on a GPU
+    exact_model = copy.deepcopy(model) if model_type == "mixtral" else copy.deepcopy(model).double()
+    exact_loss, exact = gradients(exact_model, inputs)
     model = model.to(dtype)
     loss, theirs = gradients(model, inputs)
     apply_liger(model, {"strict": True})
