@@ -16,6 +16,7 @@ from .kernels import reference
 from .kernels.geglu import geglu
 from .kernels.swiglu import swiglu
 from .probing import TOLERANCE, difference, generator, stand_in, takes_one_tensor
+from .recompute import recomputed
 from .verdicts import Refusal, Replacement, Verdict
 
 ACTIVATIONS = {
@@ -79,9 +80,9 @@ def probe_mlp(module: nn.Module) -> Verdict:
                     difference(definition(*pair, **options), seen) <= TOLERANCE[dtype]
                     for pair, (_, seen), dtype in zip(inputs, runs, DTYPES, strict=True)
                 ):
-                    forward = _mlp_forward(type(module).forward, names, swapped, functools.partial(op, **options))
+                    method = _mlp_method(type(module).forward, names, swapped, functools.partial(op, **options))
                     packed = ", packed" if len(names) == 2 else ""
-                    return Replacement("glu", f"{variant}{packed}", "forward", forward)
+                    return Replacement("glu", f"{variant}{packed}", "forward", method)
     return Refusal("glu", UNKNOWN)
 
 
@@ -99,25 +100,25 @@ def _record(module, names, dtype):
     return pair, down.seen
 
 
-def _mlp_forward(original, names, swapped, op):
-    if len(names) == 2:
-        gate_up_name, down_name = names
+def _mlp_method(original, names, swapped, op):
+    *inner_names, down_name = names
 
+    @functools.cache
+    def method(config):
         @functools.wraps(original)
         def forward(self, hidden_states):
-            gate_up = getattr(self, gate_up_name)(hidden_states)
-            gated = op(*reversed(gate_up.chunk(2, dim=-1))) if swapped else op(gate_up)
-            return getattr(self, down_name)(gated)
-    else:
-        gate_name, up_name = reversed(names[:2]) if swapped else names[:2]
-        down_name = names[2]
+            inner = [getattr(self, name)(hidden_states) for name in inner_names]
+            if swapped:
+                inner = [*reversed(inner[0].chunk(2, dim=-1) if len(inner) == 1 else inner)]
+            gated = op(*inner)
+            if not config.recompute_glu:
+                return getattr(self, down_name)(gated)
+            with recomputed(gated, op, inner):
+                return getattr(self, down_name)(gated)
 
-        @functools.wraps(original)
-        def forward(self, hidden_states):
-            gate, up = getattr(self, gate_name)(hidden_states), getattr(self, up_name)(hidden_states)
-            return getattr(self, down_name)(op(gate, up))
+        return forward
 
-    return forward
+    return method
 
 
 def matches_experts(module: nn.Module) -> bool:
@@ -138,13 +139,13 @@ def probe_experts(module: nn.Module) -> Verdict:
             difference(definition(gate_up.to(d), **options), original(twin, gate_up.to(d))) <= TOLERANCE[d]
             for d in DTYPES
         ):
-            return Replacement("glu", f"{variant}, packed", "_apply_gate", _experts_gate(original, op, options))
+            return Replacement("glu", f"{variant}, packed", "_apply_gate", _experts_method(original, op, options))
     return Refusal("glu", "its gate is neither silu(gate) * up nor gelu(gate) * up")
 
 
-def _experts_gate(original, op, options):
+def _experts_method(original, op, options):
     @functools.wraps(original)
     def apply_gate(self, gate_up_out):
         return op(gate_up_out, **options)
 
-    return apply_gate
+    return lambda config: apply_gate

@@ -53,8 +53,9 @@ def probe(module: nn.Module) -> Verdict:
         kind = "layer_norm" if has_bias else "rms_norm"
         return Refusal(kind, "its forward is no RMS norm or layer norm of the forms known")
     _, kind, variant, eps, options = best
-    bind = _rms_norm_forward if kind == "rms_norm" else _layer_norm_forward
-    return Replacement(kind, variant, "forward", bind(original, has_weight, has_bias, eps, options))
+    make = _rms_norm_forward if kind == "rms_norm" else _layer_norm_forward
+    forward = make(original, has_weight, has_bias, eps, options)
+    return Replacement(kind, variant, "forward", lambda config: forward)
 
 
 def _samples(module, original):

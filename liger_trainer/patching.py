@@ -147,7 +147,7 @@ def _plan(model: nn.Module, core: nn.Module, config: LigerConfig, no_fused_loss:
                 reason = f"its {verdict.attribute} was already replaced on the instance"
                 report.skipped.append(Skipped(verdict.kind, name, cls, reason))
             else:
-                edits.append(Edit(module, attribute, types.MethodType(verdict.function, module)))
+                edits.append(Edit(module, attribute, types.MethodType(verdict.method(config), module)))
                 report.applied.append(Applied(verdict.kind, name, cls, verdict.variant))
     fused = None
     if config.fused_loss:

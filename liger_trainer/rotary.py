@@ -84,7 +84,7 @@ def probe(module: nn.Module) -> Verdict:
     rebound = _with_globals(type(module).forward, adapters)
     if isinstance(rebound, str):
         return Refusal("rope", rebound)
-    return Replacement("rope", ", ".join(dict.fromkeys(forms)), "forward", rebound)
+    return Replacement("rope", ", ".join(dict.fromkeys(forms)), "forward", lambda config: rebound)
 
 
 def _layout(original) -> tuple[list[str], int] | str:

@@ -5,17 +5,20 @@ from typing import NamedTuple
 
 from torch import nn
 
+from .config import LigerConfig
+
 
 class Replacement(NamedTuple):
-    """One of our ops can stand in: ``function`` becomes the instance's method ``attribute``.
+    """One of our ops can stand in: ``method(config)`` becomes the instance's method ``attribute``.
 
-    ``variant`` names the form of the op that agreed with the module's own.
+    ``variant`` names the form of the op that agreed with the module's own. ``method`` gives the same function for the
+    same config, so that all layers of a model share one.
     """
 
     kind: str
     variant: str
     attribute: str
-    function: Callable
+    method: Callable[[LigerConfig], Callable]
 
 
 class Refusal(NamedTuple):

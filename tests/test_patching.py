@@ -9,7 +9,7 @@ from tiny_models import MODEL_TYPES, batch, tiny_config, tiny_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from liger_trainer import LigerConfig, apply_liger, revert_liger
+from liger_trainer import LigerConfig, apply_liger, gated, recompute, revert_liger
 from liger_trainer.kernels import launch
 
 # What each architecture has two layers of: (norms, rotary attentions, gated MLPs).
@@ -252,3 +252,25 @@ def test_wrong_use():
         apply_liger(model)
     revert_liger(model)
     revert_liger(model)  # nothing left to revert
+
+
+@pytest.mark.parametrize("model_type", ["llama", "phi3"])
+def test_gated_activations_are_computed_again_instead_of_kept(model_type, monkeypatch):
+    calls = []
+
+    def counting(result, compute, inputs):
+        return recompute.recomputed(result, lambda *args: calls.append(1) or compute(*args), inputs)
+
+    monkeypatch.setattr(gated, "recomputed", counting)
+    results = {}
+    for mode in ("kept", "computed again", "checkpointed"):
+        model, expected = tiny_model(model_type), {"kept": 0, "computed again": 2, "checkpointed": 0}[mode]
+        apply_liger(model, {"recompute_glu": mode != "kept"})
+        if mode == "checkpointed":  # keeping gate and up would undo what checkpointing frees
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        results[mode] = loss_and_gradients(model, batch())[1]
+        assert len(calls) == expected
+        calls.clear()
+    for name, gradient in results["kept"].items():
+        assert torch.equal(gradient, results["computed again"][name])
+        assert torch.equal(gradient, results["checkpointed"][name])
