@@ -50,8 +50,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--arms", type=names(ARMS), default=list(ARMS))
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--warmup", type=int, default=4, help="steps before the first timed one")
-    parser.add_argument("--steps", type=int, default=10, help="timed steps")
+    parser.add_argument("--warmup", type=int, default=5, help="steps before the first timed one")
+    parser.add_argument("--steps", type=int, default=15, help="timed steps, whole windows of them")
+    parser.add_argument("--window", type=int, default=5, help="steps between two readings of the clock")
     parser.add_argument(
         "--profile", choices=ARMS, metavar="ARM", help=f"profile {PROFILED_STEPS} steps of one arm instead"
     )
@@ -65,8 +66,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--warmup, --steps and --rounds must be at least 1")
     if args.smoke:
         args.models, args.settings, args.rounds, args.warmup, args.steps = ["tiny"], [setting("2x16")], 1, 1, 2
+        args.window = 1
     if args.profile:
-        args.arms, args.rounds, args.steps = [args.profile], 1, PROFILED_STEPS
+        args.arms, args.rounds, args.steps, args.window = [args.profile], 1, PROFILED_STEPS, PROFILED_STEPS
+    if args.window < 1 or args.steps % args.window:
+        parser.error(f"--steps must be a multiple of --window, got {args.steps} and {args.window}")
     return args
 
 
@@ -75,6 +79,7 @@ def plan(args: argparse.Namespace) -> list[dict]:
     common_part = {
         "warmup": args.warmup,
         "steps": args.steps,
+        "window": args.window,
         "device": "cpu" if args.smoke else "cuda",
         "profile": bool(args.profile),
     }
@@ -105,7 +110,7 @@ def run_job(job: dict, timeout: float):
 
 def combine(job: dict, rounds: list[dict]) -> dict:
     """The row of one arm: medians over its good rounds, or what went wrong in the last one."""
-    identity = {k: job[k] for k in ("model", "setting", "arm", "batch", "seq", "checkpointing", "warmup", "steps")}
+    identity = {k: v for k, v in job.items() if k not in ("round", "device", "profile")}
     good = [r for r in rounds if r["status"] == "ok"]
     last = {k: v for k, v in rounds[-1].items() if k != "kind"}
     if not good:

@@ -4,6 +4,7 @@ import importlib.util
 import statistics
 import tempfile
 import time
+from itertools import pairwise
 
 import torch
 from torch.utils.data import Dataset
@@ -33,25 +34,30 @@ class RandomTokens(Dataset):
 
 
 class StepTimes(TrainerCallback):
-    """Time from the end of one step to the end of the next, the device drained at both."""
+    """Mean step time of windows of ``window`` steps, the device drained between windows and not inside them.
 
-    def __init__(self, device: str, warmup: int):
-        self.device, self.warmup, self.ends, self.losses = device, warmup, [], []
+    Draining at every step would add to each the time the host needs to get ahead of the device again, which users
+    do not pay.
+    """
+
+    def __init__(self, device: str, warmup: int, window: int):
+        self.device, self.warmup, self.window, self.ends, self.losses = device, warmup, window, [], []
 
     def on_step_end(self, args, state, control, **kwargs):
-        """Take the time."""
-        synchronize(self.device)
-        self.ends.append(time.perf_counter())
+        """Take the time where a window ends."""
+        done = state.global_step - self.warmup
+        if done >= 0 and done % self.window == 0:
+            synchronize(self.device)
+            self.ends.append(time.perf_counter())
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        """Keep the loss of each step."""
+        """Keep the mean loss of each window."""
         if "loss" in (logs or {}):
             self.losses.append(float(logs["loss"]))
 
     def step_ms(self) -> list[float]:
-        """The steps after the warm-up."""
-        pairs = zip(self.ends, self.ends[1:], strict=False)
-        return [(end - start) * 1e3 for start, end in pairs][self.warmup - 1 :]
+        """One mean for each window after the warm-up."""
+        return [(end - start) * 1e3 / self.window for start, end in pairwise(self.ends)]
 
 
 def make_arguments(job: dict, folder: str) -> TrainingArguments:
@@ -77,7 +83,7 @@ def make_arguments(job: dict, folder: str) -> TrainingArguments:
         lr_scheduler_type="constant",
         optim="adamw_torch_fused",
         activation_checkpointing=job["checkpointing"],
-        logging_steps=1,
+        logging_steps=job["window"],  # a log reads the loss, and so waits for the device
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
@@ -121,7 +127,7 @@ def main(job: dict) -> None:
 def train(job: dict) -> dict:
     """Run the Trainer; step times, tokens per second, losses and peak memory."""
     device, steps = job["device"], job["warmup"] + job["steps"]
-    timer = StepTimes(device, job["warmup"])
+    timer = StepTimes(device, job["warmup"], job["window"])
     profile = KernelProfile(device, job["warmup"], job["steps"]) if job["profile"] else None
     with tempfile.TemporaryDirectory() as folder:
         arguments = make_arguments(job, folder)
