@@ -186,6 +186,8 @@ def _with_globals(function, replaced: dict):
     closure = function.__closure__
     if inner is None:
         namespace = {**function.__globals__, **replaced}
+        # torch.compile looks names up in the module of this name, where the original is, or else in these globals
+        namespace.pop("__name__", None)
     else:
         copied = _with_globals(inner, replaced)
         if isinstance(copied, str):
@@ -196,7 +198,7 @@ def _with_globals(function, replaced: dict):
         closure = tuple(types.CellType(copied) if holds else cell for cell, holds in zip(closure, cells, strict=True))
         namespace = function.__globals__
     copy = types.FunctionType(function.__code__, namespace, function.__name__, function.__defaults__, closure)
-    copy.__kwdefaults__ = function.__kwdefaults__
+    copy.__kwdefaults__, copy.__module__ = function.__kwdefaults__, function.__module__
     copy.__dict__.update(function.__dict__)
     if inner is not None:
         copy.__wrapped__ = copied
