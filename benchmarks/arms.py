@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from benchmarks.cases import EPS, Case
 
-ARMS = ("ours", "ours_64mib", "hf", "compile", "torch", "liger", "liger_fp32", "trl", "cce")
+ARMS = ("ours", "ours_low_memory", "hf", "compile", "torch", "liger", "liger_fp32", "trl", "cce")
 PACKAGE_OF = {"liger": "liger_kernel", "liger_fp32": "liger_kernel", "trl": "trl", "cce": "cut_cross_entropy"}
 Call = tuple[Callable, tuple]
 
@@ -57,11 +57,11 @@ def ours(case: Case, **options) -> Call:
     return lambda *tensors: (op(*tensors, *extra, **options),), _inputs(case)
 
 
-def ours_64mib(case: Case) -> Call:
+def ours_low_memory(case: Case) -> Call:
     """``linear_cross_entropy`` in its low-memory setting."""
     if case.op != "linear_cross_entropy":
         raise Unsupported("the setting exists for linear_cross_entropy only")
-    return ours(case, logits_budget_mib=64)
+    return ours(case, low_memory=True)
 
 
 def _log_prob_of_label(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -196,7 +196,7 @@ def cce(case: Case) -> Call:
 
 _BUILDERS = {
     "ours": ours,
-    "ours_64mib": ours_64mib,
+    "ours_low_memory": ours_low_memory,
     "hf": hf,
     "compile": compiled,
     "torch": torch_own,

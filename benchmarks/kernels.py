@@ -19,7 +19,7 @@ if not __package__:  # run as a script; benchmarks/ itself must not be on the pa
 from benchmarks import common, shapes, tables
 
 # Ours first, and the slow starter last: what a budget cuts is the end. The names are those of arms.py.
-ARMS = ("ours", "hf", "torch", "liger", "trl", "cce", "ours_64mib", "liger_fp32", "compile")
+ARMS = ("ours", "hf", "torch", "liger", "trl", "cce", "ours_low_memory", "liger_fp32", "compile")
 MODES = ("fwd", "bwd", "full")
 KEYS = ("op", "shape", "arm")
 

@@ -20,7 +20,7 @@ from benchmarks import common, shapes, tables
 
 COLORS = {
     "ours": "#d1495b",
-    "ours_64mib": "#edae49",
+    "ours_low_memory": "#edae49",
     "hf": "#8d99ae",
     "torch": "#c0c7d3",
     "compile": "#5c677d",

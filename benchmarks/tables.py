@@ -8,7 +8,7 @@ from benchmarks.shapes import OPS
 KERNEL_METRICS = {"full_ms": "forward + backward, ms", "fwd_ms": "forward, ms", "bwd_ms": "backward, ms"}
 LABELS = {
     "ours": "liger_trainer",
-    "ours_64mib": "liger_trainer, 64 MiB",
+    "ours_low_memory": "liger_trainer, low_memory",
     "hf": "HF eager",
     "torch": "PyTorch op",
     "compile": "torch.compile",

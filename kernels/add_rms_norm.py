@@ -10,10 +10,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import reference
+from .compiled import opaque_op
 from .inputs import check_rows, check_same_shape, check_vector
 from .launch import use_triton
 from .norm_tiles import check_width
-from .rms_norm import out_dtype, rms_norm_bwd, rms_norm_fwd
+from .rms_norm import out_dtype, rms_norm_bwd, rms_norm_bwd_op, rms_norm_fwd
 
 
 class AddRMSNormFunction(torch.autograd.Function):
@@ -43,6 +44,33 @@ class AddRMSNormFunction(torch.autograd.Function):
             )
         # One tensor for both: autograd adds into a gradient in place only where it holds the sole reference.
         return dsum if needs_dx else None, dsum if needs_dresidual else None, dw, None, None, None
+
+
+def _fwd(
+    x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, weight_offset: float, scale_in_fp32: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return rms_norm_fwd(x, residual, weight, eps, weight_offset, scale_in_fp32)
+
+
+def _fake_fwd(x, residual, weight, eps, weight_offset, scale_in_fp32):
+    y = x.new_empty(x.shape, dtype=out_dtype(x, weight, scale_in_fp32))
+    return y, x.new_empty(x.shape), x.new_empty(x.numel() // x.shape[-1], dtype=torch.float32)
+
+
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(output[1], inputs[2], output[2])
+    ctx.settings = inputs[4:]
+    ctx.mark_non_differentiable(output[2])
+
+
+def _differentiate(ctx, dy, dtotal, _):
+    needs_dx, needs_dresidual, needs_dw = ctx.needs_input_grad[:3]
+    needs_dsum = needs_dx or needs_dresidual
+    dsum, dw = rms_norm_bwd_op(dy, dtotal, *ctx.saved_tensors, *ctx.settings, needs_dsum, needs_dw)
+    return dsum if needs_dx else None, dsum if needs_dresidual else None, dw if needs_dw else None, None, None, None
+
+
+_add_rms_norm_op = opaque_op("add_rms_norm", _fwd, _fake_fwd, _differentiate, _save)
 
 
 def add_rms_norm(
@@ -79,4 +107,6 @@ def add_rms_norm(
         )
     check_width(x)
     weight = None if weight is None else weight.contiguous()
+    if torch.compiler.is_compiling():
+        return _add_rms_norm_op(x, residual, weight, float(eps), float(weight_offset), scale_in_fp32)[:2]
     return AddRMSNormFunction.apply(x, residual, weight, eps, weight_offset, scale_in_fp32)

@@ -1,10 +1,10 @@
 """The vocabulary projection in chunks of tokens: which rows count, how many at a time, logits out, gradients in.
 
 All GEMMs are cuBLAS through torch. A chunk's logits live in one reused buffer and become its dlogits there; gradients
-of weight and bias are summed in fp32 over the chunks and rounded once.
+of weight and bias are summed in fp32 over the chunks and rounded once. slabs.py cuts the logits the other way.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import reference
 from .launch import cdiv
+from .weight_sum import WeightSum, mm_into
 
 ROW_ALIGNMENT = 16  # elements: rows of the logits buffer start on 32 bytes whatever the vocabulary
 CHUNK_ALIGNMENT = 128  # tokens: a GEMM tile
@@ -60,29 +61,15 @@ def rows_per_chunk(num_rows: int, vocab_size: int, itemsize: int, budget_mib: fl
     """Tokens whose logits fit in ``budget_mib``, in equal chunks of whole GEMM tiles where the budget holds one."""
     row_bytes = cdiv(vocab_size, ROW_ALIGNMENT) * ROW_ALIGNMENT * itemsize
     limit = max(1, int(budget_mib * 2**20) // row_bytes)
-    if limit >= num_rows:
-        return num_rows
-    unit = CHUNK_ALIGNMENT if limit >= CHUNK_ALIGNMENT else 1
+    return equal_parts(num_rows, limit, CHUNK_ALIGNMENT if limit >= CHUNK_ALIGNMENT else 1)
+
+
+def equal_parts(total: int, limit: int, unit: int) -> int:
+    """The size of as few equal parts of ``total`` as possible, each a multiple of ``unit`` and at most ``limit``."""
+    if limit >= total:
+        return total
     limit -= limit % unit
-    return min(limit, cdiv(cdiv(num_rows, cdiv(num_rows, limit)), unit) * unit)
-
-
-def mm_into(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """``out = a @ b``; an fp32 ``out`` of 16-bit operands takes the GEMM's fp32 accumulator unrounded."""
-    if out.dtype == a.dtype:
-        return torch.mm(a, b, out=out)
-    if out.is_cuda:
-        return torch.mm(a, b, out_dtype=out.dtype, out=out)
-    return torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
-
-
-def add_mm_into(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """``out += a @ b``, summed in ``out``'s dtype."""
-    if out.dtype == a.dtype:
-        return torch.addmm(out, a, b, out=out)
-    if out.is_cuda:
-        return torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
-    return torch.addmm(out, a.to(out.dtype), b.to(out.dtype), out=out)
+    return min(limit, cdiv(cdiv(total, cdiv(total, limit)), unit) * unit)
 
 
 class LinearChunks:
@@ -101,6 +88,10 @@ class LinearChunks:
     def single(self) -> bool:
         """Whether one chunk holds all rows."""
         return self.size >= self.rows.count
+
+    def grad_dtype(self, param: Tensor) -> torch.dtype:
+        """The dtype in which this projection's gradient of ``param`` is formed."""
+        return gradient_dtype(param, self.weight.dtype)
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Yield ``(span of the valid rows, hidden [n, H], logits [n, V])``; the logits' memory is used again."""
@@ -132,43 +123,56 @@ class GradientSums:
     def __init__(self, chunks: LinearChunks, hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: tuple):
         self.chunks, self.wanted = chunks, wanted
         self.params = (hidden, weight, bias)
-        self.sums: list[Tensor | None] = [None, None, None]
+        self.hidden_grad = self.weight_sum = self.weight_grad = self.bias_grad = None
         if wanted[0]:
             make = torch.empty if chunks.rows.index is None else torch.zeros
-            self.sums[0] = make(hidden.shape, dtype=self._sum_dtype(hidden, rounded_once=True), device=hidden.device)
-
-    def _sum_dtype(self, param: Tensor, rounded_once: bool) -> torch.dtype:
-        dtype = self.chunks.weight.dtype
-        return dtype if rounded_once and dtype == param.dtype and dtype != torch.float16 else torch.float32
+            self.hidden_grad = make(hidden.shape, dtype=chunks.grad_dtype(hidden), device=hidden.device)
+        if wanted[1] and not chunks.single and chunks.rows.count:
+            self.weight_sum = WeightSum(weight, chunks.grad_dtype(weight))
 
     def add(self, span: slice, x: Tensor, dlogits: Tensor) -> None:
         """Take in the chunk ``span`` with inputs ``x`` ``[n, H]`` and ``dlogits`` ``[n, V]``."""
-        hidden_grad, weight_grad, bias_grad = self.sums
         if self.wanted[0]:
             index = self.chunks.rows.index
             if index is None:
-                mm_into(hidden_grad[span], dlogits, self.chunks.weight)
+                mm_into(self.hidden_grad[span], dlogits, self.chunks.weight)
             else:
-                out = torch.empty(x.shape, dtype=hidden_grad.dtype, device=x.device)
-                hidden_grad.index_copy_(0, index[span], mm_into(out, dlogits, self.chunks.weight))
-        if self.wanted[1] and weight_grad is None:
-            weight = self.params[1]
-            dtype = self._sum_dtype(weight, rounded_once=self.chunks.single)
-            self.sums[1] = mm_into(torch.empty(weight.shape, dtype=dtype, device=weight.device), dlogits.t(), x)
+                out = torch.empty(x.shape, dtype=self.hidden_grad.dtype, device=x.device)
+                self.hidden_grad.index_copy_(0, index[span], mm_into(out, dlogits, self.chunks.weight))
+        if self.weight_sum is not None:
+            self.weight_sum.add(dlogits, x)
         elif self.wanted[1]:
-            add_mm_into(weight_grad, dlogits.t(), x)
+            weight = self.params[1]
+            out = torch.empty(weight.shape, dtype=self.chunks.grad_dtype(weight), device=weight.device)
+            self.weight_grad = mm_into(out, dlogits.t(), x)
         if self.wanted[2]:
             column_sums = dlogits.sum(0, dtype=torch.float32)
-            self.sums[2] = column_sums if bias_grad is None else bias_grad.add_(column_sums)
+            self.bias_grad = column_sums if self.bias_grad is None else self.bias_grad.add_(column_sums)
 
     def finish(self) -> list[Tensor | None]:
         """The three gradients, ``None`` where not wanted: in the parameter's dtype, or fp32 after fp16 GEMMs."""
-        late = self.chunks.weight.dtype == torch.float16
-        out = []
-        for i, (param, wanted) in enumerate(zip(self.params, self.wanted, strict=True)):
-            total, self.sums[i] = self.sums[i], None
-            if wanted and total is None:
-                total = torch.zeros(param.shape, dtype=torch.float32 if late else param.dtype, device=param.device)
-            out.append(total if total is None or late else total.to(param.dtype))
-            del total
-        return out
+        if self.weight_sum is not None:
+            self.weight_grad, self.weight_sum = self.weight_sum.finish(), None
+        return in_gradient_dtypes(
+            [self.hidden_grad, self.weight_grad, self.bias_grad], self.params, self.wanted, self.chunks.weight.dtype
+        )
+
+
+def gradient_dtype(param: Tensor, gemm_dtype: torch.dtype) -> torch.dtype:
+    """What a gradient that is rounded once may be written in; fp16 GEMMs leave fp32, because their scale comes late."""
+    return gemm_dtype if gemm_dtype == param.dtype and gemm_dtype != torch.float16 else torch.float32
+
+
+def in_gradient_dtypes(
+    grads: list[Tensor | None], params: Sequence[Tensor | None], wanted: Sequence[bool], gemm_dtype: torch.dtype
+) -> list[Tensor | None]:
+    """``grads`` as they are handed on: zeros where wanted and still ``None``, in the parameters' dtype or late fp32."""
+    out = []
+    for i, (param, want) in enumerate(zip(params, wanted, strict=True)):
+        grad, grads[i] = grads[i], None  # so that converting one does not keep both
+        if want:
+            dtype = torch.float32 if gemm_dtype == torch.float16 else param.dtype
+            grad = torch.zeros(param.shape, dtype=dtype, device=param.device) if grad is None else grad.to(dtype)
+        out.append(grad)
+        del grad
+    return out

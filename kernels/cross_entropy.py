@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .inputs import as_rows, check_rows
-from .launch import on_device, tl, triton, use_triton
+from .compiled import opaque_op
+from .inputs import as_rows, check_rows, dense_like
+from .launch import Launcher, tl, triton, use_triton
 from .loss_args import (
     LogitTransform,
     check_labels_form,
@@ -50,6 +51,9 @@ def _reduce_kernel(
     tl.store(labels_ok_ptr, 1 - tl.max(bad, 0))
 
 
+_launch_reduce = Launcher(_reduce_kernel)
+
+
 def cross_entropy_fwd(
     logits: Tensor, labels: Tensor, transform: LogitTransform, *, ignore_index: int, label_smoothing: float,
     z_loss: float, reduction: str, num_items: Tensor | float | None, token_weights: Tensor | None,
@@ -57,7 +61,7 @@ def cross_entropy_fwd(
     """``(loss, lse, scale)`` of ``logits`` ``[N, V]``; ``scale`` (fp32 ``[1]``) is what the reduction multiplies by."""
     num_rows, num_cols = logits.shape
     token_loss, lse = empty_rows(num_rows, logits.device), empty_rows(num_rows, logits.device)
-    loss, scale = empty_rows(1, logits.device).squeeze(0), empty_rows(1, logits.device)
+    loss, scale = torch.empty((), dtype=torch.float32, device=logits.device), empty_rows(1, logits.device)
     labels_ok = torch.empty((), dtype=torch.int32, device=logits.device)
     if num_rows:
         loss_rows(
@@ -65,13 +69,14 @@ def cross_entropy_fwd(
             z_loss=z_loss, token_weights=token_weights,
         )  # fmt: skip
     on_device_items = torch.is_tensor(num_items)
-    with on_device(logits):
-        _reduce_kernel[(1,)](
-            token_loss, labels, num_items if on_device_items else None, loss, scale, labels_ok,
-            num_rows, num_cols, ignore_index, 1.0 if on_device_items or num_items is None else 1.0 / num_items,
-            MEAN=reduction == "mean" and num_items is None, HAS_NUM_ITEMS=on_device_items and reduction != "none",
-            BLOCK_ROWS=REDUCE_BLOCK, num_warps=16,
-        )  # fmt: skip
+    _launch_reduce(
+        (1, 1, 1),
+        (token_loss, labels, num_items if on_device_items else None, loss, scale, labels_ok),
+        (num_rows, num_cols, ignore_index),
+        (1.0 if on_device_items or num_items is None else 1.0 / num_items,),
+        (reduction == "mean" and num_items is None, on_device_items and reduction != "none", REDUCE_BLOCK),
+        (("num_warps", 16),),
+    )
     if logits.is_cuda:
         torch._assert_async(labels_ok, "cross_entropy: a label is neither ignore_index nor in [0, V)")
     return token_loss if reduction == "none" else loss, lse, scale
@@ -82,7 +87,7 @@ def cross_entropy_bwd(
     transform: LogitTransform, **options,
 ) -> Tensor:  # fmt: skip
     """dlogits ``[N, V]`` for ``grad`` of the reduced loss, or of the per-token loss when ``scale`` is None."""
-    dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    dlogits = dense_like(logits)
     if logits.shape[0]:
         loss_grad_rows(
             logits, dlogits, labels, lse, grad, transform, token_weights=token_weights, scale=scale, **options
@@ -117,6 +122,60 @@ class CrossEntropyFunction(torch.autograd.Function):
         return dlogits, None, None, None, None, None, None, None, None
 
 
+def _fwd(
+    logits: Tensor, labels: Tensor, token_weights: Tensor | None, num_items: Tensor | None,
+    num_items_number: float | None, inner: float, outer: float, has_softcap: bool, ignore_index: int,
+    label_smoothing: float, z_loss: float, reduction: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    if not logits.is_cuda:
+        reference.check_labels(labels, logits.shape[-1], ignore_index)
+    return cross_entropy_fwd(
+        logits, labels, LogitTransform(inner, outer, has_softcap), ignore_index=ignore_index,
+        label_smoothing=label_smoothing, z_loss=z_loss, reduction=reduction, token_weights=token_weights,
+        num_items=num_items_number if num_items is None else num_items,
+    )  # fmt: skip
+
+
+def _fake_fwd(logits, labels, token_weights, num_items, num_items_number, *options):
+    rows = labels.shape[0]
+    loss = logits.new_empty(rows if options[-1] == "none" else (), dtype=torch.float32)
+    return loss, logits.new_empty(rows, dtype=torch.float32), logits.new_empty(1, dtype=torch.float32)
+
+
+def _bwd(
+    grad: Tensor, logits: Tensor, labels: Tensor, lse: Tensor, scale: Tensor | None, token_weights: Tensor | None,
+    inner: float, outer: float, has_softcap: bool, ignore_index: int, label_smoothing: float, z_loss: float,
+) -> Tensor:  # fmt: skip
+    return cross_entropy_bwd(
+        grad, logits, labels, lse, scale, token_weights, LogitTransform(inner, outer, has_softcap),
+        ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss,
+    )  # fmt: skip
+
+
+def _fake_bwd(grad, logits, *rest):
+    return logits.new_empty(logits.shape)
+
+
+def _save(ctx, inputs, output):
+    logits, labels, token_weights = inputs[:3]
+    *ctx.settings, reduction = inputs[5:]
+    _, lse, scale = output
+    ctx.save_for_backward(logits, labels, lse, None if reduction == "none" else scale, token_weights)
+    ctx.mark_non_differentiable(lse, scale)
+
+
+def _differentiate(ctx, grad, *_):
+    return _cross_entropy_bwd_op(grad, *ctx.saved_tensors, *ctx.settings), *(None,) * 11
+
+
+_cross_entropy_bwd_op = opaque_op("cross_entropy_bwd", _bwd, _fake_bwd)
+_cross_entropy_op = opaque_op("cross_entropy", _fwd, _fake_fwd, _differentiate, _save)
+
+
+def _flat(t: Tensor) -> Tensor:
+    return t if t.dim() == 1 and t.is_contiguous() else t.reshape(-1).contiguous()
+
+
 def cross_entropy(
     logits: Tensor, labels: Tensor, *, ignore_index: int = -100, label_smoothing: float = 0.0, z_loss: float = 0.0,
     softcap: float | None = None, logit_scale: float = 1.0, reduction: str = "mean",
@@ -142,13 +201,19 @@ def cross_entropy(
             logits, labels, ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap,
             logit_scale=logit_scale, reduction=reduction, num_items=num_items, token_weights=token_weights,
         )  # fmt: skip
-    if not logits.is_cuda:
-        reference.check_labels(labels, logits.shape[-1], ignore_index)
-    loss = CrossEntropyFunction.apply(
-        as_rows(logits),
-        labels.reshape(-1).contiguous(),
-        None if token_weights is None else token_weights.reshape(-1).contiguous(),
-        on_host_or_device(num_items, logits.device),
-        transform, ignore_index, label_smoothing, z_loss, reduction,
-    )  # fmt: skip
+    rows, flat_labels = as_rows(logits), _flat(labels)
+    token_weights = None if token_weights is None else _flat(token_weights)
+    if torch.compiler.is_compiling():
+        # Tensors stay tensors: reading one here would break the graph.
+        items = num_items.detach().to(logits.device) if torch.is_tensor(num_items) else None
+        number = None if num_items is None or items is not None else float(num_items)
+        options = (ignore_index, float(label_smoothing), float(z_loss), reduction)
+        loss = _cross_entropy_op(rows, flat_labels, token_weights, items, number, *transform, *options)[0]
+    else:
+        if not logits.is_cuda:
+            reference.check_labels(labels, logits.shape[-1], ignore_index)
+        items = on_host_or_device(num_items, logits.device)
+        loss = CrossEntropyFunction.apply(
+            rows, flat_labels, token_weights, items, transform, ignore_index, label_smoothing, z_loss, reduction
+        )
     return loss.view(labels.shape) if reduction == "none" else loss

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .inputs import as_rows, check_rows, check_same_shape
-from .launch import cdiv, next_power_of_2, on_device, tl, triton
+from .compiled import opaque_op, or_empty
+from .inputs import check_rows, check_same_shape, dense_like, row_layout
+from .launch import Launcher, cdiv, next_power_of_2, tl, triton
 
 SILU, GELU_TANH, GELU_ERF = 0, 1, 2
 BLOCK_SIZE = 2048
@@ -74,16 +75,19 @@ def _gated_bwd_kernel(
     up_ptr,  # [num_rows, num_cols]
     dgate_ptr,  # [num_rows, num_cols]
     dup_ptr,  # [num_rows, num_cols]
+    out_ptr,  # [num_rows, num_cols]
     dout_row_stride,
     gate_row_stride,
     up_row_stride,
     dgate_row_stride,
     dup_row_stride,
+    out_row_stride,
     num_cols,
     col_blocks,
     ACTIVATION: tl.constexpr,
     NEEDS_DGATE: tl.constexpr,
     NEEDS_DUP: tl.constexpr,
+    NEEDS_OUT: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
 ):
     row = (tl.program_id(0) // col_blocks).to(tl.int64)
@@ -92,8 +96,11 @@ def _gated_bwd_kernel(
     dout = tl.load(dout_ptr + row * dout_row_stride + cols, mask=mask, other=0.0).to(tl.float32)
     gate = tl.load(gate_ptr + row * gate_row_stride + cols, mask=mask, other=0.0).to(tl.float32)
     value, slope = _activation(gate, ACTIVATION)
-    if NEEDS_DGATE:
+    if NEEDS_DGATE or NEEDS_OUT:
         up = tl.load(up_ptr + row * up_row_stride + cols, mask=mask, other=0.0).to(tl.float32)
+    if NEEDS_OUT:
+        tl.store(out_ptr + row * out_row_stride + cols, (value * up).to(out_ptr.dtype.element_ty), mask=mask)
+    if NEEDS_DGATE:
         dgate = dout * up * slope
         tl.store(dgate_ptr + row * dgate_row_stride + cols, dgate.to(dgate_ptr.dtype.element_ty), mask=mask)
     if NEEDS_DUP:
@@ -101,71 +108,80 @@ def _gated_bwd_kernel(
         tl.store(dup_ptr + row * dup_row_stride + cols, dup.to(dup_ptr.dtype.element_ty), mask=mask)
 
 
-def _as_matrices(*tensors: Tensor) -> list[Tensor]:
-    """The tensors as ``[num_rows, num_cols]``; as one long row where all are contiguous."""
-    if all(t.is_contiguous() for t in tensors):
-        return [t.view(1, -1) for t in tensors]
-    return [as_rows(t) for t in tensors]
+_launch_fwd = Launcher(_gated_fwd_kernel)
+_launch_bwd = Launcher(_gated_bwd_kernel)
+
+
+def _shared_layout(*tensors: Tensor | None) -> tuple[int, int, list[Tensor | None], list[int]]:
+    """Rows, columns, the tensors and their row strides; one long row where all are contiguous."""
+    present = [t for t in tensors if t is not None]
+    numel = present[0].numel()
+    if all(t.is_contiguous() for t in present):
+        return 1, numel, list(tensors), [numel] * len(tensors)
+    num_cols = present[0].shape[-1]
+    layouts = [(None, 0) if t is None else row_layout(t) for t in tensors]
+    return numel // num_cols, num_cols, [t for t, _ in layouts], [stride for _, stride in layouts]
 
 
 def gated_fwd(gate: Tensor, up: Tensor, activation: int) -> Tensor:
     """``act(gate) * up`` for ``gate`` and ``up`` of one shape, in the dtype they promote to."""
-    out = torch.empty(gate.shape, dtype=torch.promote_types(gate.dtype, up.dtype), device=gate.device)
-    if out.numel() == 0:
-        return out
-    gate, up = _as_matrices(gate, up)
-    num_rows, num_cols = gate.shape
-    block = min(BLOCK_SIZE, next_power_of_2(num_cols))
-    col_blocks = cdiv(num_cols, block)
-    with on_device(gate):
-        _gated_fwd_kernel[(num_rows * col_blocks,)](
-            gate_ptr=gate,
-            up_ptr=up,
-            out_ptr=out,
-            gate_row_stride=gate.stride(0),
-            up_row_stride=up.stride(0),
-            num_cols=num_cols,
-            col_blocks=col_blocks,
-            ACTIVATION=activation,
-            BLOCK_COLS=block,
-            num_warps=4,
+    dtype = gate.dtype if gate.dtype == up.dtype else torch.promote_types(gate.dtype, up.dtype)
+    out = dense_like(gate, dtype)
+    if out.numel():
+        num_rows, num_cols, (gate, up), strides = _shared_layout(gate, up)
+        block = min(BLOCK_SIZE, next_power_of_2(num_cols))
+        col_blocks = cdiv(num_cols, block)
+        _launch_fwd(
+            (num_rows * col_blocks, 1, 1),
+            (gate, up, out),
+            (*strides, num_cols, col_blocks),
+            (),
+            (activation, block),
+            (("num_warps", 4),),
         )
     return out
 
 
 def gated_bwd(
-    dout: Tensor, gate: Tensor, up: Tensor, dgate: Tensor | None, dup: Tensor | None, activation: int
+    dout: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    dgate: Tensor | None,
+    dup: Tensor | None,
+    activation: int,
+    out: Tensor | None = None,
 ) -> None:
-    """Fill ``dgate`` and ``dup``, each unless None; they are viewable as rows."""
+    """Fill ``dgate``, ``dup`` and ``out`` (the forward's result again), each unless None; they are viewable as rows.
+
+    ``dup`` may be ``dout`` itself.
+    """
     if dout.numel() == 0:
         return
-    written = [t for t in (dgate, dup) if t is not None]
-    dout, gate, up, *written = _as_matrices(dout, gate, up, *written)
-    dgate = None if dgate is None else written[0]
-    dup = None if dup is None else written[-1]
-    num_rows, num_cols = gate.shape
+    num_rows, num_cols, tensors, strides = _shared_layout(dout, gate, up, dgate, dup, out)
     block = min(BLOCK_SIZE, next_power_of_2(num_cols))
     col_blocks = cdiv(num_cols, block)
-    with on_device(gate):
-        _gated_bwd_kernel[(num_rows * col_blocks,)](
-            dout_ptr=dout,
-            gate_ptr=gate,
-            up_ptr=up,
-            dgate_ptr=dgate,
-            dup_ptr=dup,
-            dout_row_stride=dout.stride(0),
-            gate_row_stride=gate.stride(0),
-            up_row_stride=up.stride(0),
-            dgate_row_stride=0 if dgate is None else dgate.stride(0),
-            dup_row_stride=0 if dup is None else dup.stride(0),
-            num_cols=num_cols,
-            col_blocks=col_blocks,
-            ACTIVATION=activation,
-            NEEDS_DGATE=dgate is not None,
-            NEEDS_DUP=dup is not None,
-            BLOCK_COLS=block,
-            num_warps=8,
-        )
+    _launch_bwd(
+        (num_rows * col_blocks, 1, 1),
+        tuple(tensors),
+        (*strides, num_cols, col_blocks),
+        (),
+        (activation, dgate is not None, dup is not None, out is not None, block),
+        (("num_warps", 8),),
+    )
+
+
+def gated_grads(
+    dout: Tensor, gate: Tensor, up: Tensor | None, activation: int, needs_dgate: bool, needs_dup: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of ``gate`` and ``up`` where needed; one packed gradient if ``gate`` holds both halves."""
+    if up is None:
+        dpacked = dense_like(gate)
+        gated_bwd(dout, *gate.chunk(2, dim=-1), *dpacked.chunk(2, dim=-1), activation)
+        return dpacked, None
+    dgate = dense_like(gate) if needs_dgate else None
+    dup = dense_like(up) if needs_dup else None
+    gated_bwd(dout, gate, up, dgate, dup, activation)
+    return dgate, dup
 
 
 class GatedFunction(torch.autograd.Function):
@@ -181,18 +197,50 @@ class GatedFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
-        """Fill one packed gradient, or those of gate and up that are needed."""
-        gate, up = ctx.saved_tensors
-        if up is None:
-            dpacked = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-            gated_bwd(dout, *gate.chunk(2, dim=-1), *dpacked.chunk(2, dim=-1), ctx.activation)
-            return dpacked, None, None
-        dgate, dup = (
-            torch.empty(t.shape, dtype=t.dtype, device=t.device) if needed else None
-            for t, needed in zip((gate, up), ctx.needs_input_grad[:2], strict=True)
-        )
-        gated_bwd(dout, gate, up, dgate, dup, ctx.activation)
-        return dgate, dup, None
+        """Compute only the gradients that are needed."""
+        return *gated_grads(dout, *ctx.saved_tensors, ctx.activation, *ctx.needs_input_grad[:2]), None
+
+
+def _fwd(gate: Tensor, up: Tensor | None, activation: int) -> Tensor:
+    return gated_fwd(*(gate.chunk(2, dim=-1) if up is None else (gate, up)), activation)
+
+
+def _fake_fwd(gate, up, activation):
+    if up is None:
+        return gate.new_empty(*gate.shape[:-1], gate.shape[-1] // 2)
+    return gate.new_empty(gate.shape, dtype=torch.promote_types(gate.dtype, up.dtype))
+
+
+def _bwd(
+    dout: Tensor, gate: Tensor, up: Tensor | None, activation: int, needs_dgate: bool, needs_dup: bool
+) -> tuple[Tensor, Tensor]:
+    dgate, dup = gated_grads(dout, gate, up, activation, needs_dgate, needs_dup)
+    return or_empty(dgate, gate), or_empty(dup, gate)
+
+
+def _fake_bwd(dout, gate, up, activation, needs_dgate, needs_dup):
+    return gate.new_empty(gate.shape if needs_dgate else 0), up.new_empty(up.shape) if needs_dup else gate.new_empty(0)
+
+
+def _save(ctx, inputs, output):
+    gate, up, ctx.activation = inputs
+    ctx.save_for_backward(gate, up)
+
+
+def _differentiate(ctx, dout):
+    needs_dgate, needs_dup = ctx.needs_input_grad[:2]
+    dgate, dup = _gated_bwd_op(dout, *ctx.saved_tensors, ctx.activation, needs_dgate, needs_dup)
+    return dgate if needs_dgate else None, dup if needs_dup else None, None
+
+
+_gated_bwd_op = opaque_op("gated_bwd", _bwd, _fake_bwd)
+_gated_op = opaque_op("gated", _fwd, _fake_fwd, _differentiate, _save)
+
+
+def apply_gated(gate: Tensor, up: Tensor | None, activation: int) -> Tensor:
+    """``act(gate) * up``, or of the two halves of ``gate``, for checked arguments that Triton can take."""
+    apply = _gated_op if torch.compiler.is_compiling() else GatedFunction.apply
+    return apply(gate, up, activation)
 
 
 def check_gated(gate: Tensor, up: Tensor | None) -> None:

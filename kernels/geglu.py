@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .gated import GELU_ERF, GELU_TANH, GatedFunction, check_gated
+from .gated import GELU_ERF, GELU_TANH, apply_gated, check_gated
 from .launch import use_triton
 
 _ACTIVATIONS = {"tanh": GELU_TANH, "none": GELU_ERF}
@@ -36,4 +36,4 @@ def geglu(gate: Tensor, up: Tensor | None = None, *, approximate: str = "tanh") 
         raise ValueError(f'approximate: is {approximate!r}; allowed are "tanh" and "none"')
     if not use_triton(gate) or torch.float64 in (gate.dtype, None if up is None else up.dtype):
         return reference.geglu(gate, up, approximate=approximate)
-    return GatedFunction.apply(gate, up, _ACTIVATIONS[approximate])
+    return apply_gated(gate, up, _ACTIVATIONS[approximate])

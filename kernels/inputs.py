@@ -48,6 +48,19 @@ def unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def dense_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """An uninitialised contiguous tensor of ``x``'s shape and device, and of its dtype unless given another."""
+    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+
+
 def as_rows(x: Tensor) -> Tensor:
     """``x`` as ``[rows, last dimension]`` with unit stride inside a row; a view wherever its strides allow one."""
-    return unit_stride(x.reshape(-1, x.shape[-1]))
+    return unit_stride(x if x.dim() == 2 else x.reshape(-1, x.shape[-1]))
+
+
+def row_layout(x: Tensor) -> tuple[Tensor, int]:
+    """``x``, or a copy where it must be, and the distance between its rows, all dimensions but the last being rows."""
+    if x.is_contiguous():
+        return x, x.shape[-1]
+    x = as_rows(x)
+    return x, x.stride(0)

@@ -1,8 +1,8 @@
-"""Where an op runs and how its kernel is launched: the one place that knows about devices and block sizes."""
+"""Where an op runs and how its kernel is launched: the one place that knows about devices and Triton's launch path."""
 
 import os
-from contextlib import nullcontext
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -25,9 +25,19 @@ except ImportError:  # Windows, macOS, minimal installs: every op then runs its 
 HAS_TRITON = type(triton).__name__ != "_NoTriton"
 # Triton's CPU interpreter, used by the tests; the variable is read by triton when a kernel is defined.
 INTERPRET = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0") == "1"
+DIRECT_LAUNCH_VERSIONS = ((3, 6), (3, 9))  # first and last triton of which we know how a compiled kernel is called
 
 
-_HERE = nullcontext()
+def can_launch_directly(triton_version: str, cuda_version: str | None) -> bool:
+    """Whether compiled kernels may be called without Triton's argument binder: CUDA, and a Triton we know inside."""
+    first, last = DIRECT_LAUNCH_VERSIONS
+    return cuda_version is not None and first <= tuple(map(int, triton_version.split(".")[:2])) <= last
+
+
+DIRECT_LAUNCH = HAS_TRITON and not INTERPRET and can_launch_directly(triton.__version__, torch.version.cuda)
+# The plain C functions behind torch.cuda.current_device and current_stream; CPU builds of torch have neither.
+current_device = getattr(torch._C, "_cuda_getDevice", None)
+current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 
 def use_triton(x: torch.Tensor) -> bool:
@@ -35,11 +45,71 @@ def use_triton(x: torch.Tensor) -> bool:
     return HAS_TRITON and (x.is_cuda or INTERPRET)
 
 
-def on_device(x: torch.Tensor):
-    """Context in which kernels launch on ``x``'s device: Triton launches on the current one."""
-    if not x.is_cuda or x.device.index == torch.cuda.current_device():
-        return _HERE
-    return torch.cuda.device(x.device)
+def specialization(tensors: tuple, ints: tuple) -> tuple[list[int | None], list]:
+    """Addresses of ``tensors`` and a key that differs wherever Triton would compile another kernel for the arguments.
+
+    Triton looks at the dtype of a pointer and whether it is a multiple of 16; at whether an int is 1, is a multiple
+    of 16, and fits 32 bits; and at which arguments are None. Floats are all fp32.
+    """
+    pointers, key = [], []
+    for t in tensors:
+        if t is None:
+            pointers.append(None)
+            key.append(None)
+        else:
+            pointer = t.data_ptr()
+            pointers.append(pointer)
+            key.append((t.dtype,) if pointer & 15 else t.dtype)
+    # n >> 31 is 0 or -1 for 32-bit numbers and something else for wider ones.
+    key += [None if n == 1 else n >> 31 << 1 | (not n & 15) for n in ints]
+    return pointers, key
+
+
+def _has_hooks() -> bool:
+    """Whether a profiler listens to launches: a chain of hooks, or one that was assigned in the place of the chain."""
+    runtime = triton.knobs.runtime
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
+
+
+class Launcher:
+    """Launches a kernel; from the second time on, past Triton's binder, which takes longer than many kernels run.
+
+    The kernel's parameters are pointers, then ints, then floats, then constants, and a call passes each group as a
+    tuple in that order. A kernel is looked up by ``specialization``, the constants, the launch options and the device.
+    """
+
+    def __init__(self, kernel):
+        self.kernel = kernel
+        self.compiled = {}
+
+    def __call__(
+        self, grid: tuple[int, int, int], tensors: tuple[torch.Tensor | None, ...], ints: tuple[int, ...],
+        floats: tuple[float, ...], constants: tuple[Any, ...], options: tuple[tuple[str, int], ...],
+    ) -> None:  # fmt: skip
+        """Launch on the device and current stream of the first tensor; ``options`` are Triton's, as pairs."""
+        device = tensors[0].get_device()
+        if device >= 0 and device != current_device():  # Triton launches on the current device
+            with torch.cuda.device(device):
+                return self(grid, tensors, ints, floats, constants, options)
+        if not DIRECT_LAUNCH or _has_hooks():
+            self._launch_through_triton(grid, tensors, ints, floats, constants, options)
+            return None
+        pointers, key = specialization(tensors, ints)
+        key = (device, constants, options, *key)
+        known = self.compiled.get(key)
+        if known is None:
+            kernel = self._launch_through_triton(grid, tensors, ints, floats, constants, options)
+            self.compiled[key] = (kernel.run, kernel.function, kernel.packed_metadata)
+            return None
+        run, function, metadata = known
+        # The three Nones: launch metadata, and the hooks that would read it.
+        run(*grid, current_stream(device), function, metadata, None, None, None, *pointers, *ints, *floats, *constants)
+        return None
+
+    def _launch_through_triton(self, grid, tensors, ints, floats, constants, options):
+        # An int in the place of a float would be specialised on.
+        return self.kernel[grid](*tensors, *ints, *map(float, floats), *constants, **dict(options))
 
 
 def next_power_of_2(n: int) -> int:
@@ -53,15 +123,16 @@ def cdiv(a: int, b: int) -> int:
 
 
 @cache
-def _sm_count(index: int) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count
+def _sm_count(device: int) -> int:
+    # 2 under the interpreter, so that persistent loops take turns
+    return torch.cuda.get_device_properties(device).multi_processor_count if device >= 0 else 2
 
 
 def sm_count(x: torch.Tensor) -> int:
-    """Streaming multiprocessors of ``x``'s device; 2 under the interpreter, so that persistent loops take turns."""
-    return _sm_count(x.device.index) if x.is_cuda else 2
+    """Streaming multiprocessors of ``x``'s device; 2 under the interpreter."""
+    return _sm_count(x.get_device())
 
 
-def register_limit(count: int) -> dict[str, int]:
+def register_limit(count: int) -> tuple[tuple[str, int], ...]:
     """Launch options that cap a kernel at ``count`` registers a thread, so that a known number of programs fits."""
-    return {"maxnreg": count} if torch.version.cuda else {}
+    return (("maxnreg", count),) if torch.version.cuda else ()

@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import reference
-from .inputs import as_rows, check_rows, check_vector
-from .launch import on_device, tl, triton, use_triton
+from .compiled import opaque_op, or_empty
+from .inputs import check_rows, check_vector, dense_like, row_layout
+from .launch import Launcher, sm_count, tl, triton, use_triton
 from .norm_tiles import check_width, load_per_row, persistent_tiling, row_tiling, sum_partials
 
 
@@ -114,80 +115,69 @@ def _layer_norm_bwd_kernel(
         tl.store(db_partial_ptr + partial_offsets, tl.sum(db, axis=0), mask=col_mask)
 
 
+_launch_fwd = Launcher(_layer_norm_fwd_kernel)
+_launch_bwd = Launcher(_layer_norm_bwd_kernel)
+
+
 def layer_norm_fwd(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return ``(y, mean, rstd)`` for ``x`` ``[..., num_cols]``: y of ``dtype``, the others ``[num_rows]``."""
-    y = torch.empty(x.shape, dtype=dtype, device=x.device)
-    x = as_rows(x)
-    num_rows, num_cols = x.shape
-    mean, rstd = torch.empty(2, num_rows, dtype=torch.float32, device=x.device).unbind()
-    if num_rows == 0:
-        return y, mean, rstd
-    tiling = row_tiling(x)
-    with on_device(x):
-        _layer_norm_fwd_kernel[(tiling.num_programs,)](
-            x_ptr=x,
-            weight_ptr=weight,
-            bias_ptr=bias,
-            y_ptr=y,
-            mean_ptr=mean,
-            rstd_ptr=rstd,
-            x_row_stride=x.stride(0),
-            num_rows=num_rows,
-            num_cols=num_cols,
-            eps=float(eps),
-            HAS_WEIGHT=weight is not None,
-            HAS_BIAS=bias is not None,
-            TILE_ROWS=tiling.tile_rows,
-            BLOCK_COLS=tiling.block_cols,
-            **tiling.options,
+    num_cols = x.shape[-1]
+    num_rows = x.numel() // num_cols
+    y = dense_like(x, dtype)
+    mean = x.new_empty(num_rows, dtype=torch.float32)
+    rstd = torch.empty_like(mean)
+    if num_rows:
+        x, x_stride = row_layout(x)
+        tiling = row_tiling(num_rows, num_cols, sm_count(x))
+        _launch_fwd(
+            (tiling.num_programs, 1, 1),
+            (x, weight, bias, y, mean, rstd),
+            (x_stride, num_rows, num_cols),
+            (eps,),
+            (weight is not None, bias is not None, tiling.tile_rows, tiling.block_cols),
+            tiling.options,
         )
     return y, mean, rstd
 
 
 def layer_norm_bwd(
-    dy: Tensor, x: Tensor, weight: Tensor | None, bias_dtype: torch.dtype, mean: Tensor, rstd: Tensor,
+    dy: Tensor, x: Tensor, weight: Tensor | None, bias_dtype: torch.dtype | None, mean: Tensor, rstd: Tensor,
     needs_dx: bool, needs_dw: bool, needs_db: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """Return ``(dx, dweight, dbias)``, each None unless asked for."""
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if needs_dx else None
-    x, dy = as_rows(x), as_rows(dy)
-    num_rows, num_cols = x.shape
-    wanted = needs_dw + needs_db
+    num_cols, num_rows = x.shape[-1], rstd.shape[0]
+    dx = dense_like(x) if needs_dx else None
     if num_rows == 0:
-        dw = torch.zeros(num_cols, dtype=weight.dtype, device=x.device) if needs_dw else None
-        db = torch.zeros(num_cols, dtype=bias_dtype, device=x.device) if needs_db else None
+        dw = x.new_zeros(num_cols, dtype=weight.dtype) if needs_dw else None
+        db = x.new_zeros(num_cols, dtype=bias_dtype) if needs_db else None
         return dx, dw, db
-    tiling = persistent_tiling(x, dy.element_size() + x.element_size()) if wanted else row_tiling(x)
-    with on_device(x):
-        partials = torch.empty(wanted, tiling.num_programs, num_cols, dtype=torch.float32, device=x.device)
-        _layer_norm_bwd_kernel[(tiling.num_programs,)](
-            dy_ptr=dy,
-            x_ptr=x,
-            weight_ptr=weight,
-            mean_ptr=mean,
-            rstd_ptr=rstd,
-            dx_ptr=dx,
-            dw_partial_ptr=partials[0] if needs_dw else None,
-            db_partial_ptr=partials[-1] if needs_db else None,
-            dy_row_stride=dy.stride(0),
-            x_row_stride=x.stride(0),
-            num_rows=num_rows,
-            num_cols=num_cols,
-            num_tiles=tiling.num_tiles,
-            HAS_WEIGHT=weight is not None,
-            NEEDS_DX=needs_dx,
-            NEEDS_DW=needs_dw,
-            NEEDS_DB=needs_db,
-            TILE_ROWS=tiling.tile_rows,
-            BLOCK_COLS=tiling.block_cols,
-            NUM_STAGES=tiling.num_stages,
-            **tiling.options,
-        )
-        if needs_dw and needs_db and weight.dtype != bias_dtype:
-            return dx, sum_partials(partials[:1], weight.dtype)[0], sum_partials(partials[1:], bias_dtype)[0]
-        sums = sum_partials(partials, weight.dtype if needs_dw else bias_dtype) if wanted else None
+    x, x_stride = row_layout(x)
+    dy, dy_stride = row_layout(dy)
+    wanted, partials = needs_dw + needs_db, None
+    if wanted:
+        tiling = persistent_tiling(num_rows, num_cols, sm_count(x), dy.element_size() + x.element_size())
+        partials = x.new_empty(wanted, tiling.num_programs, num_cols, dtype=torch.float32)
+    else:
+        tiling = row_tiling(num_rows, num_cols, sm_count(x))
+    _launch_bwd(
+        (tiling.num_programs, 1, 1),
+        (
+            dy, x, weight, mean, rstd, dx,
+            partials[0] if needs_dw else None, partials[-1] if needs_db else None,
+        ),
+        (dy_stride, x_stride, num_rows, num_cols, tiling.num_tiles),
+        (),
+        (
+            weight is not None, needs_dx, needs_dw, needs_db,
+            tiling.tile_rows, tiling.block_cols, tiling.num_stages,
+        ),
+        tiling.options,
+    )  # fmt: skip
+    if needs_dw and needs_db and weight.dtype != bias_dtype:
+        return dx, sum_partials(partials[:1], weight.dtype)[0], sum_partials(partials[1:], bias_dtype)[0]
+    sums = sum_partials(partials, weight.dtype if needs_dw else bias_dtype) if wanted else None
     return dx, sums[0] if needs_dw else None, sums[-1] if needs_db else None
 
 
@@ -208,6 +198,53 @@ class LayerNormFunction(torch.autograd.Function):
         """Compute only the gradients that are needed."""
         x, weight, mean, rstd = ctx.saved_tensors
         return *layer_norm_bwd(dy, x, weight, ctx.bias_dtype, mean, rstd, *ctx.needs_input_grad[:3]), None, None
+
+
+def _fwd(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    return layer_norm_fwd(x, weight, bias, eps, dtype)
+
+
+def _fake_fwd(x, weight, bias, eps, dtype):
+    num_rows = x.numel() // x.shape[-1]
+    statistics = (x.new_empty(num_rows, dtype=torch.float32) for _ in range(2))
+    return x.new_empty(x.shape, dtype=dtype), *statistics
+
+
+def _bwd(
+    dy: Tensor, x: Tensor, weight: Tensor | None, bias_dtype: torch.dtype | None, mean: Tensor, rstd: Tensor,
+    needs_dx: bool, needs_dw: bool, needs_db: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    dx, dw, db = layer_norm_bwd(dy, x, weight, bias_dtype, mean, rstd, needs_dx, needs_dw, needs_db)
+    # dweight and dbias can be rows of one tensor; what an operator returns must not share memory.
+    return or_empty(dx, x), or_empty(dw, x), or_empty(db, x) if dw is None or db is None else db.clone()
+
+
+def _fake_bwd(dy, x, weight, bias_dtype, mean, rstd, needs_dx, needs_dw, needs_db):
+    return (
+        x.new_empty(x.shape if needs_dx else 0),
+        weight.new_empty(weight.shape) if needs_dw else x.new_empty(0),
+        x.new_empty(x.shape[-1], dtype=bias_dtype) if needs_db else x.new_empty(0),
+    )
+
+
+def _save(ctx, inputs, output):
+    x, weight, bias = inputs[:3]
+    ctx.save_for_backward(x, weight, *output[1:])
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _differentiate(ctx, dy, *_):
+    x, weight, mean, rstd = ctx.saved_tensors
+    needs = ctx.needs_input_grad[:3]
+    grads = _layer_norm_bwd_op(dy, x, weight, ctx.bias_dtype, mean, rstd, *needs)
+    return *(grad if needed else None for grad, needed in zip(grads, needs, strict=True)), None, None
+
+
+_layer_norm_bwd_op = opaque_op("layer_norm_bwd", _bwd, _fake_bwd)
+_layer_norm_op = opaque_op("layer_norm", _fwd, _fake_fwd, _differentiate, _save)
 
 
 def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
@@ -239,4 +276,6 @@ def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = No
     bias = None if bias is None else bias.contiguous()
     # Autocast would widen x and keep the wide copy for backward; the kernel reads x as it is and writes fp32.
     dtype = torch.float32 if x.is_cuda and torch.is_autocast_enabled("cuda") else x.dtype
+    if torch.compiler.is_compiling():
+        return _layer_norm_op(x, weight, bias, float(eps), dtype)[0]
     return LayerNormFunction.apply(x, weight, bias, eps, dtype)

@@ -5,52 +5,20 @@ then dX = dlogits W and dW += dlogits^T X. So gradients are computed in forward,
 multiplies them by the upstream gradient. Saved: the gradients, and neither hidden states nor weight, which a sharded
 engine may have freed by then. With reduction "none" the upstream gradient differs per token and is not known in
 forward: hidden, weight and lse are saved, and backward computes the logits again, four GEMMs in all.
-
-The reduction's scale is part of dlogits, except in fp16, where dividing by the number of tokens would underflow:
-there the sums stay fp32 at unit scale until backward multiplies and rounds them once.
+linear_loss.py has the computation, weight_sum.py and slabs.py what it costs in memory.
 """
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from . import reference
-from .chunking import GradientSums, LinearChunks, ValidRows, valid_rows
+from .chunking import ValidRows
 from .launch import use_triton
-from .loss_args import LogitTransform, check_linear_args, check_loss_args, logit_transform, on_host_or_device
+from .linear_loss import LossOptions, loss_forward, loss_recompute
+from .linear_loss_op import compiled_loss
+from .loss_args import check_linear_args, check_loss_args, logit_transform, on_host_or_device
 from .reference import TokenStats
-from .scale_gradients import fp16_peak, graph_is_kept, scale_gradients
-from .softmax_rows import NUM_STATS, empty_rows, loss_grad_rows, loss_rows
-
-
-@dataclass(frozen=True)
-class LossOptions:
-    """What the Function needs besides tensors; ``wanted`` tells which of hidden, weight and bias get a gradient."""
-
-    transform: LogitTransform
-    ignore_index: int
-    label_smoothing: float
-    z_loss: float
-    reduction: str
-    logits_budget_mib: float
-    dtype: torch.dtype  # of the GEMMs
-    wanted: tuple[bool, bool, bool]
-    return_stats: bool
-
-    @property
-    def kernel(self) -> dict:
-        """The keywords of the row kernels."""
-        return {"ignore_index": self.ignore_index, "label_smoothing": self.label_smoothing, "z_loss": self.z_loss}
-
-
-def loss_scale(options: LossOptions, rows: ValidRows, num_items: Tensor | float | None) -> float:
-    """The part of the reduction's factor that the host knows; a ``num_items`` tensor divides apart from it."""
-    if torch.is_tensor(num_items):
-        return 1.0
-    if num_items is not None:
-        return 1.0 / num_items
-    return 1.0 / max(rows.count, 1) if options.reduction == "mean" else 1.0
+from .scale_gradients import graph_is_kept, scale_gradients
 
 
 class LinearCrossEntropyFunction(torch.autograd.Function):
@@ -60,51 +28,19 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, labels, token_weights, num_items, options):
         """Loss, statistics and, unless the reduction is "none", the gradients."""
         ctx.set_materialize_grads(False)
-        device = hidden.device
-        rows = valid_rows(labels, weight.shape[0], options.ignore_index)
-        per_token = options.reduction == "none"
-        grad_now = any(options.wanted) and not per_token
-        scale = 1.0 if per_token else loss_scale(options, rows, num_items)
-        divisor = num_items if torch.is_tensor(num_items) and not per_token else None
-        late_scale = options.dtype == torch.float16
-        row_weights = None if token_weights is None else rows.select(token_weights)
-
-        token_loss, lse = empty_rows(rows.count, device), empty_rows(rows.count, device)
-        stats = empty_rows(NUM_STATS * rows.count, device).view(NUM_STATS, -1) if options.return_stats else None
-        with torch.autocast(device.type, enabled=False):
-            chunks = LinearChunks(hidden, weight, bias, rows, options.dtype, options.logits_budget_mib)
-            sums = GradientSums(chunks, hidden, weight, bias, options.wanted if grad_now else (False,) * 3)
-            for span, x, logits in chunks:
-                loss_rows(
-                    logits, rows.labels[span], token_loss[span], lse[span], options.transform, **options.kernel,
-                    token_weights=None if row_weights is None else row_weights[span],
-                    stats=None if stats is None else stats[:, span], write_grad=grad_now,
-                    grad_scale=1.0 if late_scale else scale, num_items=None if late_scale else divisor,
-                )  # fmt: skip
-                if grad_now:
-                    sums.add(span, x, logits)
-                del logits
-            grads = sums.finish()
-
-        ctx.options, ctx.rows_shape = options, rows.num_rows
+        result = loss_forward(hidden, weight, bias, labels, token_weights, num_items, options)
+        ctx.options, ctx.num_rows = options, labels.shape[0]
         ctx.dtypes = [t.dtype if t is not None else None for t in (hidden, weight, bias)]
-        if grad_now:
-            ctx.late_scale = scale if late_scale else 1.0
-            ctx.save_for_backward(*grads, divisor if late_scale else None)
+        if options.grad_now:
+            ctx.late_scale = result.late_scale
+            ctx.save_for_backward(*result.grads, result.late_divisor)
         elif any(options.wanted):
-            ctx.save_for_backward(hidden, weight, bias, rows.labels, rows.index, row_weights, lse)
-
-        if per_token:
-            loss = rows.spread(token_loss)
-        elif rows.count == 0:
-            loss = torch.zeros((), dtype=torch.float32, device=device)
-        else:
-            loss = token_loss.sum() * scale if divisor is None else token_loss.sum() / divisor
-        if stats is None:
-            return loss, None, None, None
-        outputs = (rows.spread(stats[0]), rows.spread(stats[1]), rows.spread(stats[2]).bool())
-        ctx.mark_non_differentiable(*outputs)
-        return loss, *outputs
+            rows = result.rows
+            ctx.save_for_backward(hidden, weight, bias, rows.labels, rows.index, token_weights, result.lse)
+        if result.stats is None:
+            return result.loss, None, None, None
+        ctx.mark_non_differentiable(*result.stats)
+        return result.loss, *result.stats
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -113,31 +49,15 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
         if grad is None:
             return (None,) * 7
         if ctx.options.reduction == "none":
-            return *_recompute(ctx, grad), None, None, None, None
+            hidden, weight, bias, labels, index, token_weights, lse = ctx.saved_tensors
+            rows = ValidRows(labels, index, ctx.num_rows)
+            grads = loss_recompute(grad, hidden, weight, bias, rows, token_weights, lse, ctx.options)
+            return *grads, None, None, None, None
         *grads, divisor = ctx.saved_tensors
         scale = grad.float() * ctx.late_scale
         if divisor is not None:
             scale = scale / divisor
         return *scale_gradients(grads, ctx.dtypes, scale, keep=graph_is_kept()), None, None, None, None
-
-
-def _recompute(ctx, grad: Tensor) -> list[Tensor | None]:
-    """Gradients of hidden, weight and bias for per-token upstream gradients ``grad`` ``[N]``."""
-    hidden, weight, bias, labels, index, row_weights, lse = ctx.saved_tensors
-    options, rows = ctx.options, ValidRows(labels, index, ctx.rows_shape)
-    row_grad = rows.select(grad.float())
-    if row_weights is not None:
-        row_grad = row_grad * row_weights
-    peak = fp16_peak(options.dtype, row_grad)
-    row_grad = row_grad if peak is None else row_grad / peak
-    with torch.autocast(hidden.device.type, enabled=False):
-        chunks = LinearChunks(hidden, weight, bias, rows, options.dtype, options.logits_budget_mib)
-        sums = GradientSums(chunks, hidden, weight, bias, options.wanted)
-        for span, x, logits in chunks:
-            loss_grad_rows(logits, logits, labels[span], lse[span], row_grad[span], options.transform, **options.kernel)
-            sums.add(span, x, logits)
-        grads = sums.finish()
-    return grads if peak is None else scale_gradients(grads, ctx.dtypes, peak, keep=False)
 
 
 class _TieEmptyLogits(torch.autograd.Function):
@@ -157,16 +77,21 @@ def linear_cross_entropy(
     hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None = None, *, ignore_index: int = -100,
     label_smoothing: float = 0.0, z_loss: float = 0.0, softcap: float | None = None, logit_scale: float = 1.0,
     token_weights: Tensor | None = None, reduction: str = "mean", num_items: Tensor | float | None = None,
-    return_stats: bool = False, logits_budget_mib: float = 256,
+    return_stats: bool = False, logits_budget_mib: float = 512, low_memory: bool = False,
 ) -> Tensor | tuple[Tensor, TokenStats]:  # fmt: skip
     """``cross_entropy(hidden @ weight.T + bias, labels)`` without materialised logits; the loss is fp32.
 
     ``hidden`` ``[..., H]``, ``weight`` ``[V, H]`` and ``bias`` ``[V]`` have one dtype, or any under autocast: GEMMs
     then run in autocast's dtype and gradients come back in the parameters' own, unrounded from the fp32 sums.
     ``labels`` ``[...]`` (int64 or int32) are not shifted. Positions with ``ignore_index`` cost nothing; none left gives
-    a differentiable zero. The other options are those of ``cross_entropy``. ``logits_budget_mib`` bounds the
-    transient buffer of logits: smaller chunks save memory and cost GEMM speed. ``return_stats`` adds detached
+    a differentiable zero. The other options are those of ``cross_entropy``. ``return_stats`` adds detached
     per-token ``TokenStats``. The host waits for the device once, to count the labels that are not ignored.
+
+    ``logits_budget_mib`` bounds the transient buffer of logits: fewer, larger chunks are faster. Beside it stands a sum
+    of the weight's gradient in fp32, which takes the memory of the gradient once more if that has 16 bits.
+    ``low_memory`` does without: it computes the logits twice, in slabs of the vocabulary that take at most 64 MiB, and
+    beside these needs only the gradient of ``hidden`` in fp32. Both ways are equally precise.
+    Under ``torch.compile`` the op is one node of the graph.
 
     Raises ``ValueError`` or ``TypeError`` for shapes, dtypes, options and labels out of range.
     """
@@ -182,13 +107,18 @@ def linear_cross_entropy(
     # the Function computes gradients in forward, where autograd has already switched gradients off
     wanted = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias))
     options = LossOptions(
-        transform, ignore_index, label_smoothing, z_loss, reduction, logits_budget_mib, dtype, wanted, return_stats
-    )
-    loss, *stats = LinearCrossEntropyFunction.apply(
+        transform, ignore_index, label_smoothing, z_loss, reduction, logits_budget_mib, low_memory, dtype, wanted,
+        return_stats,
+    )  # fmt: skip
+    tensors = (
         hidden.reshape(-1, hidden.shape[-1]), weight, bias, labels.reshape(-1),
         None if token_weights is None else token_weights.reshape(-1),
-        on_host_or_device(num_items, hidden.device), options,
     )  # fmt: skip
+    if torch.compiler.is_compiling():
+        loss, *stats = compiled_loss(*tensors, num_items, options)
+    else:
+        num_items = on_host_or_device(num_items, hidden.device)
+        loss, *stats = LinearCrossEntropyFunction.apply(*tensors, num_items, options)
     if reduction == "none":
         loss = loss.view(labels.shape)
     return (loss, TokenStats(*(s.view(labels.shape) for s in stats))) if return_stats else loss
@@ -208,5 +138,7 @@ def linear_cross_entropy_with_empty_logits(
     device_type = hidden.device.type
     autocast = torch.is_autocast_enabled(device_type) and hidden.dtype != torch.float64
     dtype = torch.get_autocast_dtype(device_type) if autocast else hidden.dtype
+    if torch.compiler.is_compiling():  # one node of the compiled graph in any case
+        return loss, stats, loss.reshape(-1)[:0].to(dtype).view(*labels.shape, 0)
     loss, empty = _TieEmptyLogits.apply(loss, (*labels.shape, 0), dtype)
     return loss, stats, empty

@@ -5,12 +5,13 @@ rows share a program. Weight gradients are summed by a persistent grid: each pro
 writes one fp32 row of partials; a second kernel adds the rows in a fixed order, so two runs are bit-equal.
 """
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .launch import cdiv, next_power_of_2, register_limit, sm_count, tl, triton
+from .launch import Launcher, cdiv, next_power_of_2, register_limit, tl, triton
 
 MAX_COLS = 65536  # 64 elements a thread with 32 warps; beyond that a row no longer fits the registers
 TILE_SIZE = 4096  # elements of a tile of narrow rows
@@ -26,7 +27,7 @@ class Tiling(NamedTuple):
     num_tiles: int
     num_programs: int
     num_stages: int
-    options: dict[str, int]
+    options: tuple[tuple[str, int], ...]
 
 
 def _tile(num_rows: int, num_cols: int, programs: int) -> tuple[int, int]:
@@ -36,29 +37,29 @@ def _tile(num_rows: int, num_cols: int, programs: int) -> tuple[int, int]:
     return tile_rows, block_cols
 
 
-def row_tiling(x: Tensor) -> Tiling:
-    """One tile a program, for kernels on ``x`` ``[num_rows, num_cols]`` that write per row only."""
-    num_rows, num_cols = x.shape
-    tile_rows, block_cols = _tile(num_rows, num_cols, 4 * sm_count(x))
+@lru_cache(maxsize=4096)
+def row_tiling(num_rows: int, num_cols: int, sms: int) -> Tiling:
+    """One tile a program, for kernels on ``[num_rows, num_cols]`` that write per row only."""
+    tile_rows, block_cols = _tile(num_rows, num_cols, 4 * sms)
     num_tiles = cdiv(num_rows, tile_rows)
     num_warps = min(max(tile_rows * block_cols // 1024, 4), 32)
-    return Tiling(tile_rows, block_cols, num_tiles, num_tiles, 1, {"num_warps": num_warps})
+    return Tiling(tile_rows, block_cols, num_tiles, num_tiles, 1, (("num_warps", num_warps),))
 
 
-def persistent_tiling(x: Tensor, bytes_per_element: int) -> Tiling:
+@lru_cache(maxsize=4096)
+def persistent_tiling(num_rows: int, num_cols: int, sms: int, bytes_per_element: int) -> Tiling:
     """As many programs as run at once, each looping over tiles and prefetching ``bytes_per_element`` of its inputs.
 
     A program more than fits would run alone at the end, hence the register limit that makes the count certain.
     """
-    num_rows, num_cols = x.shape
     per_sm = max(1, 2 * TILE_SIZE // max(next_power_of_2(num_cols), TILE_SIZE))
-    programs = per_sm * sm_count(x)
+    programs = per_sm * sms
     tile_rows, block_cols = _tile(num_rows, num_cols, programs)
     num_tiles = cdiv(num_rows, tile_rows)
     num_warps = min(max(tile_rows * block_cols // 512, 4), 32)
     # Triton keeps one buffer fewer than it has stages.
     stages = min(1 + SMEM_BYTES // (per_sm * tile_rows * block_cols * bytes_per_element), MAX_STAGES)
-    options = {"num_warps": num_warps, **register_limit(min(65536 // (32 * num_warps * per_sm), 255))}
+    options = (("num_warps", num_warps), *register_limit(min(65536 // (32 * num_warps * per_sm), 255)))
     return Tiling(tile_rows, block_cols, num_tiles, min(programs, num_tiles), stages, options)
 
 
@@ -100,17 +101,19 @@ def _sum_partials_kernel(
     tl.store(out_ptr + layer * num_cols + cols, tl.sum(total, axis=0), mask=col_mask)
 
 
+_launch_sum_partials = Launcher(_sum_partials_kernel)
+
+
 def sum_partials(partials: Tensor, dtype: torch.dtype) -> Tensor:
     """Sum of fp32 ``partials`` ``[stack, num_partials, num_cols]`` over ``num_partials``, rounded once to ``dtype``."""
     stack, num_partials, num_cols = partials.shape
-    out = torch.empty(stack, num_cols, dtype=dtype, device=partials.device)
-    _sum_partials_kernel[(cdiv(num_cols, 32), stack)](
-        partial_ptr=partials,
-        out_ptr=out,
-        num_partials=num_partials,
-        num_cols=num_cols,
-        BLOCK_PARTIALS=128,
-        BLOCK_COLS=32,
-        num_warps=8,
+    out = partials.new_empty(stack, num_cols, dtype=dtype)
+    _launch_sum_partials(
+        (cdiv(num_cols, 32), stack, 1),
+        (partials, out),
+        (num_partials, num_cols),
+        (),
+        (128, 32),  # BLOCK_PARTIALS, BLOCK_COLS
+        (("num_warps", 8),),
     )
     return out

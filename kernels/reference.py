@@ -149,12 +149,14 @@ def transform_logits(logits: Tensor, logit_scale: float = 1.0, softcap: float | 
 
 
 def check_labels(labels: Tensor, vocab_size: int, ignore_index: int) -> None:
-    """Raise ``ValueError`` for a label that is neither ``ignore_index`` nor in ``[0, vocab_size)``. Reads the device."""
+    """Raise ``ValueError`` for a label neither ``ignore_index`` nor in ``[0, vocab_size)``. Reads the device."""
     bad = (labels != ignore_index) & ((labels < 0) | (labels >= vocab_size))
+    if torch.compiler.is_compiling():  # reading the device would break the graph
+        torch._assert_async(~bad.any(), f"labels: found one not in [0, {vocab_size}) and not {ignore_index}")
+        return
     if bool(bad.any()):
-        raise ValueError(
-            f"labels: found {int(labels[bad][0])}; every label must be in [0, {vocab_size}) or ignore_index={ignore_index}"
-        )
+        allowed = f"[0, {vocab_size}) or ignore_index={ignore_index}"
+        raise ValueError(f"labels: found {int(labels[bad][0])}; every label must be in {allowed}")
 
 
 def reduce_loss(token_loss: Tensor, valid: Tensor, reduction: str, num_items: Tensor | float | None) -> Tensor:
@@ -170,10 +172,10 @@ def reduce_loss(token_loss: Tensor, valid: Tensor, reduction: str, num_items: Te
 
 def cross_entropy(
     logits: Tensor, labels: Tensor, *, ignore_index: int = -100, label_smoothing: float = 0.0, z_loss: float = 0.0,
-    softcap: float | None = None, logit_scale: float = 1.0, reduction: str = "mean", num_items: Tensor | float | None = None,
-    token_weights: Tensor | None = None,
+    softcap: float | None = None, logit_scale: float = 1.0, reduction: str = "mean",
+    num_items: Tensor | float | None = None, token_weights: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Cross-entropy of ``logits`` ``[..., V]`` against ``labels`` ``[...]``, plus ``z_loss * logsumexp^2`` per token."""
+    """Cross-entropy of ``logits`` ``[..., V]`` and ``labels`` ``[...]``, plus ``z_loss * logsumexp^2`` per token."""
     check_labels(labels, logits.shape[-1], ignore_index)
     z = transform_logits(logits, logit_scale, softcap)
     valid = labels != ignore_index

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import reference
-from .inputs import as_rows, check_rows, check_vector
-from .launch import on_device, tl, triton, use_triton
+from .compiled import opaque_op, or_empty
+from .inputs import check_rows, check_vector, dense_like, row_layout
+from .launch import Launcher, sm_count, tl, triton, use_triton
 from .norm_tiles import check_width, load_per_row, persistent_tiling, row_tiling, sum_partials
 
 
@@ -125,38 +126,32 @@ def _rms_norm_bwd_kernel(
         tl.store(partial_ptr + row * num_cols + cols, tl.sum(dw, axis=0), mask=col_mask)
 
 
+_launch_fwd = Launcher(_rms_norm_fwd_kernel)
+_launch_bwd = Launcher(_rms_norm_bwd_kernel)
+
+
 def rms_norm_fwd(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float, weight_offset: float, scale_in_fp32: bool
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Return ``(y, x + residual, rstd)`` for ``x`` and ``residual`` ``[..., num_cols]``; ``rstd`` is ``[num_rows]``."""
-    y = torch.empty(x.shape, dtype=out_dtype(x, weight, scale_in_fp32), device=x.device)
-    total = None if residual is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    x, residual = as_rows(x), None if residual is None else as_rows(residual)
-    num_rows, num_cols = x.shape
-    rstd = torch.empty(num_rows, dtype=torch.float32, device=x.device)
-    if num_rows == 0:
-        return y, total, rstd
-    tiling = row_tiling(x)
-    with on_device(x):
-        _rms_norm_fwd_kernel[(tiling.num_programs,)](
-            x_ptr=x,
-            residual_ptr=residual,
-            weight_ptr=weight,
-            y_ptr=y,
-            total_ptr=total,
-            rstd_ptr=rstd,
-            x_row_stride=x.stride(0),
-            residual_row_stride=0 if residual is None else residual.stride(0),
-            num_rows=num_rows,
-            num_cols=num_cols,
-            eps=float(eps),
-            weight_offset=float(weight_offset),
-            HAS_RESIDUAL=residual is not None,
-            HAS_WEIGHT=weight is not None,
-            SCALE_IN_FP32=scale_in_fp32,
-            TILE_ROWS=tiling.tile_rows,
-            BLOCK_COLS=tiling.block_cols,
-            **tiling.options,
+    num_cols = x.shape[-1]
+    num_rows = x.numel() // num_cols
+    y = dense_like(x, out_dtype(x, weight, scale_in_fp32))
+    rstd = x.new_empty(num_rows, dtype=torch.float32)
+    total, residual_stride = None, 0
+    if residual is not None:
+        total = dense_like(x)
+        residual, residual_stride = row_layout(residual)
+    if num_rows:
+        x, x_stride = row_layout(x)
+        tiling = row_tiling(num_rows, num_cols, sm_count(x))
+        _launch_fwd(
+            (tiling.num_programs, 1, 1),
+            (x, residual, weight, y, total, rstd),
+            (x_stride, residual_stride, num_rows, num_cols),
+            (eps, weight_offset),
+            (residual is not None, weight is not None, scale_in_fp32, tiling.tile_rows, tiling.block_cols),
+            tiling.options,
         )
     return y, total, rstd
 
@@ -166,43 +161,33 @@ def rms_norm_bwd(
     scale_in_fp32: bool, needs_dx: bool, needs_dw: bool,
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     """Return ``(dx, dweight)``, each None unless needed; ``dtotal``, the gradient of ``x`` itself, is added to dx."""
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if needs_dx else None
-    x, dy, dtotal = as_rows(x), as_rows(dy), None if dtotal is None else as_rows(dtotal)
-    num_rows, num_cols = x.shape
+    num_cols, num_rows = x.shape[-1], rstd.shape[0]
+    dx = dense_like(x) if needs_dx else None
     if num_rows == 0:
         return dx, torch.zeros_like(weight) if needs_dw else None
-    streamed = dy.element_size() + x.element_size() + (0 if dtotal is None else dtotal.element_size())
-    tiling = persistent_tiling(x, streamed) if needs_dw else row_tiling(x)
-    with on_device(x):
-        partials = None
-        if needs_dw:
-            partials = torch.empty(1, tiling.num_programs, num_cols, dtype=torch.float32, device=x.device)
-        _rms_norm_bwd_kernel[(tiling.num_programs,)](
-            dy_ptr=dy,
-            dtotal_ptr=dtotal,
-            x_ptr=x,
-            weight_ptr=weight,
-            rstd_ptr=rstd,
-            dx_ptr=dx,
-            partial_ptr=partials,
-            dy_row_stride=dy.stride(0),
-            dtotal_row_stride=0 if dtotal is None else dtotal.stride(0),
-            x_row_stride=x.stride(0),
-            num_rows=num_rows,
-            num_cols=num_cols,
-            num_tiles=tiling.num_tiles,
-            weight_offset=float(weight_offset),
-            HAS_DTOTAL=dtotal is not None,
-            HAS_WEIGHT=weight is not None,
-            SCALE_IN_FP32=scale_in_fp32,
-            NEEDS_DX=needs_dx,
-            NEEDS_DW=needs_dw,
-            TILE_ROWS=tiling.tile_rows,
-            BLOCK_COLS=tiling.block_cols,
-            NUM_STAGES=tiling.num_stages,
-            **tiling.options,
-        )
-        return dx, sum_partials(partials, weight.dtype)[0] if needs_dw else None
+    x, x_stride = row_layout(x)
+    dy, dy_stride = row_layout(dy)
+    streamed, dtotal_stride = dy.element_size() + x.element_size(), 0
+    if dtotal is not None:
+        dtotal, dtotal_stride = row_layout(dtotal)
+        streamed += dtotal.element_size()
+    if needs_dw:
+        tiling = persistent_tiling(num_rows, num_cols, sm_count(x), streamed)
+        partials = x.new_empty(1, tiling.num_programs, num_cols, dtype=torch.float32)
+    else:
+        tiling, partials = row_tiling(num_rows, num_cols, sm_count(x)), None
+    _launch_bwd(
+        (tiling.num_programs, 1, 1),
+        (dy, dtotal, x, weight, rstd, dx, partials),
+        (dy_stride, dtotal_stride, x_stride, num_rows, num_cols, tiling.num_tiles),
+        (weight_offset,),
+        (
+            dtotal is not None, weight is not None, scale_in_fp32, needs_dx, needs_dw,
+            tiling.tile_rows, tiling.block_cols, tiling.num_stages,
+        ),
+        tiling.options,
+    )  # fmt: skip
+    return dx, sum_partials(partials, weight.dtype)[0] if needs_dw else None
 
 
 class RMSNormFunction(torch.autograd.Function):
@@ -227,9 +212,49 @@ class RMSNormFunction(torch.autograd.Function):
 
 def out_dtype(x: Tensor, weight: Tensor | None, scale_in_fp32: bool) -> torch.dtype:
     """The dtype of the normalised output: ``x``'s, or the promoted one where the weight multiplies in its own dtype."""
-    if weight is None or scale_in_fp32:
+    if weight is None or scale_in_fp32 or weight.dtype == x.dtype:
         return x.dtype
     return torch.promote_types(weight.dtype, x.dtype)
+
+
+def _fwd(
+    x: Tensor, weight: Tensor | None, eps: float, weight_offset: float, scale_in_fp32: bool
+) -> tuple[Tensor, Tensor]:
+    y, _, rstd = rms_norm_fwd(x, None, weight, eps, weight_offset, scale_in_fp32)
+    return y, rstd
+
+
+def _fake_fwd(x, weight, eps, weight_offset, scale_in_fp32):
+    y = x.new_empty(x.shape, dtype=out_dtype(x, weight, scale_in_fp32))
+    return y, x.new_empty(x.numel() // x.shape[-1], dtype=torch.float32)
+
+
+def _bwd(
+    dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor | None, rstd: Tensor, weight_offset: float,
+    scale_in_fp32: bool, needs_dx: bool, needs_dw: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    dx, dw = rms_norm_bwd(dy, dtotal, x, weight, rstd, weight_offset, scale_in_fp32, needs_dx, needs_dw)
+    return or_empty(dx, x), or_empty(dw, x)
+
+
+def _fake_bwd(dy, dtotal, x, weight, rstd, weight_offset, scale_in_fp32, needs_dx, needs_dw):
+    return x.new_empty(x.shape if needs_dx else 0), weight.new_empty(weight.shape) if needs_dw else x.new_empty(0)
+
+
+def _save(ctx, inputs, output):
+    x, weight, _, *ctx.settings = inputs
+    ctx.save_for_backward(x, weight, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _differentiate(ctx, dy, _):
+    needs_dx, needs_dw = ctx.needs_input_grad[:2]
+    dx, dw = rms_norm_bwd_op(dy, None, *ctx.saved_tensors, *ctx.settings, needs_dx, needs_dw)
+    return dx if needs_dx else None, dw if needs_dw else None, None, None, None
+
+
+rms_norm_bwd_op = opaque_op("rms_norm_bwd", _bwd, _fake_bwd)
+_rms_norm_op = opaque_op("rms_norm", _fwd, _fake_fwd, _differentiate, _save)
 
 
 def rms_norm(
@@ -264,4 +289,6 @@ def rms_norm(
         return reference.rms_norm(x, weight, eps, weight_offset=weight_offset, scale_in_fp32=scale_in_fp32)
     check_width(x)
     weight = None if weight is None else weight.contiguous()
+    if torch.compiler.is_compiling():
+        return _rms_norm_op(x, weight, float(eps), float(weight_offset), scale_in_fp32)[0]
     return RMSNormFunction.apply(x, weight, eps, weight_offset, scale_in_fp32)

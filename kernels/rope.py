@@ -6,13 +6,16 @@ be equal. Backward: ``dx1 = dy1 * c1 + dy2 * s2`` and ``dx2 = dy2 * c2 - dy1 * s
 Saved: cos and sin. Moved, forward and backward alike: q and k in and out once; the tables are small and stay in L2.
 """
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import reference
+from .compiled import opaque_op, or_empty
 from .inputs import check_device, check_floating, unit_stride
-from .launch import cdiv, next_power_of_2, on_device, tl, triton, use_triton
+from .launch import Launcher, cdiv, next_power_of_2, tl, triton, use_triton
 
 TILE_SIZE = 4096  # elements of q or k that a program turns
 TILE_HEADS = 8  # heads that share one load of the tables; more would leave lanes idle where there are few k heads
@@ -144,42 +147,47 @@ def _strides(x: Tensor, unsqueeze_dim: int) -> tuple[int, int, int]:
     return (batch, second, third) if unsqueeze_dim == 1 else (batch, third, second)
 
 
-def _launch(
+_launch_rope = Launcher(_rope_kernel)
+
+
+@lru_cache(maxsize=4096)
+def _tiling(batch: int, num_tokens: int, q_heads: int, k_heads: int, half: int) -> tuple[int, int, int, int, int]:
+    """Programs, chunks of q's and of k's heads, and the tokens and heads of a tile."""
+    tile_heads = min(TILE_HEADS, next_power_of_2(max(q_heads, k_heads)))
+    tile_tokens = max(1, min(TILE_SIZE // (2 * next_power_of_2(half) * tile_heads), next_power_of_2(num_tokens)))
+    q_chunks, k_chunks = cdiv(q_heads, tile_heads), cdiv(k_heads, tile_heads)
+    return batch * cdiv(num_tokens, tile_tokens) * (q_chunks + k_chunks), q_chunks, k_chunks, tile_tokens, tile_heads
+
+
+def _turn(
     q: Tensor, q_out: Tensor, k: Tensor | None, k_out: Tensor | None, cos: Tensor, sin: Tensor, rotary_dim: int,
     interleaved: bool, unsqueeze_dim: int, backward: bool,
 ) -> None:  # fmt: skip
     """Turn ``q`` into ``q_out`` and, unless None, ``k`` into ``k_out``."""
-    batch, num_tokens, head_dim = q.shape[0], q.shape[3 - unsqueeze_dim], q.shape[3]
-    q_heads, k_heads = q.shape[unsqueeze_dim], 0 if k is None else k.shape[unsqueeze_dim]
+    shape, k_heads = q.shape, 0 if k is None else k.shape[unsqueeze_dim]
+    batch, num_tokens, q_heads, head_dim = shape[0], shape[3 - unsqueeze_dim], shape[unsqueeze_dim], shape[3]
     if batch * num_tokens * (q_heads + k_heads) == 0:
         return
     half, tail = rotary_dim // 2, head_dim - rotary_dim
-    block_half = next_power_of_2(half)
-    tile_heads = min(TILE_HEADS, next_power_of_2(max(q_heads, k_heads)))
-    tile_tokens = max(1, min(TILE_SIZE // (2 * block_half * tile_heads), next_power_of_2(num_tokens)))
-    q_chunks, k_chunks = cdiv(q_heads, tile_heads), cdiv(k_heads, tile_heads)
-    strides = [s for t in (q, k, q_out, k_out) for s in ((0, 0, 0) if t is None else _strides(t, unsqueeze_dim))]
-    strides += [s for t in (cos, sin) for s in (t.stride(0) if t.shape[0] > 1 else 0, t.stride(1))]
-    with on_device(q):
-        _rope_kernel[(batch * cdiv(num_tokens, tile_tokens) * (q_chunks + k_chunks),)](
-            q, k, q_out, k_out, cos, sin, *strides,
-            num_q_heads=q_heads,
-            num_k_heads=k_heads,
-            num_tokens=num_tokens,
-            q_chunks=q_chunks,
-            k_chunks=k_chunks,
-            HAS_K=k is not None,
-            BACKWARD=backward,
-            INTERLEAVED=interleaved,
-            PAIRED=cos.shape[-1] != rotary_dim,
-            HALF=half,
-            TAIL=tail,
-            BLOCK_HALF=block_half,
-            BLOCK_TAIL=next_power_of_2(tail),
-            TILE_TOKENS=tile_tokens,
-            TILE_HEADS=tile_heads,
-            num_warps=4,
-        )  # fmt: skip
+    programs, q_chunks, k_chunks, tile_tokens, tile_heads = _tiling(batch, num_tokens, q_heads, k_heads, half)
+    no_strides = (0, 0, 0)
+    one_batch = cos.shape[0] == 1, sin.shape[0] == 1
+    _launch_rope(
+        (programs, 1, 1),
+        (q, k, q_out, k_out, cos, sin),
+        (
+            *_strides(q, unsqueeze_dim), *(no_strides if k is None else _strides(k, unsqueeze_dim)),
+            *_strides(q_out, unsqueeze_dim), *(no_strides if k is None else _strides(k_out, unsqueeze_dim)),
+            0 if one_batch[0] else cos.stride(0), cos.stride(1), 0 if one_batch[1] else sin.stride(0), sin.stride(1),
+            q_heads, k_heads, num_tokens, q_chunks, k_chunks,
+        ),
+        (),
+        (
+            k is not None, backward, interleaved, cos.shape[-1] != rotary_dim, half, tail, next_power_of_2(half),
+            next_power_of_2(tail), tile_tokens, tile_heads,
+        ),
+        (("num_warps", 4),),
+    )  # fmt: skip
 
 
 def rope_fwd(
@@ -188,7 +196,7 @@ def rope_fwd(
     """Return the turned ``q`` and ``k``, in their shapes and memory order."""
     q, k = unit_stride(q), None if k is None else unit_stride(k)
     q_out, k_out = torch.empty_like(q), None if k is None else torch.empty_like(k)
-    _launch(q, q_out, k, k_out, cos, sin, rotary_dim, interleaved, unsqueeze_dim, backward=False)
+    _turn(q, q_out, k, k_out, cos, sin, rotary_dim, interleaved, unsqueeze_dim, backward=False)
     return q_out, k_out
 
 
@@ -204,9 +212,9 @@ def rope_bwd(
     )
     tables = (cos, sin, rotary_dim, interleaved, unsqueeze_dim)
     if dq is not None:
-        _launch(dq, dq_out, dk, dk_out, *tables, backward=True)
+        _turn(dq, dq_out, dk, dk_out, *tables, backward=True)
     elif dk is not None:
-        _launch(dk, dk_out, None, None, *tables, backward=True)
+        _turn(dk, dk_out, None, None, *tables, backward=True)
     return dq_out, dk_out
 
 
@@ -231,6 +239,49 @@ class RopeFunction(torch.autograd.Function):
         dq = dq if ctx.needs_input_grad[0] else None
         dk = dk if ctx.needs_input_grad[1] else None
         return *rope_bwd(dq, dk, *ctx.strides, *ctx.saved_tensors, *ctx.settings), None, None, None, None, None
+
+
+def _fwd(
+    q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, rotary_dim: int, interleaved: bool, unsqueeze_dim: int
+) -> tuple[Tensor, Tensor]:
+    q_out, k_out = rope_fwd(q, k, cos, sin, rotary_dim, interleaved, unsqueeze_dim)
+    return q_out, or_empty(k_out, q)
+
+
+def _fake_fwd(q, k, cos, sin, rotary_dim, interleaved, unsqueeze_dim):
+    return torch.empty_like(unit_stride(q)), q.new_empty(0) if k is None else torch.empty_like(unit_stride(k))
+
+
+def _bwd(
+    dq: Tensor | None, dk: Tensor | None, cos: Tensor, sin: Tensor, rotary_dim: int, interleaved: bool,
+    unsqueeze_dim: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    strides = (None if grad is None else torch.empty_like(unit_stride(grad)).stride() for grad in (dq, dk))
+    grads = rope_bwd(dq, dk, *strides, cos, sin, rotary_dim, interleaved, unsqueeze_dim)
+    return or_empty(grads[0], cos), or_empty(grads[1], cos)
+
+
+def _fake_bwd(dq, dk, cos, sin, rotary_dim, interleaved, unsqueeze_dim):
+    grads = [cos.new_empty(0) if grad is None else torch.empty_like(unit_stride(grad)) for grad in (dq, dk)]
+    return grads[0], grads[1]
+
+
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[2:4])
+    ctx.settings = inputs[4:]
+    ctx.set_materialize_grads(False)
+    if inputs[1] is None:
+        ctx.mark_non_differentiable(output[1])
+
+
+def _differentiate(ctx, dq, dk):
+    dq, dk = (grad if needed else None for grad, needed in zip((dq, dk), ctx.needs_input_grad[:2], strict=True))
+    grads = _rope_bwd_op(dq, dk, *ctx.saved_tensors, *ctx.settings)
+    return None if dq is None else grads[0], None if dk is None else grads[1], None, None, None, None, None
+
+
+_rope_bwd_op = opaque_op("rope_bwd", _bwd, _fake_bwd)
+_rope_op = opaque_op("rope", _fwd, _fake_fwd, _differentiate, _save)
 
 
 def _check(q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, rotary_dim: int | None, unsqueeze_dim: int) -> int:
@@ -294,4 +345,8 @@ def rope(
             q, k, cos, sin, interleaved=interleaved, rotary_dim=rotary_dim, unsqueeze_dim=unsqueeze_dim,
             compute_in_fp32=compute_in_fp32,
         )  # fmt: skip
-    return RopeFunction.apply(q, k, unit_stride(cos), unit_stride(sin), width, interleaved, unsqueeze_dim)
+    cos, sin = unit_stride(cos), unit_stride(sin)
+    if torch.compiler.is_compiling():
+        turned = _rope_op(q, k, cos, sin, width, interleaved, unsqueeze_dim)
+        return turned[0] if k is None else turned
+    return RopeFunction.apply(q, k, cos, sin, width, interleaved, unsqueeze_dim)

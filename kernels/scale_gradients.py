@@ -7,7 +7,7 @@ of the gradient of a large weight costs a read and a write of it.
 import torch
 from torch import Tensor
 
-from .launch import cdiv, on_device, tl, triton
+from .launch import Launcher, cdiv, tl, triton
 
 BLOCK = 8192
 MAX_PROGRAMS = 2048  # each walks over several blocks, so that a factor of 1 starts few programs
@@ -43,6 +43,9 @@ def graph_is_kept() -> bool:
     return torch._C._autograd._get_current_graph_task_keep_graph()
 
 
+_launch_scale = Launcher(_scale_kernel)
+
+
 def scale_gradients(
     grads: list[Tensor | None], dtypes: list[torch.dtype | None], scale: Tensor, keep: bool
 ) -> list[Tensor | None]:
@@ -58,9 +61,13 @@ def scale_gradients(
         in_place = grad.dtype == dtype and not keep
         target = grad if in_place else torch.empty(grad.shape, dtype=dtype, device=grad.device)
         if grad.numel():
-            with on_device(grad):
-                _scale_kernel[(min(cdiv(grad.numel(), BLOCK), MAX_PROGRAMS),)](
-                    grad, target, scale, grad.numel(), IN_PLACE=in_place, BLOCK=BLOCK, num_warps=8
-                )
+            _launch_scale(
+                (min(cdiv(grad.numel(), BLOCK), MAX_PROGRAMS), 1, 1),
+                (grad, target, scale),
+                (grad.numel(),),
+                (),
+                (in_place, BLOCK),
+                (("num_warps", 8),),
+            )
         out.append(target)
     return out

@@ -14,10 +14,12 @@ a mask of odd width would undo the vectorised loads. Where loss and gradient com
 pass runs from the end of the row to its start, over the part that the first left in the L2 cache.
 """
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
-from .launch import next_power_of_2, on_device, tl, triton
+from .launch import Launcher, next_power_of_2, tl, triton
 from .loss_args import LogitTransform
 
 NUM_STATS = 5
@@ -105,8 +107,8 @@ def _write_dlogits(
 
 @triton.jit
 def _loss_rows_kernel(
-    logits_ptr, logits_row_stride, labels_ptr, weights_ptr, num_items_ptr, loss_ptr, lse_ptr, stats_ptr,
-    stats_row_stride, num_cols, ignore_index, label_smoothing, z_loss, inner, outer, grad_scale,
+    logits_ptr, labels_ptr, weights_ptr, num_items_ptr, loss_ptr, lse_ptr, stats_ptr,
+    logits_row_stride, stats_row_stride, num_cols, ignore_index, label_smoothing, z_loss, inner, outer, grad_scale,
     HAS_SOFTCAP: tl.constexpr, HAS_SMOOTHING: tl.constexpr, HAS_WEIGHTS: tl.constexpr, HAS_NUM_ITEMS: tl.constexpr,
     STATS: tl.constexpr, WRITE_GRAD: tl.constexpr, BLOCK_COLS: tl.constexpr,
 ):  # fmt: skip
@@ -182,8 +184,8 @@ def _loss_rows_kernel(
 
 @triton.jit
 def _loss_grad_rows_kernel(
-    logits_ptr, logits_row_stride, dlogits_ptr, dlogits_row_stride, labels_ptr, lse_ptr, grad_ptr, grad_stride,
-    weights_ptr, scale_ptr, num_cols, ignore_index, label_smoothing, z_loss, inner, outer,
+    logits_ptr, dlogits_ptr, labels_ptr, lse_ptr, grad_ptr, weights_ptr, scale_ptr,
+    logits_row_stride, dlogits_row_stride, grad_stride, num_cols, ignore_index, label_smoothing, z_loss, inner, outer,
     HAS_SOFTCAP: tl.constexpr, HAS_WEIGHTS: tl.constexpr, HAS_SCALE: tl.constexpr, BLOCK_COLS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -212,8 +214,9 @@ def _loss_grad_rows_kernel(
 
 @triton.jit
 def _log_prob_grad_rows_kernel(
-    logits_ptr, logits_row_stride, labels_ptr, lse_ptr, entropy_ptr, log_prob_grad_ptr, entropy_grad_ptr,
-    num_cols, inner, outer, HAS_SOFTCAP: tl.constexpr, HAS_ENTROPY_GRAD: tl.constexpr, BLOCK_COLS: tl.constexpr,
+    logits_ptr, labels_ptr, lse_ptr, entropy_ptr, log_prob_grad_ptr, entropy_grad_ptr,
+    logits_row_stride, num_cols, inner, outer,
+    HAS_SOFTCAP: tl.constexpr, HAS_ENTROPY_GRAD: tl.constexpr, BLOCK_COLS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(labels_ptr + row).to(tl.int32)
@@ -230,10 +233,16 @@ def _log_prob_grad_rows_kernel(
     )  # fmt: skip
 
 
-def _block(num_cols: int, max_warps: int) -> dict:
-    """Lanes and warps for rows of ``num_cols``: 16 bytes of bf16 a thread, no more lanes than columns."""
+_launch_loss = Launcher(_loss_rows_kernel)
+_launch_loss_grad = Launcher(_loss_grad_rows_kernel)
+_launch_log_prob_grad = Launcher(_log_prob_grad_rows_kernel)
+
+
+@lru_cache(maxsize=1024)
+def _block(num_cols: int, max_warps: int) -> tuple[int, tuple[tuple[str, int], ...]]:
+    """Lanes and launch options for rows of ``num_cols``: 16 bytes of bf16 a thread, no more lanes than columns."""
     lanes = min(max_warps * 32 * ELEMENTS_PER_THREAD, next_power_of_2(num_cols))
-    return {"BLOCK_COLS": lanes, "num_warps": min(max_warps, max(4, lanes // (32 * ELEMENTS_PER_THREAD)))}
+    return lanes, (("num_warps", min(max_warps, max(4, lanes // (32 * ELEMENTS_PER_THREAD)))),)
 
 
 def loss_rows(
@@ -249,15 +258,18 @@ def loss_rows(
     num_rows, num_cols = logits.shape
     level = 0 if stats is None else 1 + all_stats
     warps = STREAM_WARPS if not write_grad else RESIDENT_ALL_STATS_WARPS if all_stats else RESIDENT_WARPS
-    stats_stride = 0 if stats is None else stats.stride(0)
-    with on_device(logits):
-        _loss_rows_kernel[(num_rows,)](
-            logits, logits.stride(0), labels, token_weights, num_items, loss, lse, stats, stats_stride, num_cols,
-            ignore_index, label_smoothing, z_loss, transform.inner, transform.outer, grad_scale,
-            HAS_SOFTCAP=transform.has_softcap, HAS_SMOOTHING=label_smoothing != 0,
-            HAS_WEIGHTS=token_weights is not None, HAS_NUM_ITEMS=num_items is not None,
-            STATS=level, WRITE_GRAD=write_grad, **_block(num_cols, warps),
-        )  # fmt: skip
+    lanes, options = _block(num_cols, warps)
+    _launch_loss(
+        (num_rows, 1, 1),
+        (logits, labels, token_weights, num_items, loss, lse, stats),
+        (logits.stride(0), 0 if stats is None else stats.stride(0), num_cols, ignore_index),
+        (label_smoothing, z_loss, transform.inner, transform.outer, grad_scale),
+        (
+            transform.has_softcap, label_smoothing != 0, token_weights is not None, num_items is not None,
+            level, write_grad, lanes,
+        ),
+        options,
+    )  # fmt: skip
 
 
 def loss_grad_rows(
@@ -270,14 +282,15 @@ def loss_grad_rows(
     ``grad`` is ``[num_rows]`` or one element for all rows; ``scale`` fp32, one element.
     """
     num_rows, num_cols = logits.shape
-    grad_stride = grad.stride(0) if grad.dim() else 0
-    with on_device(logits):
-        _loss_grad_rows_kernel[(num_rows,)](
-            logits, logits.stride(0), dlogits, dlogits.stride(0), labels, lse, grad, grad_stride, token_weights, scale,
-            num_cols, ignore_index, label_smoothing, z_loss, transform.inner, transform.outer,
-            HAS_SOFTCAP=transform.has_softcap, HAS_WEIGHTS=token_weights is not None, HAS_SCALE=scale is not None,
-            **_block(num_cols, STREAM_WARPS),
-        )  # fmt: skip
+    lanes, options = _block(num_cols, STREAM_WARPS)
+    _launch_loss_grad(
+        (num_rows, 1, 1),
+        (logits, dlogits, labels, lse, grad, token_weights, scale),
+        (logits.stride(0), dlogits.stride(0), grad.stride(0) if grad.dim() else 0, num_cols, ignore_index),
+        (label_smoothing, z_loss, transform.inner, transform.outer),
+        (transform.has_softcap, token_weights is not None, scale is not None, lanes),
+        options,
+    )
 
 
 def log_prob_grad_rows(
@@ -286,12 +299,15 @@ def log_prob_grad_rows(
 ) -> None:  # fmt: skip
     """Turn logits in place to the gradient of ``sum(log_prob_grad * log_prob) + sum(entropy_grad * entropy)``."""
     num_rows, num_cols = logits.shape
-    with on_device(logits):
-        _log_prob_grad_rows_kernel[(num_rows,)](
-            logits, logits.stride(0), labels, lse, entropy, log_prob_grad, entropy_grad, num_cols,
-            transform.inner, transform.outer, HAS_SOFTCAP=transform.has_softcap,
-            HAS_ENTROPY_GRAD=entropy_grad is not None, **_block(num_cols, STREAM_WARPS),
-        )  # fmt: skip
+    lanes, options = _block(num_cols, STREAM_WARPS)
+    _launch_log_prob_grad(
+        (num_rows, 1, 1),
+        (logits, labels, lse, entropy, log_prob_grad, entropy_grad),
+        (logits.stride(0), num_cols),
+        (transform.inner, transform.outer),
+        (transform.has_softcap, entropy_grad is not None, lanes),
+        options,
+    )
 
 
 def empty_rows(num_rows: int, device: torch.device) -> Tensor:

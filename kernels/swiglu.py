@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .gated import SILU, GatedFunction, check_gated
+from .gated import SILU, apply_gated, check_gated
 from .launch import use_triton
 
 
@@ -29,4 +29,4 @@ def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
     check_gated(gate, up)
     if not use_triton(gate) or torch.float64 in (gate.dtype, None if up is None else up.dtype):
         return reference.swiglu(gate, up)
-    return GatedFunction.apply(gate, up, SILU)
+    return apply_gated(gate, up, SILU)

@@ -30,7 +30,8 @@ class LigerConfig:
         low_memory: the fused loss computes the logits twice instead of keeping an fp32 sum of ``lm_head``'s gradient:
             slower by about a third of the head's time, leaner by 4 bytes for each of its weights.
         recompute_glu: gated MLPs keep their gate and up projections for backward but not ``act(gate) * up``, which is
-            computed again: leaner by a third of the MLP's activations for one element-wise pass.
+            made again along with their gradients: leaner by a third of the MLP's activations for one more write.
+            Where the down projection is a bare ``nn.Linear``: one with an adapter or hooks keeps its input.
 
     Raises:
         TypeError: an option of the wrong type; names the option, its value and the type expected.

@@ -14,9 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .config import LigerConfig
 from .head_probe import HeadForm
 from .kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_with_empty_logits
 from .lazy_logits import LazyLogits
+from .sharding import check_materialized, full_shape, gathered
 
 logger = logging.getLogger(__name__)
 
@@ -34,10 +36,10 @@ class _Call:
 class FusedHead:
     """Ties one causal LM's labels, ``lm_head`` and loss function together. Its methods are hooks and replacements."""
 
-    def __init__(self, model: nn.Module, form: HeadForm, logits_budget_mib: int):
+    def __init__(self, model: nn.Module, form: HeadForm, config: LigerConfig):
         self.model = model
         self.form = form
-        self.logits_budget_mib = logits_budget_mib
+        self.config = config
         self.original_loss_function = model.loss_function
         self.call: _Call | None = None
         self.calls_fused = 0
@@ -70,7 +72,7 @@ class FusedHead:
         if call is not None and call.loss is not None:
             # Sharded engines re-gather a module's weight for backward through its outputs: the empty logits left
             # lm_head as an output of the loss's own autograd node, and the sum of nothing brings them into the graph.
-            return call.loss if isinstance(logits, LazyLogits) else call.loss + logits.sum()
+            return call.loss + logits.sum() if logits.shape[-1] == 0 else call.loss
         if call is None and self.model.training and torch.is_grad_enabled() and not self._warned:
             self._warned = True
             logger.warning(
@@ -85,13 +87,16 @@ class FusedHead:
         call = self.call
         if call is None or call.loss is not None or not self._fuses(hidden, call):
             return F.linear(hidden, head.weight, head.bias)
-        self.calls_fused += 1
+        # Compiled code would be compiled anew for each value of a counter it reads: there it only says "acted".
+        self.calls_fused = 1 if torch.compiler.is_compiling() else self.calls_fused + 1
+        check_materialized("lm_head.weight", head.weight)
         labels = self._shifted(call).to(hidden.device)
         options = {
             "softcap": self.form.softcap,
             "logit_scale": self.form.logit_scale,
             "num_items": call.num_items,
-            "logits_budget_mib": self.logits_budget_mib,
+            "logits_budget_mib": self.config.logits_budget_mib,
+            "low_memory": self.config.low_memory,
         }
         if torch.is_grad_enabled():
             call.loss, _, empty_logits = linear_cross_entropy_with_empty_logits(
@@ -103,7 +108,7 @@ class FusedHead:
 
     def _fuses(self, hidden: Tensor, call: _Call) -> bool:
         """Whether lm_head is called on every labelled position by a model whose loss function is still ours."""
-        if vars(self.model).get("_loss_function") != self.loss_function:
+        if getattr(self.model.loss_function, "__self__", None) is not self:
             return False  # the user set their own after apply_liger
         # In evaluation mode with gradients someone may differentiate through the logits: give them real ones.
         return hidden.shape[:-1] == call.labels.shape and (self.model.training or not torch.is_grad_enabled())
@@ -132,8 +137,8 @@ def _lazy_logits(head: nn.Linear, hidden: Tensor) -> LazyLogits:
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
 
     def compute():
-        bias = None if head.bias is None else head.bias.to(dtype)
-        return F.linear(hidden.to(dtype), head.weight.to(dtype), bias)
+        with gathered(head.weight, head.bias) as (weight, bias):  # lm_head's own call is over by then
+            return F.linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
 
-    shape = (*hidden.shape[:-1], head.weight.shape[0])
+    shape = (*hidden.shape[:-1], full_shape(head.weight)[0])
     return LazyLogits(compute, shape, dtype, hidden.device)

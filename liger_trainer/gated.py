@@ -8,21 +8,34 @@ projection weight is needed, so adapters and quantised projections make no diffe
 import functools
 import inspect
 import itertools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from .kernels import reference
+from .kernels.gated_linear import gated_linear
 from .kernels.geglu import geglu
 from .kernels.swiglu import swiglu
 from .probing import TOLERANCE, difference, generator, stand_in, takes_one_tensor
-from .recompute import recomputed
 from .verdicts import Refusal, Replacement, Verdict
 
+
+class Activation(NamedTuple):
+    """An activation as our op, as its definition, and by its name in ``gated_linear``."""
+
+    op: Callable
+    definition: Callable
+    name: str
+
+
 ACTIVATIONS = {
-    "swiglu": (swiglu, reference.swiglu, {}),
-    "geglu, tanh": (geglu, reference.geglu, {"approximate": "tanh"}),
-    "geglu, exact": (geglu, reference.geglu, {"approximate": "none"}),
+    "swiglu": Activation(swiglu, reference.swiglu, "silu"),
+    "geglu, tanh": Activation(geglu, reference.geglu, "gelu_tanh"),
+    "geglu, exact": Activation(
+        functools.partial(geglu, approximate="none"), functools.partial(reference.geglu, approximate="none"), "gelu"
+    ),
 }
 DTYPES = (torch.float32, torch.bfloat16)
 UNKNOWN = "what reaches the down projection is neither silu(gate) * up nor gelu(gate) * up"
@@ -73,14 +86,14 @@ def probe_mlp(module: nn.Module) -> Verdict:
         runs = [_record(module, names, dtype) for dtype in DTYPES]
         if any(run is None for run in runs):
             continue
-        for variant, (op, definition, options) in ACTIVATIONS.items():
+        for variant, activation in ACTIVATIONS.items():
             for swapped in (False, True):
                 inputs = [run[0][::-1] if swapped else run[0] for run in runs]
                 if all(
-                    difference(definition(*pair, **options), seen) <= TOLERANCE[dtype]
+                    difference(activation.definition(*pair), seen) <= TOLERANCE[dtype]
                     for pair, (_, seen), dtype in zip(inputs, runs, DTYPES, strict=True)
                 ):
-                    method = _mlp_method(type(module).forward, names, swapped, functools.partial(op, **options))
+                    method = _mlp_method(type(module).forward, names, swapped, activation)
                     packed = ", packed" if len(names) == 2 else ""
                     return Replacement("glu", f"{variant}{packed}", "forward", method)
     return Refusal("glu", UNKNOWN)
@@ -100,7 +113,7 @@ def _record(module, names, dtype):
     return pair, down.seen
 
 
-def _mlp_method(original, names, swapped, op):
+def _mlp_method(original, names, swapped, activation):
     *inner_names, down_name = names
 
     @functools.cache
@@ -110,15 +123,22 @@ def _mlp_method(original, names, swapped, op):
             inner = [getattr(self, name)(hidden_states) for name in inner_names]
             if swapped:
                 inner = [*reversed(inner[0].chunk(2, dim=-1) if len(inner) == 1 else inner)]
-            gated = op(*inner)
-            if not config.recompute_glu:
-                return getattr(self, down_name)(gated)
-            with recomputed(gated, op, inner):
-                return getattr(self, down_name)(gated)
+            down = getattr(self, down_name)
+            if config.recompute_glu and torch.is_grad_enabled() and _is_bare(down):
+                gate, up = inner if len(inner) == 2 else (inner[0], None)
+                return gated_linear(gate, up, down.weight, down.bias, activation=activation.name)
+            return down(activation.op(*inner))
 
         return forward
 
     return method
+
+
+def _is_bare(linear: nn.Module) -> bool:
+    """Whether a call of ``linear`` is ``F.linear`` with its parameters: no subclass, adapter, hook or shard."""
+    hooks = linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks
+    bare = type(linear) is nn.Linear and "forward" not in vars(linear) and not hooks
+    return bare and type(linear.weight) is nn.Parameter and torch.compiler.is_compiling() is False
 
 
 def matches_experts(module: nn.Module) -> bool:
@@ -134,18 +154,19 @@ def probe_experts(module: nn.Module) -> Verdict:
     original = type(module)._apply_gate
     twin = stand_in(module, torch.float32, parameters=False)
     gate_up = torch.randn(5, 48, generator=generator()).mul_(2)
-    for variant, (op, definition, options) in ACTIVATIONS.items():
+    for variant, activation in ACTIVATIONS.items():
         if all(
-            difference(definition(gate_up.to(d), **options), original(twin, gate_up.to(d))) <= TOLERANCE[d]
+            difference(activation.definition(gate_up.to(d)), original(twin, gate_up.to(d))) <= TOLERANCE[d]
             for d in DTYPES
         ):
-            return Replacement("glu", f"{variant}, packed", "_apply_gate", _experts_method(original, op, options))
+            method = _experts_method(original, activation.op)
+            return Replacement("glu", f"{variant}, packed", "_apply_gate", method)
     return Refusal("glu", "its gate is neither silu(gate) * up nor gelu(gate) * up")
 
 
-def _experts_method(original, op, options):
+def _experts_method(original, op):
     @functools.wraps(original)
     def apply_gate(self, gate_up_out):
-        return op(gate_up_out, **options)
+        return op(gate_up_out)
 
     return lambda config: apply_gate

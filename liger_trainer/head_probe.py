@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .sharding import full_shape
+
 TOKENS = 3
 
 
@@ -91,7 +93,7 @@ def probe_head(model: nn.Module, head_name: str, head: nn.Module) -> HeadForm | 
 
 
 def _probe(model, head_name, head) -> HeadForm:
-    vocab_size, hidden_size = head.weight.shape
+    vocab_size, hidden_size = full_shape(head.weight)
     random = torch.Generator().manual_seed(0)
     logits = torch.randn(1, TOKENS, vocab_size, generator=random).clamp(min=-4, max=4)
     # small values show the slope at zero, moderate ones the shape, huge ones where a cap levels off

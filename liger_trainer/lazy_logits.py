@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 aten = torch.ops.aten
-# What models and accelerate do to logits between lm_head and the caller: these stay lazy, anything else computes.
+# What models, accelerate and DeepSpeed do to logits between lm_head and the caller: these stay lazy, others compute.
 _STAY_LAZY = {
     aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar, aten.tanh.default,
-    aten._to_copy.default, aten.alias.default,
+    aten._to_copy.default, aten.alias.default, aten.detach.default,
 }  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from .kernels import reference
 from .kernels.layer_norm import layer_norm
 from .kernels.rms_norm import rms_norm
 from .probing import TOLERANCE, difference, generator, stand_in, takes_one_tensor
+from .sharding import full_shape
 from .verdicts import Refusal, Replacement, Verdict
 
 # Forms of rms_norm. Cast-then-scale (llama) and scaling in fp32 (gemma, olmo2) differ by one rounding only; the probe
@@ -31,7 +32,7 @@ def matches(module: nn.Module) -> bool:
     parameters = {n: p for n, p in module._parameters.items() if p is not None}
     if module._modules or not parameters.keys() <= {"weight", "bias"}:
         return False
-    if any(p.ndim != 1 for p in parameters.values()) or not takes_one_tensor(module):
+    if any(len(full_shape(p)) != 1 for p in parameters.values()) or not takes_one_tensor(module):
         return False
     return bool(_eps_attributes(module)) or hasattr(module, "normalized_shape")
 
@@ -62,7 +63,7 @@ def _samples(module, original):
     """(x, parameters, the module's output, tolerance) for each combination of dtypes the module accepts."""
     weight = module._parameters.get("weight")
     shape = getattr(module, "normalized_shape", WEIGHTLESS_WIDTH)
-    width = weight.shape[0] if weight is not None else shape if isinstance(shape, int) else shape[-1]
+    width = full_shape(weight)[0] if weight is not None else shape if isinstance(shape, int) else shape[-1]
     # Rows of very different sizes: the small ones tell one epsilon from another.
     rows = torch.randn(2, 2, 4, width, generator=generator()) + 0.1
     rows = rows * torch.tensor([1.0, 1e-1, 1e-2, 1e-3])[:, None]

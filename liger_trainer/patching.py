@@ -183,7 +183,7 @@ def _plan_head(core, config, no_fused_loss, edits, report) -> FusedHead | None:
     if reason is not None:
         report.skipped.append(Skipped("fused_loss", name, type(core).__name__, reason))
         return None
-    fused = FusedHead(core, form, config.logits_budget_mib)
+    fused = FusedHead(core, form, config)
     for linear in linears:
         edits.append(Edit(linear, _free_attribute(linear, "forward"), HeadForward(fused, linear).forward))
     edits.append(Edit(core, "_loss_function", fused.loss_function))

@@ -11,6 +11,8 @@ import inspect
 import torch
 from torch import Tensor, nn
 
+from .sharding import full_shape
+
 # Largest error, relative to the largest value, at which two results count as the same computation.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 
@@ -33,7 +35,7 @@ def stand_in(
     twin.__dict__.update({k: v for k, v in vars(module).items() if k not in vars(twin) and k != "forward"})
     random = generator()
     twin._parameters = {
-        name: None if p is None else nn.Parameter(torch.rand(p.shape, generator=random).add_(0.5).to(dtype))
+        name: None if p is None else nn.Parameter(torch.rand(full_shape(p), generator=random).add_(0.5).to(dtype))
         for name, p in module._parameters.items()
         if parameters
     }
@@ -50,7 +52,7 @@ def settings_key(module: nn.Module) -> tuple:
     plain = tuple(
         sorted((k, repr(v)) for k, v in vars(module).items() if isinstance(v, (int, float, str, tuple, torch.Size)))
     )
-    parameters = tuple((n, None if p is None else tuple(p.shape)) for n, p in module._parameters.items())
+    parameters = tuple((n, None if p is None else tuple(full_shape(p))) for n, p in module._parameters.items())
     children = tuple((n, repr(c)) for n, c in module._modules.items())
     experts = getattr(vars(module).get("config"), "_experts_implementation", None)
     return type(module), plain, parameters, children, experts

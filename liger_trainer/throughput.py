@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from transformers import TrainerCallback
 
+from .sharding import full_shape
+
 # Dense bf16 TFLOP/s from the makers' data sheets. The first name that is contained in the device's, as words, counts.
 PEAK_TFLOPS = {
     "GB200": 2500.0,
@@ -207,7 +209,7 @@ class FlopCount:
         table_is_lookup = head is None or head.weight is not table
         per_token = 0.0
         for name, parameter in model.named_parameters():
-            shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 leaves an empty tensor behind
+            shape = full_shape(parameter)
             if len(shape) < 2 or (parameter is table and table_is_lookup):
                 continue
             share = 1.0

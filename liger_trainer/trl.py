@@ -5,20 +5,25 @@ name in ``trl.trainer.utils`` becomes a dispatcher: while the forward of a patch
 ``linear_logprobs``, otherwise it is TRL's own function. The loss math, the metrics and every other model stay TRL's.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
+from .config import LigerConfig
 from .kernels.linear_logprobs import Speculation, linear_logprobs
 from .patching import add_hooks, core_model, patch_state
 from .report import Applied
+from .sharding import check_materialized, gathered
 
 
 @dataclass
 class _Head:
     """One model's settings behind TRL's head; its methods are forward hooks."""
 
-    logits_budget_mib: int
+    config: LigerConfig
     speculation: Speculation = field(default_factory=Speculation)
     calls_fused: int = 0
 
@@ -57,13 +62,37 @@ class _Dispatcher:
             return self.original.apply(
                 hidden, weight, bias, targets, temperature, chunk_size, softcap, logit_scale, outputs
             )
-        head.calls_fused += 1
-        out = linear_logprobs(
-            hidden, weight, targets, bias, temperature=temperature, softcap=softcap, logit_scale=logit_scale,
-            logits_budget_mib=head.logits_budget_mib, speculation=head.speculation,
-        )  # fmt: skip
+        head.calls_fused = 1 if torch.compiler.is_compiling() else head.calls_fused + 1
+        check_materialized("lm_head.weight", weight)
+        with _gathered_again_in_backward(weight, bias):
+            out = linear_logprobs(
+                hidden, weight, targets, bias, temperature=temperature, softcap=softcap, logit_scale=logit_scale,
+                logits_budget_mib=head.config.logits_budget_mib, low_memory=head.config.low_memory,
+                speculation=head.speculation,
+            )  # fmt: skip
         optional = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
         return out.log_probs, *(getattr(out, name) if name in outputs else None for name in optional)
+
+
+def _gathered_again_in_backward(*parameters: Tensor | None):
+    """A context in which saving a ZeRO-3 parameter for backward saves whose it is, not where its values are now.
+
+    TRL's forward gathers lm_head's weight for this one call: by the time of backward its values are partitioned again.
+    """
+    managed = [p for p in parameters if hasattr(p, "ds_id")]
+    if not managed:
+        return nullcontext()
+
+    def pack(tensor: Tensor) -> Tensor | int:
+        return next((i for i, p in enumerate(managed) if p is tensor), tensor)
+
+    def unpack(packed: Tensor | int) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        with gathered(managed[packed]) as (whole,):
+            return whole.detach().clone()
+
+    return saved_tensors_hooks(pack, unpack)
 
 
 def attach(model: nn.Module) -> None:
@@ -75,7 +104,7 @@ def attach(model: nn.Module) -> None:
         return
     if not isinstance(trl_utils._ChunkedLogProbFunction, _Dispatcher):
         trl_utils._ChunkedLogProbFunction = _Dispatcher(trl_utils._ChunkedLogProbFunction)
-    head = state.trl_head = _Head(state.config.logits_budget_mib)
+    head = state.trl_head = _Head(state.config)
     add_hooks(core, state, head.before_forward, head.after_forward)
     variant = "linear_logprobs, behind TRL's fused head"
     state.report.applied.append(Applied("fused_loss", "", type(core).__name__, variant))

@@ -14,8 +14,8 @@ FILES = sorted(file for folder in FOLDERS for file in (ROOT / folder).glob("**/*
 
 # A module imports from its own layer and from those above it in this list. A new module needs a place here.
 LAYERS = [
-    {"kernels", "config", "report", "verdicts"},
-    {"probing", "recompute", "norms", "rotary", "gated", "rules", "head_probe", "lazy_logits", "fused_head"},
+    {"kernels", "config", "report", "sharding", "verdicts"},
+    {"probing", "norms", "rotary", "gated", "rules", "head_probe", "lazy_logits", "fused_head"},
     {"patching"},
     {"arguments", "callbacks", "trl", "auto", "throughput"},
     {"data", "recipe", "train"},

@@ -67,14 +67,14 @@ def test_shapes_are_selected_by_set_and_op():
         shapes.select(["small"], ["norms"])
 
 
-@pytest.mark.parametrize("arm", ["ours", "ours_64mib", "hf", "torch", "trl"])
+@pytest.mark.parametrize("arm", ["ours", "ours_low_memory", "hf", "torch", "trl"])
 def test_every_arm_computes_the_op(arm, capsys):
     rows = smoke_rows(arm, capsys)
     answered = [r for r in rows if r["status"] != "unsupported"]
     assert [r for r in answered if r["status"] != "ok" or r["full_ms"] <= 0 or r["floor_full_ms"] <= 0] == []
     ops = {r["spec"]["op"] for r in answered}
     heads = {"linear_cross_entropy", "linear_logprobs"}
-    required = {"ours": set(shapes.OPS), "ours_64mib": {"linear_cross_entropy"}, "trl": heads}
+    required = {"ours": set(shapes.OPS), "ours_low_memory": {"linear_cross_entropy"}, "trl": heads}
     required |= {"hf": set(shapes.OPS) - {"layer_norm"}, "torch": {"rms_norm", "layer_norm", "cross_entropy"}}
     assert ops >= required[arm]
 

@@ -1,0 +1,99 @@
+"""``F.linear(act(gate) * up, weight, bias)`` that does not keep ``act(gate) * up`` for backward.
+
+Forward: the gated kernel, then one GEMM. Saved: gate, up and the weight; a plain gated MLP saves the product as well,
+a third of its activations. Backward: ``dh = dout @ weight``; one kernel reads dh, gate and up and writes both their
+gradients and, on the way, ``h = act(gate) * up`` again; then ``dweight = dout^T h``. Against keeping h, that is one
+more write of h and no more reads.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import reference
+from .gated import GELU_ERF, GELU_TANH, SILU, check_gated, gated_bwd, gated_fwd
+from .launch import use_triton
+
+# name -> (the kernel's number, the definition)
+ACTIVATIONS = {
+    "silu": (SILU, reference.swiglu),
+    "gelu_tanh": (GELU_TANH, lambda gate, up: reference.geglu(gate, up, approximate="tanh")),
+    "gelu": (GELU_ERF, lambda gate, up: reference.geglu(gate, up, approximate="none")),
+}
+
+
+def _halves(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
+    return gate.chunk(2, dim=-1) if up is None else (gate, up)
+
+
+class GatedLinearFunction(torch.autograd.Function):
+    """``gated_linear``; all arguments are positional."""
+
+    @staticmethod
+    def forward(ctx, gate, up, weight, bias, activation):
+        """Save what the layers before and the parameters keep anyway."""
+        ctx.save_for_backward(gate, up, weight)
+        ctx.activation = activation
+        hidden = gated_fwd(*_halves(gate, up), activation)
+        return F.linear(hidden, weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):
+        """``h`` is made again only where the weight needs its gradient."""
+        gate, up, weight = ctx.saved_tensors
+        needs_gate, needs_up, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        rows = dout.reshape(-1, dout.shape[-1])
+        first, second = _halves(gate, up)
+        dhidden = (rows @ weight.to(dout.dtype)).view(first.shape)
+        hidden = torch.empty_like(dhidden) if needs_weight else None
+        if up is None:
+            dgate, dup = torch.empty_like(gate, memory_format=torch.contiguous_format), None
+            gated_bwd(dhidden, first, second, *dgate.chunk(2, dim=-1), ctx.activation, hidden)
+        else:
+            dgate = torch.empty_like(dhidden) if needs_gate else None
+            dup = dhidden if needs_up else None
+            gated_bwd(dhidden, first, second, dgate, dup, ctx.activation, hidden)
+        dweight = (rows.t() @ hidden.view(-1, first.shape[-1])).to(weight.dtype) if needs_weight else None
+        dbias = rows.sum(0, dtype=torch.float32).to(weight.dtype) if needs_bias else None
+        return dgate, dup, dweight, dbias, None
+
+
+def gated_linear(
+    gate: Tensor, up: Tensor | None, weight: Tensor, bias: Tensor | None = None, *, activation: str = "silu"
+) -> Tensor:
+    """``F.linear(act(gate) * up, weight, bias)`` without keeping the product for backward.
+
+    Args:
+        gate: ``[..., I]``, fp16, bf16, fp32 or fp64. Without ``up``, ``[..., 2 * I]``: gate, then up.
+        up: of ``gate``'s shape and dtype, or None.
+        weight: ``[H, I]`` in ``gate``'s dtype; any under autocast, where the GEMMs run in ``gate``'s.
+        bias: ``[H]`` in ``weight``'s dtype, or None.
+        activation: ``"silu"``, ``"gelu_tanh"`` or ``"gelu"`` (exact).
+
+    Returns:
+        ``[..., H]`` in ``gate``'s dtype. Where Triton does not run, computed by the definition, which keeps the
+        product.
+
+    Raises:
+        TypeError: ``gate`` or ``up`` is not floating-point.
+        ValueError: shapes, dtypes or devices that do not fit together; an unknown ``activation``.
+    """
+    check_gated(gate, up)
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation: is {activation!r}; allowed are {', '.join(map(repr, ACTIVATIONS))}")
+    width = gate.shape[-1] // (2 if up is None else 1)
+    if weight.dim() != 2 or weight.shape[1] != width or weight.device != gate.device:
+        expected = f"[H, {width}] on {gate.device}"
+        raise ValueError(f"weight: is {tuple(weight.shape)} on {weight.device}; allowed is {expected}")
+    autocast = torch.is_autocast_enabled(gate.device.type)
+    if (not autocast and weight.dtype != gate.dtype) or (up is not None and up.dtype != gate.dtype):
+        raise ValueError(
+            f"weight: dtype is {weight.dtype}, gate's {gate.dtype}, up's {None if up is None else up.dtype}; "
+            "without autocast they must be the same"
+        )
+    number, definition = ACTIVATIONS[activation]
+    if not use_triton(gate) or gate.dtype == torch.float64 or torch.compiler.is_compiling():
+        return F.linear(definition(gate, up), weight, bias)
+    return GatedLinearFunction.apply(gate, up, weight, bias, number)

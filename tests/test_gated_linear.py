@@ -1,0 +1,85 @@
+"""The gated activation with its down projection as one op: numbers, gradients, and what it does not keep."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from liger_trainer.kernels.gated_linear import ACTIVATIONS, gated_linear
+from numerics import as_dtype, assert_no_worse_than_torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def make(packed=False, bias=True, frozen=(), tokens=(2, 7), width=36, out=20):
+    torch.manual_seed(0)
+    both = torch.randn(*tokens, 2 * width, device=DEVICE) * 2
+    inputs = [both, None] if packed else [h.contiguous() for h in both.chunk(2, dim=-1)]
+    inputs += [torch.randn(out, width, device=DEVICE) / 6, torch.randn(out, device=DEVICE) if bias else None]
+    names = ("gate", "up", "weight", "bias")
+    return [None if t is None else t.requires_grad_(n not in frozen) for n, t in zip(names, inputs, strict=True)]
+
+
+def definition(gate, up, weight, bias, activation):
+    return F.linear(ACTIVATIONS[activation][1](gate, up), weight, bias)
+
+
+def run(function, inputs, activation):
+    out = function(*inputs, activation=activation)
+    leaves = [t for t in inputs if t is not None and t.requires_grad]
+    torch.manual_seed(1)
+    grad = torch.randn(out.shape, device=DEVICE).to(out.dtype)
+    return [out, *torch.autograd.grad(out, leaves, grad)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(
+    "case",
+    [{}, {"packed": True}, {"bias": False}, {"frozen": ("weight", "bias")}, {"frozen": ("gate",)}, {"frozen": ("up",)},
+     {"tokens": (0, 7)}],
+    ids=["separate", "packed", "no bias", "frozen projection", "frozen gate", "frozen up", "no tokens"],
+)  # fmt: skip
+def test_outputs_and_gradients(case, activation, dtype):
+    rounded = as_dtype(make(**case), dtype)
+    exact = run(definition, as_dtype(rounded, torch.float64), activation)
+    ours, same = run(gated_linear, rounded, activation), run(definition, rounded, activation)
+    for number, row in enumerate(zip(ours, same, exact, strict=True)):
+        assert_no_worse_than_torch(*row, name=f"result {number}")
+
+
+def test_product_is_not_kept():
+    inputs = make(tokens=(4, 16), width=64, out=8)
+    kept = {}
+    for function in (gated_linear, definition):
+        sizes = {}
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, s=sizes: s.setdefault(t.data_ptr(), t) is None or t, lambda t: t
+        ):
+            function(*inputs, activation="silu")
+        known = {t.data_ptr() for t in inputs}
+        kept[function] = sum(t.numel() for pointer, t in sizes.items() if pointer not in known)
+    assert kept[gated_linear] == 0
+    assert kept[definition] >= 4 * 16 * 64
+
+
+def test_autocast_and_backward_twice():
+    gate, up, weight, bias = make()
+    gate, up = gate.detach().bfloat16().requires_grad_(), up.detach().bfloat16().requires_grad_()
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        out = gated_linear(gate, up, weight, bias)
+        expected = definition(gate, up, weight, bias, "silu")
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out, expected, rtol=5e-2, atol=5e-2)  # the interpreter truncates to bf16
+    first = torch.autograd.grad(out.float().square().sum(), [gate, weight], retain_graph=True)
+    again = torch.autograd.grad(out.float().square().sum(), [gate, weight])
+    assert first[1].dtype == torch.float32
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_wrong_arguments():
+    gate, up, weight, bias = make()
+    with pytest.raises(ValueError, match=r"weight: is \(20, 36\).*allowed is \[H, 18\]"):
+        gated_linear(gate, None, weight, bias)
+    with pytest.raises(ValueError, match="activation: is 'relu'; allowed are 'silu'"):
+        gated_linear(gate, up, weight, bias, activation="relu")
+    with pytest.raises(ValueError, match="without autocast they must be the same"):
+        gated_linear(gate, up, weight.half(), bias)
