@@ -124,7 +124,12 @@ def profile_text(rows: list[dict]) -> str:
         total = sum(row["profile_groups"].values())
         groups = [[g, ms, f"{ms / total:.1%}"] for g, ms in row["profile_groups"].items()]
         kernels = [[k["name"][:70], k["group"], k["ms"], k["calls"]] for k in row["profile_kernels"][:20]]
-        parts.append(f"{row['model']} {row['setting']} {row['arm']}: {total:.2f} ms a step busy")
+        parts.append(
+            f"{row['model']} {row['setting']} {row['arm']}: {total:.2f} ms a step busy, "
+            f"{row['profile_idle_ms']:.2f} ms idle"
+        )
         parts.append(text_table(["group", "ms", "share"], groups))
         parts.append(text_table(["kernel", "group", "ms", "calls"], kernels))
+        gaps = [[g["ms"], g["after"], g["before"]] for g in row["profile_gaps"]]
+        parts.append(text_table(["idle ms", "after", "before"], gaps))
     return "\n\n".join(parts)

@@ -108,8 +108,9 @@ class FusedHead:
 
     def _fuses(self, hidden: Tensor, call: _Call) -> bool:
         """Whether lm_head is called on every labelled position by a model whose loss function is still ours."""
-        if getattr(self.model.loss_function, "__self__", None) is not self:
-            return False  # the user set their own after apply_liger
+        # The user may have set their own after apply_liger; the compiler does not compare bound methods reliably.
+        if not torch.compiler.is_compiling() and getattr(self.model.loss_function, "__self__", None) is not self:
+            return False
         # In evaluation mode with gradients someone may differentiate through the logits: give them real ones.
         return hidden.shape[:-1] == call.labels.shape and (self.model.training or not torch.is_grad_enabled())
 
