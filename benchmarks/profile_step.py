@@ -67,7 +67,7 @@ class KernelProfile(TrainerCallback):
         }
 
     def _idle(self) -> tuple[float, list[dict]]:
-        """ms per step in which the device ran nothing, and the largest gaps: their length and the kernels around them."""
+        """ms per step in which the device ran nothing, and the largest gaps with the kernels around them."""
         intervals = sorted(
             (event.time_range.start, event.time_range.end, event.name)
             for event in self.profiler.events()

@@ -14,7 +14,9 @@ import json
 import re
 import statistics
 import sys
+import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 if not __package__:  # run as a script; see kernels.py
@@ -108,6 +110,56 @@ def run_job(job: dict, timeout: float):
     yield row
 
 
+class Relay:
+    """Runs the workers one after another, each already started, with its imports done, while the one before it runs.
+
+    A waiting worker has not touched the device. Its gate, a file, tells it to go or to stop.
+    """
+
+    def __init__(self, jobs: list[dict]):
+        self.jobs = jobs
+
+    def __enter__(self):
+        self.folder = tempfile.TemporaryDirectory()
+        self.pool = ThreadPoolExecutor(max_workers=2)
+        self.started = {}
+        return self
+
+    def __exit__(self, *error):
+        for index in self.started:
+            if not self._gate(index).exists():
+                self._open(index, "stop")
+        self.pool.shutdown()
+        self.folder.cleanup()
+
+    def _gate(self, index: int) -> Path:
+        return Path(self.folder.name) / str(index)
+
+    def _open(self, index: int, word: str) -> None:
+        draft = self._gate(index).with_suffix(".draft")
+        draft.write_text(word)
+        draft.rename(self._gate(index))  # at once, so that no worker reads half of it
+
+    def _start(self, index: int) -> None:
+        if index < len(self.jobs) and index not in self.started:
+            job = self.jobs[index] | {"gate": str(self._gate(index))}
+            self.started[index] = self.pool.submit(lambda: list(run_job(job, timeout=1200)))
+
+    def run(self, job: dict) -> list[dict]:
+        """The messages of ``job``'s worker, when it has ended; starts the next one meanwhile."""
+        index = self.jobs.index(job)
+        self._start(index)
+        self._start(index + 1)
+        self._open(index, "go")
+        return self.started[index].result()
+
+    def skip(self, job: dict) -> None:
+        """Do without ``job``."""
+        index = self.jobs.index(job)
+        if index in self.started:
+            self._open(index, "stop")
+
+
 def combine(job: dict, rounds: list[dict]) -> dict:
     """The row of one arm: medians over its good rounds, or what went wrong in the last one."""
     identity = {k: v for k, v in job.items() if k not in ("round", "device", "profile")}
@@ -139,28 +191,29 @@ def main(argv: list[str] | None = None) -> int:
     subject = "profile" if args.profile else "train"
     results, rounds, hopeless = None, {}, set()
     progress = common.Progress(len(jobs))
-    for job in jobs:
-        key = (job["model"], job["setting"], job["arm"])
-        left = end - time.monotonic()
-        if key in hopeless or left <= 0:  # absent or out of memory: the next round would be the same
-            progress.step(
-                f"{' '.join(key)} round {job['round'] + 1}: {'skipped' if left > 0 else 'device budget spent'}"
-            )
-            continue
-        for message in run_job(job, timeout=min(left + 30, 900)):
-            if message["kind"] == "hello":
-                if results is None:
-                    path = args.out / f"{subject}-{common.slug(message['device'])}.json"
-                    results = common.ResultFile(
-                        path, ("model", "setting", "arm"), common.provenance(message, args.commit)
-                    )
+    with Relay(jobs) as relay:
+        for job in jobs:
+            key = (job["model"], job["setting"], job["arm"])
+            left = end - time.monotonic()
+            if key in hopeless or left <= 0:  # absent or out of memory: the next round would be the same
+                relay.skip(job)
+                why = "skipped" if left > 0 else "device budget spent"
+                progress.step(f"{' '.join(key)} round {job['round'] + 1}: {why}")
                 continue
-            rounds.setdefault(key, []).append(message)
-            if message["status"] != "ok":
-                hopeless.add(key)
-            if results is not None:
-                results.add(combine(job, rounds[key]))
-            progress.step(f"{' '.join(key)} round {job['round'] + 1}: {describe(message)}")
+            for message in relay.run(job):
+                if message["kind"] == "hello":
+                    if results is None:
+                        path = args.out / f"{subject}-{common.slug(message['device'])}.json"
+                        results = common.ResultFile(
+                            path, ("model", "setting", "arm"), common.provenance(message, args.commit)
+                        )
+                    continue
+                rounds.setdefault(key, []).append(message)
+                if message["status"] != "ok":
+                    hopeless.add(key)
+                if results is not None:
+                    results.add(combine(job, rounds[key]))
+                progress.step(f"{' '.join(key)} round {job['round'] + 1}: {describe(message)}")
     progress.close()
     if results is None:
         print("no worker started: see the errors above", file=sys.stderr)

@@ -5,6 +5,7 @@ import statistics
 import tempfile
 import time
 from itertools import pairwise
+from pathlib import Path
 
 import torch
 from torch.utils.data import Dataset
@@ -17,6 +18,7 @@ from benchmarks.models import make_config
 from benchmarks.profile_step import KernelProfile
 
 GIB = 1 << 30
+IMPORTS = {"trl": "trl.trainer.utils", "liger_kernel": "liger_kernel.transformers"}
 NEEDS = {"liger": ["liger_kernel"], "trl_head": ["trl"], "liger_trl_head": ["trl", "liger_kernel"]}
 
 
@@ -110,8 +112,24 @@ def make_model(job: dict) -> torch.nn.Module:
     return model
 
 
+def stand_by(job: dict) -> bool:
+    """Import what the arm needs, then wait for the word: the worker before this one has the device until then."""
+    if job["arm"] == "ours":
+        pass
+    elif job["arm"] in NEEDS:
+        for package in NEEDS[job["arm"]]:
+            if importlib.util.find_spec(package):
+                importlib.import_module(IMPORTS[package])
+    gate = Path(job["gate"])
+    while not gate.exists():
+        time.sleep(0.05)
+    return gate.read_text() == "go"
+
+
 def main(job: dict) -> None:
     """Train ``warmup + steps`` steps and emit one row."""
+    if "gate" in job and not stand_by(job):
+        return
     emit(describe_device(job["device"]))
     missing = [p for p in NEEDS.get(job["arm"], []) if importlib.util.find_spec(p) is None]
     if missing:
