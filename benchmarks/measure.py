@@ -125,6 +125,8 @@ def captured_launches(fn: Callable[[], object]) -> Callable[[], None] | None:
     """
     from triton.runtime import JITFunction
 
+    from liger_trainer.kernels import launch
+
     launches = []
     run = JITFunction.run
 
@@ -133,10 +135,11 @@ def captured_launches(fn: Callable[[], object]) -> Callable[[], None] | None:
         return run(self, *args, **kwargs)
 
     JITFunction.run = record
+    direct, launch.DIRECT_LAUNCH = launch.DIRECT_LAUNCH, False  # ours goes past JITFunction.run
     try:
         fn()
     finally:
-        JITFunction.run = run
+        JITFunction.run, launch.DIRECT_LAUNCH = run, direct
     if not launches:
         return None
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from distributed.cases import Case, resume, run, save_models
-from distributed.worker import reset, settings
+from distributed.worker import init_deepspeed, reset, settings
 
 CUDA = torch.cuda.is_available()
 CASES = [
@@ -68,9 +68,7 @@ def main(job: str, result: str) -> None:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if CUDA else "gloo")
         if engine.startswith("zero"):
-            import deepspeed
-
-            deepspeed.init_distributed(dist_backend="nccl" if CUDA else "gloo")
+            init_deepspeed()
         box = [folder]  # the first rank's, for all of them
         torch.distributed.broadcast_object_list(box)
         if torch.distributed.get_rank() == 0:

@@ -6,13 +6,15 @@ sharding the model is left out.
 
 import importlib.util
 import json
+import os
 import statistics
 import sys
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from distributed.worker import settings
+from distributed.worker import init_deepspeed, settings
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
@@ -35,6 +37,11 @@ class PeakOfLaterSteps(TrainerCallback):
 
 def train(job: dict, folder: str) -> dict:
     """Step time, tokens per second of all ranks, largest peak of any rank."""
+    partitioned = job["engine"] == "zero3"  # while it is made, by DeepSpeed
+    if CUDA:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if job["engine"].startswith("zero"):
+        init_deepspeed()
     options = {} if job["arm"] == "hf" else {"use_liger": True}
     args = (TrainingArguments if job["arm"] == "hf" else LigerTrainingArguments)(
         folder, per_device_train_batch_size=job["batch"], max_steps=WARMUP + WINDOW * WINDOWS, learning_rate=1e-5,
@@ -44,7 +51,7 @@ def train(job: dict, folder: str) -> dict:
     )  # fmt: skip
     config = make_config(job["model"])
     torch.manual_seed(0)
-    with args.device:
+    with nullcontext() if partitioned else args.device:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
     rows = RandomTokens(job["batch"] * args.world_size * args.max_steps, job["seq"], config.vocab_size)
     timer = StepTimes(args.device.type, WARMUP, WINDOW)

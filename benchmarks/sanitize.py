@@ -1,0 +1,98 @@
+"""Every kernel once, forward and backward, on small odd shapes: what to run under a memory and race checker.
+
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 python benchmarks/sanitize.py
+    compute-sanitizer --tool racecheck --error-exitcode 1 python benchmarks/sanitize.py
+
+The results are compared with the plain definitions, so that a kernel that did not run does not pass.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+
+if not __package__:  # run as a script; see kernels.py
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from liger_trainer.kernels.add_rms_norm import add_rms_norm
+from liger_trainer.kernels.cross_entropy import cross_entropy
+from liger_trainer.kernels.gated_linear import ACTIVATIONS, gated_linear
+from liger_trainer.kernels.geglu import geglu
+from liger_trainer.kernels.layer_norm import layer_norm
+from liger_trainer.kernels.linear_cross_entropy import linear_cross_entropy
+from liger_trainer.kernels.linear_logprobs import Speculation, linear_logprobs
+from liger_trainer.kernels.rms_norm import rms_norm
+from liger_trainer.kernels.rope import rope
+from liger_trainer.kernels.swiglu import swiglu
+
+from liger_trainer.kernels import reference
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ROWS, COLS, VOCAB = 37, 200, 331
+
+
+def leaf(*shape: int) -> torch.Tensor:
+    """A bf16 leaf of random numbers."""
+    return torch.randn(*shape, device=DEVICE).bfloat16().requires_grad_()
+
+
+def check(name: str, ours, theirs, leaves: list[torch.Tensor]) -> None:
+    """Run forward and backward of both and compare them."""
+    results = []
+    for function in (ours, theirs):
+        out = function()
+        outputs = [t for t in (out if isinstance(out, tuple) else (out,)) if t.requires_grad]
+        total = sum((t.float() * torch.arange(t.numel(), device=DEVICE).view(t.shape).cos()).sum() for t in outputs)
+        results.append([*(t.detach() for t in outputs), *torch.autograd.grad(total, leaves)])
+    for a, b in zip(*results, strict=True):
+        error = (a.float() - b.float()).norm() / b.float().norm().clamp(min=1e-6)
+        assert error < 3e-2, f"{name}: {error:.3f}"
+    print(name, "ok", flush=True)
+
+
+def main() -> None:
+    """Run all of them."""
+    torch.manual_seed(0)
+    x, r, w, b = leaf(ROWS, COLS), leaf(ROWS, COLS), leaf(COLS), leaf(COLS)
+    narrow, narrow_w = leaf(ROWS, 3, 24), leaf(24)
+    check("rms_norm", lambda: rms_norm(x, w), lambda: reference.rms_norm(x, w), [x, w])
+    check(
+        "rms_norm, narrow", lambda: rms_norm(narrow, narrow_w), lambda: reference.rms_norm(narrow, narrow_w), [narrow]
+    )
+    check("add_rms_norm", lambda: add_rms_norm(x, r, w), lambda: reference.add_rms_norm(x, r, w), [x, r, w])
+    check("layer_norm", lambda: layer_norm(x, w, b), lambda: reference.layer_norm(x, w, b), [x, w, b])
+    q, k = leaf(2, 3, 19, 24), leaf(2, 1, 19, 24)
+    cos, sin = torch.randn(2, 1, 19, 16, device=DEVICE).bfloat16()
+    for interleaved in (False, True):
+        options = {"interleaved": interleaved}
+        check(
+            "rope",
+            lambda o=options: rope(q, k, cos, sin, **o),
+            lambda o=options: reference.rope(q, k, cos, sin, **o),
+            [q, k],
+        )
+    check("swiglu", lambda: swiglu(x, r), lambda: reference.swiglu(x, r), [x, r])
+    check("geglu, packed", lambda: geglu(x), lambda: reference.geglu(x), [x])
+    down = leaf(50, COLS)
+    plain = ACTIVATIONS["silu"][1]
+    check("gated_linear", lambda: gated_linear(x, r, down), lambda: plain(x, r) @ down.t(), [x, r, down])
+    labels = torch.randint(VOCAB, (ROWS,), device=DEVICE)
+    labels[::4] = -100
+    logits, weight = leaf(ROWS, VOCAB), leaf(VOCAB, COLS)
+    check(
+        "cross_entropy",
+        lambda: cross_entropy(logits, labels),
+        lambda: reference.cross_entropy(logits, labels),
+        [logits],
+    )
+    exact = lambda: reference.linear_cross_entropy(x, weight, labels)  # noqa: E731
+    for options in ({"logits_budget_mib": 0.01}, {"low_memory": True}, {"low_memory": True, "logits_budget_mib": 0.01}):
+        ours = lambda o=options: linear_cross_entropy(x, weight, labels, **o)  # noqa: E731
+        check(f"linear_cross_entropy {options}", ours, exact, [x, weight])
+    for speculation in (None, Speculation()):
+        ours = lambda s=speculation: linear_logprobs(x, weight, labels, speculation=s, logits_budget_mib=0.01)[:2]  # noqa: E731
+        check("linear_logprobs", ours, lambda: reference.linear_logprobs(x, weight, labels)[:2], [x, weight])
+
+
+if __name__ == "__main__":
+    main()
