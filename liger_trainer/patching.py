@@ -172,6 +172,8 @@ def _plan_head(core, config, no_fused_loss, edits, report) -> FusedHead | None:
         reason = "it has no output embeddings"
     elif isinstance(linears, str):
         reason = linears
+    elif (getattr(core, "tp_size", None) or 1) > 1:
+        reason = f"its weights are tensor-parallel (tp_size {core.tp_size}), and no vocabulary-sharded head is fused"
     elif "." in name:
         reason = f"its output embeddings are nested ({name})"
     elif core.loss_function is not ForCausalLMLoss:

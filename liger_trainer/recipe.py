@@ -95,7 +95,7 @@ def parse_recipe(argv: list[str]) -> Recipe:
     Args:
         argv: path of the recipe, then overrides. Keys are the fields of ``RecipeArguments``, of TRL's ``ModelConfig``,
             of ``LigerTrainingArguments`` with ``max_length``, or of ``LigerSFTConfig`` with ``trainer: sft``.
-            ``bf16: auto`` means wherever the GPU has it.
+            ``bf16: auto`` means wherever the GPU has it; ``--key null`` unsets what the recipe says.
 
     Raises:
         ValueError: an unknown key (names the nearest), a value of the wrong type, a combination that cannot run, a
@@ -107,6 +107,7 @@ def parse_recipe(argv: list[str]) -> Recipe:
     content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     if not isinstance(content, dict):
         raise ValueError(f"recipe: {path!r} must hold a YAML mapping of keys to values, got {type(content).__name__}")
+    content, overrides = _unset(content, overrides)
     # As flags before those of the command line, YAML values meet the same checks and lose against the latter.
     flags = [*_flags(content), *overrides]
 
@@ -156,6 +157,20 @@ def _bool_or_auto(value: str | bool) -> bool:
     if value == "auto":
         return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     return string_to_bool(value)
+
+
+def _unset(content: dict, overrides: list[str]) -> tuple[dict, list[str]]:
+    """The recipe without the keys that the command line sets to ``null``, and the command line without those."""
+    content, rest = dict(content), []
+    for word in overrides:
+        key, _, value = word.partition("=")
+        if word == "null" and rest and rest[-1].removeprefix("--") in content:
+            key, value = rest.pop(), word
+        if value == "null" and key.removeprefix("--") in content:
+            content[key.removeprefix("--")] = None
+        else:
+            rest.append(word)
+    return content, rest
 
 
 def _flags(content: dict) -> list[str]:

@@ -16,7 +16,7 @@ from .config import LigerConfig
 from .kernels.linear_logprobs import Speculation, linear_logprobs
 from .patching import add_hooks, core_model, patch_state
 from .report import Applied
-from .sharding import check_materialized, gathered
+from .sharding import check_materialized, gathered, is_partitioned
 
 
 @dataclass
@@ -89,6 +89,8 @@ def _gathered_again_in_backward(*parameters: Tensor | None):
     def unpack(packed: Tensor | int) -> Tensor:
         if isinstance(packed, Tensor):
             return packed
+        if not is_partitioned(managed[packed]):  # DeepSpeed has it there for a module that it saw reading it
+            return managed[packed]
         with gathered(managed[packed]) as (whole,):
             return whole.detach().clone()
 

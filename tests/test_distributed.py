@@ -62,7 +62,7 @@ JOBS = {
             Case("zero3", "sft", "qwen2", lora=True),
             Case("zero3", "dpo", triton=True),
         ],
-        "checks": [["lazy_logits", "zero3"]],
+        "checks": [["lazy_logits", "zero3"], ["head_gathered_for_one_call", "zero3"]],
     },
 }
 
@@ -149,6 +149,14 @@ def test_a_weight_that_is_not_materialised_is_refused(monkeypatch):
     model.lm_head.weight.data = torch.empty(0)  # as ZeRO-3 leaves it outside lm_head's call
     with pytest.raises(ValueError, match=r"lm_head\.weight is not materialised: it is empty, shape \(0,\)"):
         model(**batch())
+
+
+def test_a_vocabulary_sharded_head_is_not_fused():
+    model = tiny_model("llama")
+    model._tp_size = 2  # what transformers' tensor-parallel loading sets
+    (skipped,) = apply_liger(model).skipped
+    assert skipped.kind == "fused_loss"
+    assert "tensor-parallel (tp_size 2)" in skipped.reason
 
 
 def test_a_sharded_weight_is_refused(tmp_path):

@@ -58,6 +58,7 @@ def test_command_line_overrides_yaml_overrides_defaults(tmp_path, trainer):
     assert changed.training.liger_config["glu"] is False
     named = parse_recipe([path, "--model_config", "null", "--model_name_or_path", "some/model"])
     assert (named.run.model_config, named.model.model_name_or_path) == (None, "some/model")
+    assert parse_recipe([path, "--max_length", "null", "--seed=null"]).training.seed == 42
 
 
 @pytest.mark.parametrize(

@@ -166,7 +166,7 @@ class Recorder(TrainerCallback):
 
         if self.engine.is_gradient_accumulation_boundary():
             named = trainable(self.trainer.model)
-            self.gradients.append({name: safe_get_full_grad(p).clone() for name, p in named})
+            self.gradients.append({name: safe_get_full_grad(p).cpu().clone() for name, p in named})
         return self.engine_step(*args, **kwargs)
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
@@ -191,7 +191,7 @@ def full(tensor: torch.Tensor) -> torch.Tensor:
         import deepspeed
 
         with deepspeed.zero.GatheredParameters([tensor]):
-            return tensor.detach().clone()
+            return tensor.detach().cpu().clone()
     tensor = tensor.detach()
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu().clone()
 

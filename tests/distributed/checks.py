@@ -5,6 +5,7 @@ import time
 from types import SimpleNamespace
 
 import torch
+import trl.trainer.utils as trl_utils
 from distributed.cases import Case, build, full
 from tiny_models import batch, tiny_model
 from torch import distributed
@@ -12,11 +13,13 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from training import Rows, arguments
 from transformers import Trainer, TrainerCallback
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from liger_trainer import apply_liger, throughput
+from liger_trainer import apply_liger, sharding, throughput, trl
 from liger_trainer.lazy_logits import LazyLogits
 from liger_trainer.patching import patch_state
 
+TRITON = {"head_gathered_for_one_call"}  # the others run the ops' plain definitions
 BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 
 
@@ -77,18 +80,46 @@ def lazy_logits(directory, settings):
     materialize, LazyLogits.materialize = LazyLogits.materialize, _refuse
     assert trainer.evaluate()["eval_loss"] > 0
     LazyLogits.materialize = materialize
+    unset_hf_deepspeed_config()  # or the plain model would be partitioned, too
     plain = tiny_model("llama")
     plain.load_state_dict({name: full(p) for name, p in trainer.model.named_parameters()})
     _check_lazy_logits(trainer.model_wrapped, plain, 1e-4)
 
 
 def _check_lazy_logits(model, plain, tolerance):
+    model.eval()  # DeepSpeed's engine returns None here
+    plain.eval()
     with torch.no_grad():
-        logits = model.eval()(**batch(rows=2)).logits
-        expected = plain.eval()(**batch(rows=2)).logits
+        logits, expected = model(**batch(rows=2)).logits, plain(**batch(rows=2)).logits
     assert isinstance(logits, LazyLogits)
     error = (logits.float() - expected.float()).norm() / expected.float().norm()
     assert error < tolerance, f"logits: {error:.2e}"
+
+
+def head_gathered_for_one_call(directory, settings):
+    """TRL gathers a ZeRO-3 lm_head around our op alone: per-token gradients find it partitioned and gather it again."""
+    import deepspeed
+
+    torch.manual_seed(0)
+    hidden, targets = torch.randn(7, 16, requires_grad=True), torch.randint(0, 32, (7,))
+    plain = torch.nn.Linear(16, 32, bias=False).requires_grad_(False)
+    with deepspeed.zero.Init(config_dict_or_path={"train_batch_size": 2, "zero_optimization": {"stage": 3}}):
+        head = torch.nn.Linear(16, 32, bias=False).requires_grad_(False)
+    with deepspeed.zero.GatheredParameters([head.weight], modifier_rank=0):
+        head.weight.copy_(plain.weight)
+    upstream = torch.arange(7.0)
+    model = tiny_model("llama")
+    apply_liger(model)
+    trl.attach(model)
+    with deepspeed.zero.GatheredParameters([head.weight]):
+        trl._Dispatcher.running = patch_state(model).trl_head
+        log_probs, *_ = trl_utils._ChunkedLogProbFunction.apply(hidden, head.weight, None, targets, 1.0, 8)
+        trl._Dispatcher.running = None
+    assert sharding.is_partitioned(head.weight)
+    (ours,) = torch.autograd.grad((log_probs * upstream).sum(), hidden)
+    expected = plain(hidden).log_softmax(-1)[torch.arange(7), targets]
+    (theirs,) = torch.autograd.grad((expected * upstream).sum(), hidden)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 def _refuse(self):

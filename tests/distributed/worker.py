@@ -30,8 +30,20 @@ def settings(engine: str) -> dict:
     if engine == "fsdp2":
         return {"fsdp": True, "fsdp_config": {"reshard_after_forward": True}}
     sharding = dict({"zero2": ZERO2, "zero3": ZERO3}[engine])
-    config = {"zero_optimization": sharding, "zero_allow_untested_optimizer": True, **dict.fromkeys(AUTO, "auto")}
+    config = {
+        "zero_optimization": sharding,
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": "auto"},
+        **dict.fromkeys(AUTO, "auto"),
+    }
     return {"deepspeed": config}
+
+
+def init_deepspeed():
+    """DeepSpeed's own view of the process group, which it needs before a model is partitioned."""
+    import deepspeed
+
+    deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo")
 
 
 def reset():
@@ -59,15 +71,13 @@ def main(directory: str, job: str):
     job = json.loads(job)
     engines = [*(case["engine"] for case in job["cases"]), *(engine for _, engine in job["checks"])]
     if any(engine.startswith("zero") for engine in engines):
-        import deepspeed
-
-        deepspeed.init_distributed(dist_backend="gloo")  # accelerate does this itself on accelerators
+        init_deepspeed()
     for case in (Case(**fields) for fields in job["cases"]):
         start = time.perf_counter()
         run_case(case, directory)
         print(f"{case.name}: {time.perf_counter() - start:.1f} s", flush=True)
-    launch.INTERPRET = False
     for name, engine in job["checks"]:
+        launch.INTERPRET = name in checks.TRITON
         start = time.perf_counter()
         getattr(checks, name)(directory, settings(engine))
         reset()
