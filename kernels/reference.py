@@ -166,7 +166,8 @@ def reduce_loss(token_loss: Tensor, valid: Tensor, reduction: str, num_items: Te
     if num_items is not None:
         if torch.is_tensor(num_items):
             num_items = num_items.to(token_loss.device).reshape(())
-        return token_loss.sum() / num_items
+        none = num_items == 0  # then there is no valid token either, and the sum is 0
+        return token_loss.sum() / (num_items + none)
     return token_loss.sum() if reduction == "sum" else token_loss.sum() / valid.sum().clamp(min=1)
 
 

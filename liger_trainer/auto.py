@@ -22,6 +22,6 @@ class AutoLigerModelForCausalLM:
 
 def _patched(make, args, kwargs, liger_config):
     config = LigerConfig.parse(liger_config)  # a bad option fails before the weights are loaded
-    model = make(*args, **kwargs)
-    apply_liger(model, config)
-    return model
+    made = make(*args, **kwargs)
+    apply_liger(made[0] if isinstance(made, tuple) else made, config)  # a tuple with output_loading_info=True
+    return made

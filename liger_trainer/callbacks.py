@@ -48,8 +48,9 @@ class LigerCallback(TrainerCallback):
         heads = [] if patched is None else [h for h in (patched.fused, patched.trl_head) if h is not None]
         if heads and not any(head.calls_fused for head in heads):
             logger.warning(
-                "liger_trainer: the fused loss was not used in the first step, because the Trainer did not pass "
-                "labels to the model (compute_loss_func, or a compute_loss of its own?); the full logits are built."
+                "liger_trainer: the fused loss was not used in the first step, so the full logits are built: the "
+                "Trainer did not pass labels to the model (compute_loss_func, or a compute_loss of its own?), or "
+                "lm_head was replaced or wrapped after apply_liger."
             )
 
     def _apply(self, args, state, model):

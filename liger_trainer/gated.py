@@ -18,7 +18,7 @@ from .kernels import reference
 from .kernels.gated_linear import gated_linear
 from .kernels.geglu import geglu
 from .kernels.swiglu import swiglu
-from .probing import TOLERANCE, difference, generator, stand_in, takes_one_tensor
+from .probing import TOLERANCE, difference, forward_parameters, generator, stand_in, takes_one_tensor
 from .verdicts import Refusal, Replacement, Verdict
 
 
@@ -37,16 +37,17 @@ ACTIVATIONS = {
         functools.partial(geglu, approximate="none"), functools.partial(reference.geglu, approximate="none"), "gelu"
     ),
 }
-DTYPES = (torch.float32, torch.bfloat16)
+# (dtype, size of the numbers): large ones show a clamp on the gate or on the product.
+SAMPLES = ((torch.float32, 2.0), (torch.bfloat16, 2.0), (torch.float32, 1e3))
 UNKNOWN = "what reaches the down projection is neither silu(gate) * up nor gelu(gate) * up"
 
 
 class _Recorder(nn.Module):
     """Stands for a projection: keeps its input, returns fixed numbers."""
 
-    def __init__(self, width: int, seed: int, dtype: torch.dtype):
+    def __init__(self, width: int, seed: int, dtype: torch.dtype, size: float):
         super().__init__()
-        self.out = torch.randn(1, 3, width, generator=generator().manual_seed(seed)).mul_(2).to(dtype)
+        self.out = torch.randn(1, 3, width, generator=generator().manual_seed(seed)).mul_(size).to(dtype)
         self.seen = None
 
     def forward(self, x):
@@ -83,7 +84,7 @@ def matches_mlp(module: nn.Module) -> bool:
 def probe_mlp(module: nn.Module) -> Verdict:
     """The activation and the reading of the children that agree with ``module``."""
     for names in _roles(_projections(module)):
-        runs = [_record(module, names, dtype) for dtype in DTYPES]
+        runs = [_record(module, names, *sample) for sample in SAMPLES]
         if any(run is None for run in runs):
             continue
         for variant, activation in ACTIVATIONS.items():
@@ -91,7 +92,7 @@ def probe_mlp(module: nn.Module) -> Verdict:
                 inputs = [run[0][::-1] if swapped else run[0] for run in runs]
                 if all(
                     difference(activation.definition(*pair), seen) <= TOLERANCE[dtype]
-                    for pair, (_, seen), dtype in zip(inputs, runs, DTYPES, strict=True)
+                    for pair, (_, seen), (dtype, _) in zip(inputs, runs, SAMPLES, strict=True)
                 ):
                     method = _mlp_method(type(module).forward, names, swapped, activation)
                     packed = ", packed" if len(names) == 2 else ""
@@ -99,11 +100,13 @@ def probe_mlp(module: nn.Module) -> Verdict:
     return Refusal("glu", UNKNOWN)
 
 
-def _record(module, names, dtype):
+def _record(module, names, dtype, size):
     """((gate, up), input of down) of one run, or ``None`` where the children are used in another way."""
-    *inner, down = (_Recorder(_projections(module)[name].out_features, seed, dtype) for seed, name in enumerate(names))
-    twin = stand_in(module, dtype, dict(zip(names, [*inner, down], strict=True)))
-    x = torch.randn(1, 3, _projections(module)[names[0]].in_features, generator=generator()).to(dtype)
+    projections = _projections(module)
+    recorders = [_Recorder(projections[n].out_features, seed, dtype, size) for seed, n in enumerate(names)]
+    *inner, down = recorders
+    twin = stand_in(module, dtype, dict(zip(names, recorders, strict=True)))
+    x = torch.randn(1, 3, projections[names[0]].in_features, generator=generator()).to(dtype)
     with torch.no_grad():
         out = type(module).forward(twin, x)
     untouched = all(p.seen is not None and torch.equal(p.seen, x) for p in inner)
@@ -115,11 +118,13 @@ def _record(module, names, dtype):
 
 def _mlp_method(original, names, swapped, activation):
     *inner_names, down_name = names
+    input_name = forward_parameters(original)[0].name
 
     @functools.cache
     def method(config):
         @functools.wraps(original)
-        def forward(self, hidden_states):
+        def forward(self, *args, **kwargs):
+            hidden_states = args[0] if args else kwargs[input_name]
             inner = [getattr(self, name)(hidden_states) for name in inner_names]
             if swapped:
                 inner = [*reversed(inner[0].chunk(2, dim=-1) if len(inner) == 1 else inner)]
@@ -137,8 +142,9 @@ def _mlp_method(original, names, swapped, activation):
 def _is_bare(linear: nn.Module) -> bool:
     """Whether a call of ``linear`` is ``F.linear`` with its parameters: no subclass, adapter, hook or shard."""
     hooks = linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks
-    bare = type(linear) is nn.Linear and "forward" not in vars(linear) and not hooks
-    return bare and type(linear.weight) is nn.Parameter and torch.compiler.is_compiling() is False
+    if hooks or torch.nn.modules.module._has_any_global_hook() or torch.compiler.is_compiling():
+        return False
+    return type(linear) is nn.Linear and "forward" not in vars(linear) and type(linear.weight) is nn.Parameter
 
 
 def matches_experts(module: nn.Module) -> bool:
@@ -153,11 +159,11 @@ def probe_experts(module: nn.Module) -> Verdict:
         return Refusal("glu", "its eager forward has the gate inline; set experts_implementation='grouped_mm'")
     original = type(module)._apply_gate
     twin = stand_in(module, torch.float32, parameters=False)
-    gate_up = torch.randn(5, 48, generator=generator()).mul_(2)
+    gate_up = torch.randn(5, 48, generator=generator())
     for variant, activation in ACTIVATIONS.items():
         if all(
-            difference(activation.definition(gate_up.to(d)), original(twin, gate_up.to(d))) <= TOLERANCE[d]
-            for d in DTYPES
+            difference(activation.definition(x), original(twin, x)) <= TOLERANCE[x.dtype]
+            for x in [(gate_up * size).to(dtype) for dtype, size in SAMPLES]
         ):
             method = _experts_method(original, activation.op)
             return Replacement("glu", f"{variant}, packed", "_apply_gate", method)

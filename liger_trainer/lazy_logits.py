@@ -14,6 +14,10 @@ _STAY_LAZY = {
     aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar, aten.tanh.default,
     aten._to_copy.default, aten.alias.default, aten.detach.default,
 }  # fmt: skip
+_READ_MEMORY = frozenset((
+    "numpy", "__array__", "tolist", "item", "cpu", "data_ptr", "storage", "untyped_storage", "pin_memory",
+    "share_memory_", "__reduce_ex__", "__deepcopy__",
+))  # fmt: skip
 
 
 class LazyLogits(Tensor):
@@ -41,7 +45,7 @@ class LazyLogits(Tensor):
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
         # These read memory behind the dispatcher's back.
-        if function in (Tensor.numpy, Tensor.tolist, Tensor.data_ptr, Tensor.cpu, Tensor.item, Tensor.__reduce_ex__):
+        if getattr(function, "__name__", "") in _READ_MEMORY:
             args = tree_map(_materialized, args)
         with torch._C.DisableTorchFunctionSubclass():  # the default would rewrap results as this class
             return function(*args, **kwargs or {})

@@ -8,7 +8,7 @@ from torch import nn
 from .kernels import reference
 from .kernels.layer_norm import layer_norm
 from .kernels.rms_norm import rms_norm
-from .probing import TOLERANCE, difference, generator, stand_in, takes_one_tensor
+from .probing import TOLERANCE, difference, forward_parameters, generator, stand_in, takes_one_tensor
 from .sharding import full_shape
 from .verdicts import Refusal, Replacement, Verdict
 
@@ -30,7 +30,9 @@ WEIGHTLESS_WIDTH = 64
 def matches(module: nn.Module) -> bool:
     """No children, no parameters but a 1-D weight and bias, an epsilon or ``normalized_shape``, one input."""
     parameters = {n: p for n, p in module._parameters.items() if p is not None}
-    if module._modules or not parameters.keys() <= {"weight", "bias"}:
+    if module._modules or module._buffers or not parameters.keys() <= {"weight", "bias"}:
+        return False
+    if hasattr(module, "num_groups") or hasattr(module, "num_features"):  # statistics over something else than a row
         return False
     if any(len(full_shape(p)) != 1 for p in parameters.values()) or not takes_one_tensor(module):
         return False
@@ -46,7 +48,7 @@ def probe(module: nn.Module) -> Verdict:
     best = None
     for eps in _eps_attributes(module) or COMMON_EPS:
         for kind, variant, options in _forms(has_weight, has_bias):
-            op = functools.partial(getattr(reference, kind), eps=eps, **options)
+            op = functools.partial(getattr(reference, kind), eps=_reader(eps)(module), **options)
             errors = [difference(op(x, *parameters), out) / limit for x, parameters, out, limit in samples]
             if max(errors) <= 1 and (best is None or sum(errors) < best[0]):
                 best = sum(errors), kind, variant, eps, options
@@ -84,8 +86,8 @@ def _samples(module, original):
         )
 
 
-def _eps_attributes(module: nn.Module) -> list[float]:
-    return [v for k, v in vars(module).items() if "eps" in k.lower() and isinstance(v, float)]
+def _eps_attributes(module: nn.Module) -> list[str]:
+    return [k for k, v in vars(module).items() if "eps" in k.lower() and isinstance(v, float)]
 
 
 def _forms(has_weight: bool, has_bias: bool):
@@ -98,17 +100,31 @@ def _forms(has_weight: bool, has_bias: bool):
 
 
 def _rms_norm_forward(original, has_weight, has_bias, eps, options):
+    read_eps, name = _reader(eps), forward_parameters(original)[0].name
+    under_autocast = original is nn.RMSNorm.forward  # autocast runs torch's own rms_norm in fp32
+
     @functools.wraps(original)
-    def forward(self, hidden_states):
-        return rms_norm(hidden_states, self.weight if has_weight else None, eps, **options)
+    def forward(self, *args, **kwargs):
+        x = args[0] if args else kwargs[name]
+        if under_autocast and torch.is_autocast_enabled(x.device.type):
+            x = x.float()
+        return rms_norm(x, self.weight if has_weight else None, read_eps(self), **options)
 
     return forward
 
 
 def _layer_norm_forward(original, has_weight, has_bias, eps, options):
+    read_eps, name = _reader(eps), forward_parameters(original)[0].name
+
     @functools.wraps(original)
-    def forward(self, hidden_states):
+    def forward(self, *args, **kwargs):
+        x = args[0] if args else kwargs[name]
         weight, bias = self.weight if has_weight else None, self.bias if has_bias else None
-        return layer_norm(hidden_states, weight, bias, eps)
+        return layer_norm(x, weight, bias, read_eps(self))
 
     return forward
+
+
+def _reader(eps: str | float):
+    """A function of the module: the attribute of that name as it is then, or the constant."""
+    return (lambda module: getattr(module, eps)) if isinstance(eps, str) else (lambda module: eps)

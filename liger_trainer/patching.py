@@ -14,25 +14,47 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from .config import LigerConfig
-from .fused_head import FusedHead, HeadForward
+from .fused_head import FusedHead, HeadForward, head_linears
 from .head_probe import probe_head
 from .report import Applied, LigerReport, Skipped
 from .rules import verdicts
 from .verdicts import Refusal
 
 _STATE = "_liger_state"
+_MARK = "_is_liger"  # of the functions that are bound to instances
 
 
 class _Missing:
     """Marks an attribute the instance did not have; a class, because deep copies keep those as they are."""
 
 
-class Edit(NamedTuple):
-    """One instance attribute to set: ``module.<attribute> = value``."""
+@dataclass
+class Edit:
+    """One instance attribute to set: ``module.<attribute> = value``; ``old`` is what stood there before."""
 
     module: nn.Module
     attribute: str
     value: Any
+    old: Any = _Missing
+
+    def place(self) -> str | None:
+        """The attribute that holds ``value`` now: accelerate's device hooks move a forward to ``_old_forward``."""
+        return next((a for a in (self.attribute, "_old_forward") if vars(self.module).get(a) is self.value), None)
+
+    def apply(self) -> None:
+        """Set the attribute."""
+        self.old = vars(self.module).get(self.attribute, _Missing)
+        setattr(self.module, self.attribute, self.value)
+
+    def undo(self) -> None:
+        """Put back what stood there; what others have put in our place since is theirs and stays."""
+        place = self.place()
+        if place is not None and place != self.attribute:
+            setattr(self.module, place, types.MethodType(type(self.module).forward, self.module))
+        elif place is not None and self.old is _Missing:
+            delattr(self.module, place)
+        elif place is not None:
+            setattr(self.module, place, self.old)
 
 
 @dataclass
@@ -43,7 +65,7 @@ class PatchState:
     report: LigerReport
     fused: FusedHead | None = None
     trl_head: Any = None
-    undo: list[tuple[nn.Module, str, Any]] = field(default_factory=list)
+    edits: list[Edit] = field(default_factory=list)
     handles: list[Any] = field(default_factory=list)
 
 
@@ -95,15 +117,16 @@ def apply_with(model: nn.Module, config: LigerConfig, no_fused_loss: str | None 
             raise ValueError(
                 f"model is already patched with {state.config}; call revert_liger(model) before applying {config}"
             )
-        return state.report
+        if not _is_stale(core, state) and not (no_fused_loss and state.fused):
+            return state.report
+        revert_liger(model)  # resized, wrapped or unpickled since: what is there now is planned anew
     plan = _plan(model, core, config, no_fused_loss)
     if config.strict and plan.report.skipped:
         lines = "\n".join(f"  {s.kind} {s.module} ({s.cls}): {s.reason}" for s in plan.report.skipped)
         raise ValueError(f"strict=True and these were asked for but cannot be applied:\n{lines}")
-    state = PatchState(config, plan.report, plan.fused)
+    state = PatchState(config, plan.report, plan.fused, edits=plan.edits)
     for edit in plan.edits:
-        state.undo.append((edit.module, edit.attribute, vars(edit.module).get(edit.attribute, _Missing)))
-        setattr(edit.module, edit.attribute, edit.value)
+        edit.apply()
     setattr(core, _STATE, state)
     if plan.fused is not None:
         add_hooks(core, state, plan.fused.before_forward, plan.fused.after_forward)
@@ -118,25 +141,41 @@ def revert_liger(model: nn.Module) -> None:
         return
     for handle in state.handles:
         handle.remove()
-    for module, attribute, value in reversed(state.undo):
-        if value is _Missing:
+    for edit in reversed(state.edits):
+        edit.undo()
+    for module in core.modules():  # PEFT's modules_to_save copies modules with what was bound to them
+        for attribute in [name for name, value in vars(module).items() if _is_ours(value)]:
             delattr(module, attribute)
-        else:
-            setattr(module, attribute, value)
     delattr(core, _STATE)
+
+
+def _is_ours(value: Any) -> bool:
+    """Whether ``value`` is a method that patching binds to instances."""
+    bound_to, function = getattr(value, "__self__", None), getattr(value, "__func__", None)
+    return isinstance(bound_to, HeadForward) or getattr(function, _MARK, False)
+
+
+def _is_stale(core: nn.Module, state: PatchState) -> bool:
+    """Whether some of what was applied is no longer there, or ``lm_head`` is another module than it was."""
+    # An unpickled model has the class's own methods in our places.
+    if any(edit.place() is None or _is_of_class(edit.module, edit.attribute, edit.value) for edit in state.edits):
+        return True
+    ours = {id(edit.module) for edit in state.edits if isinstance(getattr(edit.value, "__self__", None), HeadForward)}
+    return bool(ours) and ours != {id(linear) for linear in head_linears(core.get_output_embeddings())}
 
 
 def add_hooks(core: nn.Module, state: PatchState, before: Callable, after: Callable) -> None:
     """Call ``before(module, args, kwargs)`` and ``after(module, args, output)`` around the causal LM's forward."""
     state.handles.append(core.register_forward_pre_hook(before, with_kwargs=True))
-    state.handles.append(core.register_forward_hook(after))
+    state.handles.append(core.register_forward_hook(after, always_call=True))  # also after an exception
 
 
 def _plan(model: nn.Module, core: nn.Module, config: LigerConfig, no_fused_loss: str | None) -> _Plan:
     edits: list[Edit] = []
     report = LigerReport()
+    known: dict = {}
     for name, module in model.named_modules():
-        for verdict in verdicts(module):
+        for verdict in verdicts(module, known):
             if not config.wants(verdict.kind):
                 continue
             cls = type(module).__name__
@@ -147,7 +186,9 @@ def _plan(model: nn.Module, core: nn.Module, config: LigerConfig, no_fused_loss:
                 reason = f"its {verdict.attribute} was already replaced on the instance"
                 report.skipped.append(Skipped(verdict.kind, name, cls, reason))
             else:
-                edits.append(Edit(module, attribute, types.MethodType(verdict.method(config), module)))
+                function = verdict.method(config)
+                setattr(function, _MARK, True)
+                edits.append(Edit(module, attribute, types.MethodType(function, module)))
                 report.applied.append(Applied(verdict.kind, name, cls, verdict.variant))
     fused = None
     if config.fused_loss:
@@ -155,9 +196,14 @@ def _plan(model: nn.Module, core: nn.Module, config: LigerConfig, no_fused_loss:
     return _Plan(edits, fused, report)
 
 
+def _is_of_class(module: nn.Module, attribute: str, value: Any) -> bool:
+    return getattr(value, "__func__", value) is getattr(type(module), attribute, None)
+
+
 def _free_attribute(module: nn.Module, attribute: str) -> str | None:
     """Where to bind: accelerate's device hooks keep the module's own forward as ``_old_forward`` and call that."""
-    if attribute not in vars(module):
+    current = vars(module).get(attribute)
+    if current is None or _is_of_class(module, attribute, current):
         return attribute
     return "_old_forward" if attribute == "forward" and "_old_forward" in vars(module) else None
 
@@ -197,11 +243,10 @@ def _plain_linears(head: nn.Module | None) -> list[nn.Linear] | str:
     """The Linear modules that ``head`` may call (PEFT's ``modules_to_save`` has copies), or why it is not plain."""
     if head is None:
         return []
-    if hasattr(head, "original_module") and hasattr(head, "modules_to_save"):
-        linears = [head.original_module, *head.modules_to_save.values()]
-    else:
-        linears = [head]
+    linears = head_linears(head)
     for linear in linears:
+        if linear._forward_hooks or linear._backward_hooks:
+            return "it has hooks on its output, which the fused loss does not make"
         if hasattr(linear, "base_layer"):
             return f"it carries an adapter ({type(linear).__module__.split('.')[-2]}): ordinary path"
         if type(linear).forward is not nn.Linear.forward:

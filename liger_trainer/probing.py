@@ -15,6 +15,7 @@ from .sharding import full_shape
 
 # Largest error, relative to the largest value, at which two results count as the same computation.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
+_PLAIN = (int, float, str, tuple, list, dict, type(None), torch.dtype, torch.Size)
 
 
 def generator() -> torch.Generator:
@@ -48,14 +49,19 @@ def stand_in(
 
 
 def settings_key(module: nn.Module) -> tuple:
-    """What a probe's verdict may depend on: class, plain attributes, parameters' and children's form."""
-    plain = tuple(
-        sorted((k, repr(v)) for k, v in vars(module).items() if isinstance(v, (int, float, str, tuple, torch.Size)))
+    """What a probe's verdict may depend on: the code, every attribute, and the parameters' and children's form.
+
+    Functions, configs and other objects count by identity, so two modules that share them are alike.
+    """
+    machinery = vars(nn.Module())
+    attributes = tuple(
+        (name, repr(value) if isinstance(value, _PLAIN) else id(value))
+        for name, value in sorted(vars(module).items())
+        if name not in machinery
     )
     parameters = tuple((n, None if p is None else tuple(full_shape(p))) for n, p in module._parameters.items())
-    children = tuple((n, repr(c)) for n, c in module._modules.items())
-    experts = getattr(vars(module).get("config"), "_experts_implementation", None)
-    return type(module), plain, parameters, children, experts
+    children = tuple((n, settings_key(c)) for n, c in module._modules.items())
+    return type(module), type(module).forward, attributes, parameters, children
 
 
 def difference(ours: Tensor, theirs: Tensor) -> float:

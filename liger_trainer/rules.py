@@ -2,8 +2,8 @@
 
 A rule goes by structure (a module's parameters, its children, the names its forward uses), never by a model's name.
 The probe runs the module's own forward on random numbers against each variant of our op; the variant that agrees is
-the one applied, and where none agrees the candidate is skipped with that as the reason. Verdicts are cached by what
-they depend on, so a model costs one probe for each class and shape.
+the one applied, and where none agrees the candidate is skipped with that as the reason. Verdicts are shared by modules
+that are alike in all they depend on, so a model costs one probe for each class and shape.
 """
 
 from collections.abc import Iterator
@@ -15,24 +15,25 @@ from .probing import settings_key
 from .verdicts import Refusal, Rule, Verdict
 
 LAYER_RULES = (
-    Rule("rms_norm", norms.matches, norms.probe),
-    Rule("glu", gated.matches_mlp, gated.probe_mlp),
-    Rule("glu", gated.matches_experts, gated.probe_experts),
-    Rule("rope", rotary.matches, rotary.probe),
+    Rule("rms_norm", norms.matches, norms.probe, settings_key),
+    Rule("glu", gated.matches_mlp, gated.probe_mlp, settings_key),
+    Rule("glu", gated.matches_experts, gated.probe_experts, settings_key),
+    Rule("rope", rotary.matches, rotary.probe, lambda module: type(module).forward),
 )
 
-_verdicts: dict[tuple, Verdict] = {}
 
+def verdicts(module: nn.Module, known: dict[tuple, Verdict]) -> Iterator[Verdict]:
+    """Each layer rule's verdict on ``module``; most modules are no rule's candidate and give none.
 
-def verdicts(module: nn.Module) -> Iterator[Verdict]:
-    """Each layer rule's verdict on ``module``; most modules are no rule's candidate and give none."""
+    ``known`` holds the verdicts of one walk over a model: code may be patched by others between two walks.
+    """
     for rule in LAYER_RULES:
         if not rule.matches(module):
             continue
-        key = (rule, settings_key(module))
-        if key not in _verdicts:
-            _verdicts[key] = _probe(rule, module)
-        yield _verdicts[key]
+        key = (rule, rule.key(module))
+        if key not in known:
+            known[key] = _probe(rule, module)
+        yield known[key]
 
 
 def _probe(rule: Rule, module: nn.Module) -> Verdict:

@@ -1,6 +1,6 @@
 """What a rule says of a module."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import NamedTuple
 
 from torch import nn
@@ -32,8 +32,12 @@ Verdict = Replacement | Refusal
 
 
 class Rule(NamedTuple):
-    """A structural test, the probe for what passes it, and the kind to report where the probe fails to run."""
+    """A structural test, the probe for what passes it, and what the probe's verdict depends on.
+
+    ``kind`` is reported where the probe fails to run. Modules with equal ``key`` share a verdict.
+    """
 
     kind: str
     matches: Callable[[nn.Module], bool]
     probe: Callable[[nn.Module], Verdict]
+    key: Callable[[nn.Module], Hashable]
