@@ -16,7 +16,7 @@ from pathlib import Path
 if not __package__:  # run as a script; see kernels.py
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from benchmarks import common, shapes, tables
+from benchmarks import common, curve, shapes, tables
 
 COLORS = {
     "ours": "#d1495b",
@@ -231,6 +231,12 @@ def main(argv: list[str] | None = None) -> int:
         draw = plot_train if stem.startswith("train") else plot_kernels
         for path in [file.with_suffix(".md"), *draw(data, stem, args.results)]:
             print(path)
+    for file in sorted(args.results.glob("linear-ce-curve-*.json")):
+        data = json.loads(file.read_text())
+        made[file.stem] = f"{curve.make_table(data)}\n\n{data['device']}; commit {data['run']['commit']}\n"
+        if not args.list:
+            curve.plot(data, file.with_suffix(".png"))
+            print(file.with_suffix(".png"))
     if args.list:
         print("\n".join(made))
         return 0

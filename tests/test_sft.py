@@ -141,3 +141,58 @@ def test_argument_classes_are_subclasses_of_trls():
         liger_trainer.LigerSFTConfig("out", use_liger=True, use_liger_kernel=True)
     with pytest.raises(AttributeError, match="LigerXConfig"):
         _ = liger_trainer.arguments.LigerXConfig
+
+
+def run_kto(args):
+    from trl import KTOTrainer
+
+    rows = [{"prompt": text(4, i), "completion": text(5, 40 + i), "label": i % 2 == 0} for i in range(12)]
+    models = {"model": tiny_model("llama"), "ref_model": tiny_model("llama", seed=1)}
+    return KTOTrainer(**models, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer())
+
+
+def run_online(trainer_class, args):
+    rows = [{"prompt": text(4, i)} for i in range(12)]
+    reward = lambda completions, **kwargs: [float(len(set(c.split()))) for c in completions]  # noqa: E731
+    data = Dataset.from_list(rows)
+    return trainer_class(
+        tiny_model("llama"), reward_funcs=reward, args=args, train_dataset=data, processing_class=tokenizer()
+    )
+
+
+@pytest.mark.parametrize("name", ["KTO", "GRPO", "RLOO"])
+def test_other_trainers_are_the_same(name, tmp_path):
+    import trl
+
+    runs = []
+    for flag in (False, True):
+        options = {"optim": "sgd", "activation_checkpointing": False, "max_steps": 2, "per_device_train_batch_size": 4}
+        if name != "KTO":
+            options |= {"num_generations": 4, "max_completion_length": 6, "beta": 0.0}  # no reference model
+        args = arguments(tmp_path, cls=getattr(liger_trainer, f"Liger{name}Config"), use_liger=flag, **options)
+        trainer = run_kto(args) if name == "KTO" else run_online(getattr(trl, f"{name}Trainer"), args)
+        trainer.train()
+        runs.append(trainer)
+    assert_same_run(*runs)
+    assert patch_state(runs[1].model).trl_head.calls_fused > 0
+
+
+def test_reward_model_gets_the_layer_kernels(tmp_path):
+    from tiny_models import tiny_config
+    from transformers import AutoModelForSequenceClassification
+    from trl import RewardTrainer
+
+    rows = [{"chosen": text(6, i), "rejected": text(5, 40 + i)} for i in range(12)]
+    runs = []
+    for flag in (False, True):
+        torch.manual_seed(0)
+        model = AutoModelForSequenceClassification.from_config(tiny_config("llama", num_labels=1))
+        options = {"optim": "sgd", "activation_checkpointing": False, "max_steps": 3}
+        args = arguments(tmp_path, cls=liger_trainer.LigerRewardConfig, use_liger=flag, **options)
+        trainer = RewardTrainer(model, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer())
+        trainer.train()
+        runs.append(trainer)
+    assert_same_run(*runs)
+    report = patch_state(runs[1].model).report
+    assert report.counts == {"rms_norm": 5, "rope": 2, "glu": 2}
+    assert [(s.kind, s.reason) for s in report.skipped] == [("fused_loss", "it has no output embeddings")]

@@ -59,3 +59,22 @@ def batch(rows: int = 2, tokens: int = 11, seed: int = 1, ignored: float = 0.3) 
     ids = torch.randint(3, VOCAB, (rows, tokens), generator=generator)
     labels = ids.masked_fill(torch.rand(rows, tokens, generator=generator) < ignored, -100)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+
+def loss_and_gradients(model, inputs):
+    """Loss of one training forward and every parameter's gradient."""
+    model.train()
+    model.zero_grad()
+    out = model(**inputs)
+    out.loss.backward()
+    return out.loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same_training(theirs, ours, tolerance=1e-5):
+    """Two results of ``loss_and_gradients`` agree, each gradient relative to its norm."""
+    (loss, gradients), (our_loss, our_gradients) = theirs, ours
+    torch.testing.assert_close(our_loss, loss, rtol=tolerance, atol=1e-7)
+    assert our_gradients.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        error = (our_gradients[name] - gradient).norm() / gradient.norm().clamp(min=1e-12)
+        assert error < tolerance, f"{name}: {error:.2e}"
