@@ -27,8 +27,9 @@ class LigerConfig:
         strict: anything asked for and not applied is an error instead of a line in the report.
         logits_budget_mib: upper bound in MiB of the transient logits the fused loss holds at a time. Larger is
             faster up to a point, smaller is leaner; it changes no result.
-        low_memory: the fused loss computes the logits twice instead of keeping an fp32 sum of ``lm_head``'s gradient:
-            slower by about a third of the head's time, leaner by 4 bytes for each of its weights.
+        low_memory: the fused loss computes the logits twice instead of keeping an fp32 sum of ``lm_head``'s gradient,
+            in at most 64 MiB of them at a time: leaner by 2 bytes for each of its weights, the head slower by 17 to
+            54 % (H100, ``benchmarks/NOTES.md``).
         recompute_glu: gated MLPs keep their gate and up projections for backward but not ``act(gate) * up``, which is
             made again along with their gradients: leaner by a third of the MLP's activations for one more write.
             Where the down projection is a bare ``nn.Linear``: one with an adapter or hooks keeps its input.

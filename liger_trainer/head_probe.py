@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .probing import hollow_copy
 from .sharding import full_shape
 
 TOKENS = 3
@@ -132,9 +133,7 @@ class _Runner:
             seen.append((logits, labels, extras))
             return logits.float().sum() * 0.0
 
-        twin = object.__new__(type(self.model))
-        nn.Module.__init__(twin)
-        twin.__dict__.update({k: v for k, v in vars(self.model).items() if k not in vars(twin) and k != "forward"})
+        twin = hollow_copy(self.model)
         twin.__dict__["_loss_function"] = record
         twin._modules = dict(self.model._modules)
         hidden = torch.zeros(1, TOKENS, self.hidden_size)

@@ -23,6 +23,14 @@ def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0x11)
 
 
+def hollow_copy(module: nn.Module) -> nn.Module:
+    """A module of the same class and settings without parameters, buffers, children, hooks or a bound ``forward``."""
+    twin = object.__new__(type(module))
+    nn.Module.__init__(twin)  # empty tables; a subclass's own __init__ would need its arguments
+    twin.__dict__.update({k: v for k, v in vars(module).items() if k not in vars(twin) and k != "forward"})
+    return twin
+
+
 def stand_in(
     module: nn.Module, dtype: torch.dtype, children: dict[str, nn.Module] | None = None, parameters: bool = True
 ) -> nn.Module:
@@ -31,9 +39,7 @@ def stand_in(
     ``children`` replaces child modules by name; the others are deep-copied, which is asked of small ones only.
     ``parameters=False`` leaves the parameters out, for methods that do not read them.
     """
-    twin = object.__new__(type(module))
-    nn.Module.__init__(twin)  # empty hook tables; a subclass's own __init__ would need its arguments
-    twin.__dict__.update({k: v for k, v in vars(module).items() if k not in vars(twin) and k != "forward"})
+    twin = hollow_copy(module)
     random = generator()
     twin._parameters = {
         name: None if p is None else nn.Parameter(torch.rand(full_shape(p), generator=random).add_(0.5).to(dtype))
