@@ -12,7 +12,10 @@ from torch import Tensor
 
 from benchmarks.common import describe_software
 
-WARMUP_MS, REP_MS, MIN_REPS = 25, 100, 7
+WARMUP_MS, REP_MS, MIN_REPS, MAX_REPS = 25, 100, 7, 200
+FLUSH_BYTES = 1 << 28  # several times any L2 cache
+CLOCK_HZ = 2e9  # about an H100's, to turn a time into the cycles that the device is told to wait
+MAX_LEAD_MS = 5.0  # a call that waits for the device itself cannot be queued ahead
 MIB = 1 << 20
 HOPELESS = 1e9  # stands for an infinite error, which JSON cannot say
 
@@ -46,19 +49,22 @@ def release_memory(device: str) -> None:
 def median_ms(fn: Callable[[], object], device: str, grad_to_none: Sequence[Tensor] = ()) -> float:
     """Median time of ``fn`` in ms, at least ``MIN_REPS`` calls after a warm-up, gradients dropped before each.
 
-    On a GPU this is ``triton.testing.do_bench``: device time, L2 flushed before every call.
+    On a GPU: time on the device between two events, L2 flushed before every call, as ``triton.testing.do_bench`` takes
+    it, but with the device kept busy until the host has queued the whole call. Otherwise the host's time would be part
+    of every number below some 0.3 ms; it is measured on its own, by ``host_us``.
     """
-    fn()
-    synchronize(device)
-    start = time.perf_counter()
-    fn()
-    synchronize(device)
-    once = (time.perf_counter() - start) * 1e3
+    issue, once = math.inf, 0.0
+    for _ in range(3):
+        synchronize(device)
+        start = time.perf_counter()
+        fn()
+        issue = min(issue, (time.perf_counter() - start) * 1e3)
+        synchronize(device)
+        once = (time.perf_counter() - start) * 1e3
+        for tensor in grad_to_none:
+            tensor.grad = None
     if device == "cuda":
-        from triton.testing import do_bench
-
-        rep = max(REP_MS, MIN_REPS * once)
-        return do_bench(fn, warmup=WARMUP_MS, rep=rep, grad_to_none=list(grad_to_none), return_mode="median")
+        return _median_device_ms(fn, grad_to_none, lead_ms=min(2 * issue + 0.1, MAX_LEAD_MS), once=once)
     times = []
     for _ in range(MIN_REPS):
         for tensor in grad_to_none:
@@ -67,6 +73,24 @@ def median_ms(fn: Callable[[], object], device: str, grad_to_none: Sequence[Tens
         fn()
         times.append((time.perf_counter() - start) * 1e3)
     return statistics.median(times)
+
+
+def _median_device_ms(fn: Callable, grad_to_none: Sequence[Tensor], lead_ms: float, once: float) -> float:
+    calls = max(MIN_REPS, min(MAX_REPS, round(REP_MS / once)))
+    warmup = max(1, round(WARMUP_MS / once))
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
+    lead = int(lead_ms * 1e-3 * CLOCK_HZ)
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(warmup + calls)]
+    for start, end in events:
+        for tensor in grad_to_none:
+            tensor.grad = None
+        flush.zero_()
+        torch.cuda._sleep(lead)  # the device waits here while the host queues what follows
+        start.record()
+        fn()
+        end.record()
+    torch.cuda.synchronize()
+    return statistics.median(start.elapsed_time(end) for start, end in events[warmup:])
 
 
 def copy_bytes_per_ms(device: str) -> float:
@@ -106,7 +130,10 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 
 def host_us(fn: Callable[[], object], calls: int = 200, rounds: int = 15) -> float:
-    """Host microseconds per call: the queue is drained between rounds, never inside one."""
+    """Host microseconds per call in the fastest round; the queue is drained between rounds, never inside one.
+
+    The slower rounds hold other work of the machine: their median differed by half from run to run.
+    """
     times = []
     for _ in range(rounds):
         torch.cuda.synchronize()
@@ -115,7 +142,7 @@ def host_us(fn: Callable[[], object], calls: int = 200, rounds: int = 15) -> flo
             fn()
         times.append((time.perf_counter() - start) / calls * 1e6)
     torch.cuda.synchronize()
-    return statistics.median(times)
+    return min(times)
 
 
 def captured_launches(fn: Callable[[], object]) -> Callable[[], None] | None:

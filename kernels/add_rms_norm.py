@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import reference
+from .autograd import Function
 from .compiled import opaque_op
 from .inputs import check_rows, check_same_shape, check_vector
 from .launch import use_triton
@@ -17,7 +18,7 @@ from .norm_tiles import check_width
 from .rms_norm import out_dtype, rms_norm_bwd, rms_norm_bwd_op, rms_norm_fwd
 
 
-class AddRMSNormFunction(torch.autograd.Function):
+class AddRMSNormFunction(Function):
     """``add_rms_norm`` on ``x`` and ``residual`` of any one shape and dtype; all arguments are positional."""
 
     @staticmethod

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .autograd import Function
 from .compiled import opaque_op
 from .inputs import as_rows, check_rows, dense_like
 from .launch import Launcher, tl, triton, use_triton
@@ -95,7 +96,7 @@ def cross_entropy_bwd(
     return dlogits
 
 
-class CrossEntropyFunction(torch.autograd.Function):
+class CrossEntropyFunction(Function):
     """Takes 2-D logits and 1-D labels; the public function does the reshaping."""
 
     @staticmethod

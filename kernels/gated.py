@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .autograd import Function
 from .compiled import opaque_op, or_empty
 from .inputs import check_rows, check_same_shape, dense_like, row_layout
 from .launch import Launcher, cdiv, next_power_of_2, tl, triton
@@ -184,7 +185,7 @@ def gated_grads(
     return dgate, dup
 
 
-class GatedFunction(torch.autograd.Function):
+class GatedFunction(Function):
     """``act(gate) * up`` for two tensors, or for one that holds both halves (``up`` is None)."""
 
     @staticmethod

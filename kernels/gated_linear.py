@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import reference
+from .autograd import Function
 from .gated import GELU_ERF, GELU_TANH, SILU, check_gated, gated_bwd, gated_fwd
 from .launch import use_triton
 
@@ -27,7 +28,7 @@ def _halves(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
     return gate.chunk(2, dim=-1) if up is None else (gate, up)
 
 
-class GatedLinearFunction(torch.autograd.Function):
+class GatedLinearFunction(Function):
     """``gated_linear``; all arguments are positional."""
 
     @staticmethod

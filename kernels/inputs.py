@@ -50,6 +50,8 @@ def unit_stride(x: Tensor) -> Tensor:
 
 def dense_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """An uninitialised contiguous tensor of ``x``'s shape and device, and of its dtype unless given another."""
+    if (dtype is None or dtype == x.dtype) and x.is_contiguous():
+        return torch.empty_like(x)  # keywords would double its cost
     return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
 
 

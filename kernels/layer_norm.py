@@ -10,10 +10,19 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import reference
+from .autograd import Function
 from .compiled import opaque_op, or_empty
 from .inputs import check_rows, check_vector, dense_like, row_layout
 from .launch import Launcher, sm_count, tl, triton, use_triton
-from .norm_tiles import check_width, load_per_row, persistent_tiling, row_tiling, sum_partials
+from .norm_tiles import (
+    check_width,
+    column_partials,
+    load_per_row,
+    persistent_tiling,
+    row_tiling,
+    sum_partials,
+    sums_in_backward,
+)
 
 
 @triton.jit
@@ -81,7 +90,8 @@ def _layer_norm_bwd_kernel(
 ):
     cols = tl.arange(0, BLOCK_COLS)
     col_mask = cols < num_cols
-    if HAS_WEIGHT:
+    KEEP_WEIGHT: tl.constexpr = BLOCK_COLS < 16384  # in wider rows it would push others out of the registers
+    if HAS_WEIGHT and KEEP_WEIGHT:
         weight = tl.load(weight_ptr + cols, mask=col_mask, other=0.0).to(tl.float32)[None, :]
     if NEEDS_DW:
         dw = tl.zeros((TILE_ROWS, BLOCK_COLS), dtype=tl.float32)
@@ -102,6 +112,8 @@ def _layer_norm_bwd_kernel(
             db += dy
         if NEEDS_DX:
             if HAS_WEIGHT:
+                if not KEEP_WEIGHT:
+                    weight = tl.load(weight_ptr + cols, mask=col_mask, other=0.0).to(tl.float32)[None, :]
                 dy *= weight
             mean_g = tl.sum(dy, axis=1, keep_dims=True) / num_cols
             mean_gn = tl.sum(dy * normed, axis=1, keep_dims=True) / num_cols
@@ -156,32 +168,36 @@ def layer_norm_bwd(
     x, x_stride = row_layout(x)
     dy, dy_stride = row_layout(dy)
     wanted, partials = needs_dw + needs_db, None
-    if wanted:
+    summed = wanted > 0 and sums_in_backward(wanted * num_cols)
+    if summed:
         tiling = persistent_tiling(num_rows, num_cols, sm_count(x), dy.element_size() + x.element_size())
         partials = x.new_empty(wanted, tiling.num_programs, num_cols, dtype=torch.float32)
     else:
         tiling = row_tiling(num_rows, num_cols, sm_count(x))
-    _launch_bwd(
-        (tiling.num_programs, 1, 1),
-        (
-            dy, x, weight, mean, rstd, dx,
-            partials[0] if needs_dw else None, partials[-1] if needs_db else None,
-        ),
-        (dy_stride, x_stride, num_rows, num_cols, tiling.num_tiles),
-        (),
-        (
-            weight is not None, needs_dx, needs_dw, needs_db,
-            tiling.tile_rows, tiling.block_cols, tiling.num_stages,
-        ),
-        tiling.options,
-    )  # fmt: skip
+        if wanted:
+            partials = column_partials(dy, dy_stride, x, x_stride, mean, rstd, needs_dw, needs_db)
+    if summed or needs_dx:
+        _launch_bwd(
+            (tiling.num_programs, 1, 1),
+            (
+                dy, x, weight, mean, rstd, dx,
+                partials[0] if summed and needs_dw else None, partials[-1] if summed and needs_db else None,
+            ),
+            (dy_stride, x_stride, num_rows, num_cols, tiling.num_tiles),
+            (),
+            (
+                weight is not None, needs_dx, summed and needs_dw, summed and needs_db,
+                tiling.tile_rows, tiling.block_cols, tiling.num_stages,
+            ),
+            tiling.options,
+        )  # fmt: skip
     if needs_dw and needs_db and weight.dtype != bias_dtype:
         return dx, sum_partials(partials[:1], weight.dtype)[0], sum_partials(partials[1:], bias_dtype)[0]
     sums = sum_partials(partials, weight.dtype if needs_dw else bias_dtype) if wanted else None
     return dx, sums[0] if needs_dw else None, sums[-1] if needs_db else None
 
 
-class LayerNormFunction(torch.autograd.Function):
+class LayerNormFunction(Function):
     """``layer_norm`` on ``x`` of any shape, with the output's dtype; all arguments are positional."""
 
     @staticmethod

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .autograd import Function
 from .chunking import ValidRows
 from .launch import use_triton
 from .linear_loss import LossOptions, loss_forward, loss_recompute
@@ -21,7 +22,7 @@ from .reference import TokenStats
 from .scale_gradients import graph_is_kept, scale_gradients
 
 
-class LinearCrossEntropyFunction(torch.autograd.Function):
+class LinearCrossEntropyFunction(Function):
     """``(loss, log_probs, entropy, is_top1)`` of ``hidden`` ``[N, H]``; the last three ``None`` unless asked for."""
 
     @staticmethod
@@ -60,7 +61,7 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
         return *scale_gradients(grads, ctx.dtypes, scale, keep=graph_is_kept()), None, None, None, None
 
 
-class _TieEmptyLogits(torch.autograd.Function):
+class _TieEmptyLogits(Function):
     """``(loss, empty logits)`` from one node; the gradient of the empty logits carries nothing."""
 
     @staticmethod

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .autograd import Function
 from .chunking import GradientSums, LinearChunks, ValidRows, valid_rows
 from .compiled import opaque_op, or_empty
 from .launch import use_triton
@@ -53,7 +54,7 @@ class LogProbOptions:
     speculation: Speculation | None
 
 
-class LinearLogProbsFunction(torch.autograd.Function):
+class LinearLogProbsFunction(Function):
     """The five fields of ``TokenLogProbs``, each ``[N]``, of ``hidden`` ``[N, H]``."""
 
     @staticmethod

@@ -11,12 +11,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .launch import Launcher, cdiv, next_power_of_2, register_limit, tl, triton
+from .launch import Launcher, cdiv, next_power_of_2, register_limit, sm_count, tl, triton
 
 MAX_COLS = 65536  # 64 elements a thread with 32 warps; beyond that a row no longer fits the registers
 TILE_SIZE = 4096  # elements of a tile of narrow rows
 SMEM_BYTES = 160 * 1024  # of an SM's 228 KiB, for prefetched rows; the rest stays L1 cache
-MAX_STAGES = 3
+MAX_SUMMED_COLS = 16384  # a sum of 16 fp32 elements a thread fits beside a row of as many
+COLUMN_TILE = (8, 512)  # rows and columns a step of the kernel that sums by columns
+
+
+def sums_in_backward(num_cols: int) -> bool:
+    """Whether the kernel that computes dx also sums the gradients of weight and bias."""
+    return num_cols <= MAX_SUMMED_COLS
 
 
 class Tiling(NamedTuple):
@@ -52,13 +58,19 @@ def persistent_tiling(num_rows: int, num_cols: int, sms: int, bytes_per_element:
 
     A program more than fits would run alone at the end, hence the register limit that makes the count certain.
     """
-    per_sm = max(1, 2 * TILE_SIZE // max(next_power_of_2(num_cols), TILE_SIZE))
+    block_cols = next_power_of_2(num_cols)
+    # The fastest on an H100 (benchmarks/NOTES.md): two programs an SM for tiles of several rows, one for wider rows.
+    per_sm, elements_per_thread, max_stages = (2, 16, 3) if block_cols < TILE_SIZE else (1, 16, 3)
+    if block_cols == TILE_SIZE:
+        elements_per_thread, max_stages = 32, 4
+    elif block_cols >= MAX_SUMMED_COLS:  # all registers are taken, those for prefetching too
+        max_stages = 1
     programs = per_sm * sms
     tile_rows, block_cols = _tile(num_rows, num_cols, programs)
     num_tiles = cdiv(num_rows, tile_rows)
-    num_warps = min(max(tile_rows * block_cols // 512, 4), 32)
+    num_warps = min(max(tile_rows * block_cols // (32 * elements_per_thread), 4), 32)
     # Triton keeps one buffer fewer than it has stages.
-    stages = min(1 + SMEM_BYTES // (per_sm * tile_rows * block_cols * bytes_per_element), MAX_STAGES)
+    stages = min(1 + SMEM_BYTES // (per_sm * tile_rows * block_cols * bytes_per_element), max_stages)
     options = (("num_warps", num_warps), *register_limit(min(65536 // (32 * num_warps * per_sm), 255)))
     return Tiling(tile_rows, block_cols, num_tiles, min(programs, num_tiles), stages, options)
 
@@ -79,6 +91,71 @@ def load_per_row(ptr, first_row, num_rows, TILE_ROWS: tl.constexpr):
         rows = first_row + tl.arange(0, TILE_ROWS)
         values = tl.load(ptr + rows, mask=rows < num_rows, other=0.0)[:, None]
     return values
+
+
+@triton.jit
+def _column_partials_kernel(
+    dy_ptr,  # [num_rows, num_cols]
+    x_ptr,  # [num_rows, num_cols]
+    mean_ptr,  # [num_rows] fp32
+    rstd_ptr,  # [num_rows] fp32
+    dw_partial_ptr,  # [num_programs(1), num_cols] fp32
+    db_partial_ptr,  # [num_programs(1), num_cols] fp32
+    dy_row_stride,
+    x_row_stride,
+    num_rows,
+    num_cols,
+    HAS_MEAN: tl.constexpr,
+    NEEDS_DW: tl.constexpr,
+    NEEDS_DB: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+):
+    cols = tl.program_id(0) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
+    col_mask = cols < num_cols
+    dw = tl.zeros((TILE_ROWS, BLOCK_COLS), dtype=tl.float32)
+    db = tl.zeros((TILE_ROWS, BLOCK_COLS), dtype=tl.float32)
+    for start in tl.range(tl.program_id(1) * TILE_ROWS, num_rows, tl.num_programs(1) * TILE_ROWS, num_stages=3):
+        rows = tl.cast(start, tl.int64) + tl.arange(0, TILE_ROWS)
+        row_mask = rows < num_rows
+        mask = row_mask[:, None] & col_mask[None, :]
+        dy = tl.load(dy_ptr + rows[:, None] * dy_row_stride + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+        if NEEDS_DW:
+            x = tl.load(x_ptr + rows[:, None] * x_row_stride + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+            if HAS_MEAN:
+                x -= tl.load(mean_ptr + rows, mask=row_mask, other=0.0)[:, None]
+            dw += dy * (x * tl.load(rstd_ptr + rows, mask=row_mask, other=0.0)[:, None])
+        if NEEDS_DB:
+            db += dy
+    partial_offsets = tl.program_id(1).to(tl.int64) * num_cols + cols
+    if NEEDS_DW:
+        tl.store(dw_partial_ptr + partial_offsets, tl.sum(dw, axis=0), mask=col_mask)
+    if NEEDS_DB:
+        tl.store(db_partial_ptr + partial_offsets, tl.sum(db, axis=0), mask=col_mask)
+
+
+_launch_column_partials = Launcher(_column_partials_kernel)
+
+
+def column_partials(
+    dy: Tensor, dy_stride: int, x: Tensor, x_stride: int, mean: Tensor | None, rstd: Tensor, needs_dw: bool,
+    needs_db: bool,
+) -> Tensor:  # fmt: skip
+    """fp32 partials ``[needs_dw + needs_db, programs, num_cols]`` of dweight ``dy * (x - mean) * rstd`` and dbias."""
+    num_rows, num_cols = rstd.shape[0], x.shape[-1]
+    tile_rows, block_cols = COLUMN_TILE
+    col_blocks = cdiv(num_cols, block_cols)
+    splits = max(1, min(cdiv(num_rows, tile_rows), 8 * sm_count(x) // col_blocks))
+    partials = x.new_empty(needs_dw + needs_db, splits, num_cols, dtype=torch.float32)
+    _launch_column_partials(
+        (col_blocks, splits, 1),
+        (dy, x, mean, rstd, partials[0] if needs_dw else None, partials[-1] if needs_db else None),
+        (dy_stride, x_stride, num_rows, num_cols),
+        (),
+        (mean is not None, needs_dw, needs_db, tile_rows, block_cols),
+        (("num_warps", 8),),
+    )
+    return partials
 
 
 @triton.jit

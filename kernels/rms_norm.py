@@ -11,10 +11,19 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import reference
+from .autograd import Function
 from .compiled import opaque_op, or_empty
 from .inputs import check_rows, check_vector, dense_like, row_layout
 from .launch import Launcher, sm_count, tl, triton, use_triton
-from .norm_tiles import check_width, load_per_row, persistent_tiling, row_tiling, sum_partials
+from .norm_tiles import (
+    check_width,
+    column_partials,
+    load_per_row,
+    persistent_tiling,
+    row_tiling,
+    sum_partials,
+    sums_in_backward,
+)
 
 
 @triton.jit
@@ -98,7 +107,8 @@ def _rms_norm_bwd_kernel(
 ):
     cols = tl.arange(0, BLOCK_COLS)
     col_mask = cols < num_cols
-    if HAS_WEIGHT:
+    KEEP_SCALE: tl.constexpr = BLOCK_COLS < 16384  # in wider rows it would push others out of the registers
+    if HAS_WEIGHT and KEEP_SCALE:
         scale = _load_scale(weight_ptr, weight_offset, cols, num_cols, SCALE_IN_FP32)
     if NEEDS_DW:
         dw = tl.zeros((TILE_ROWS, BLOCK_COLS), dtype=tl.float32)
@@ -114,6 +124,8 @@ def _rms_norm_bwd_kernel(
             dw += dy * normed
         if NEEDS_DX:
             if HAS_WEIGHT:
+                if not KEEP_SCALE:
+                    scale = _load_scale(weight_ptr, weight_offset, cols, num_cols, SCALE_IN_FP32)
                 dy *= scale
             dx = rstd * (dy - normed * (tl.sum(dy * normed, axis=1, keep_dims=True) / num_cols))
             if HAS_DTOTAL:
@@ -171,26 +183,29 @@ def rms_norm_bwd(
     if dtotal is not None:
         dtotal, dtotal_stride = row_layout(dtotal)
         streamed += dtotal.element_size()
-    if needs_dw:
+    summed = needs_dw and sums_in_backward(num_cols)
+    if summed:
         tiling = persistent_tiling(num_rows, num_cols, sm_count(x), streamed)
         partials = x.new_empty(1, tiling.num_programs, num_cols, dtype=torch.float32)
     else:
-        tiling, partials = row_tiling(num_rows, num_cols, sm_count(x)), None
-    _launch_bwd(
-        (tiling.num_programs, 1, 1),
-        (dy, dtotal, x, weight, rstd, dx, partials),
-        (dy_stride, dtotal_stride, x_stride, num_rows, num_cols, tiling.num_tiles),
-        (weight_offset,),
-        (
-            dtotal is not None, weight is not None, scale_in_fp32, needs_dx, needs_dw,
-            tiling.tile_rows, tiling.block_cols, tiling.num_stages,
-        ),
-        tiling.options,
-    )  # fmt: skip
+        tiling = row_tiling(num_rows, num_cols, sm_count(x))
+        partials = column_partials(dy, dy_stride, x, x_stride, None, rstd, True, False) if needs_dw else None
+    if summed or needs_dx:
+        _launch_bwd(
+            (tiling.num_programs, 1, 1),
+            (dy, dtotal, x, weight, rstd, dx, partials if summed else None),
+            (dy_stride, dtotal_stride, x_stride, num_rows, num_cols, tiling.num_tiles),
+            (weight_offset,),
+            (
+                dtotal is not None, weight is not None, scale_in_fp32, needs_dx, summed,
+                tiling.tile_rows, tiling.block_cols, tiling.num_stages,
+            ),
+            tiling.options,
+        )  # fmt: skip
     return dx, sum_partials(partials, weight.dtype)[0] if needs_dw else None
 
 
-class RMSNormFunction(torch.autograd.Function):
+class RMSNormFunction(Function):
     """``rms_norm`` on ``x`` of any shape; all arguments are positional."""
 
     @staticmethod

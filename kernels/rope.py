@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import reference
+from .autograd import Function
 from .compiled import opaque_op, or_empty
 from .inputs import check_device, check_floating, unit_stride
 from .launch import Launcher, cdiv, next_power_of_2, tl, triton, use_triton
@@ -218,7 +219,7 @@ def rope_bwd(
     return dq_out, dk_out
 
 
-class RopeFunction(torch.autograd.Function):
+class RopeFunction(Function):
     """``rope`` of ``q`` and, unless None, ``k``; all arguments are positional."""
 
     @staticmethod

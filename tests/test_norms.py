@@ -17,8 +17,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MODULES = {"rms_norm": rms_norm_module, "add_rms_norm": add_rms_norm_module, "layer_norm": layer_norm_module}
 OPS = {"rms_norm": rms_norm, "add_rms_norm": add_rms_norm, "layer_norm": layer_norm}
 NUM_X = {"rms_norm": 1, "add_rms_norm": 2, "layer_norm": 1}  # arguments of x's shape; the rest are vectors
-# Rows x columns: a handful, ragged tiles of several rows, several tiles a program, one row a tile, and no row at all.
-SHAPES = [(3, 3), (2, 5, 7), (301, 64), (2, 9, 130), (5, 2048), (0, 16)]
+# Rows x columns: a handful, ragged tiles of several rows, several tiles a program, one row a tile, rows that take all
+# registers, rows that leave none for the weights' sums, and no row at all.
+SHAPES = [(3, 3), (2, 5, 7), (301, 64), (2, 9, 130), (5, 2048), (3, 12000), (9, 16401), (0, 16)]
 
 
 def make(op, shape, affine=True, layout="contiguous"):
@@ -122,8 +123,9 @@ def test_frozen_weights_cost_nothing(op, monkeypatch):
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_frozen_input(op):
-    arguments = make(op, (33, 48))
+@pytest.mark.parametrize("shape", [(33, 48), (3, 16401)], ids=str)
+def test_frozen_input(op, shape):
+    arguments = make(op, shape)
     for x in arguments[: NUM_X[op]]:
         x.requires_grad_(False)
     compare(op, arguments, torch.float32)

@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from tiny_models import MODEL_TYPES, batch, tiny_model
 from training import Rows, arguments, assert_same_run, losses, train
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from liger_trainer import LigerCallback, LigerTrainingArguments, apply_liger
 from liger_trainer.kernels import launch
@@ -108,6 +108,36 @@ def test_wrapping_with_peft_after_patching_keeps_the_fused_loss():
     wrapped = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])).train()
     wrapped(**batch()).loss.backward()
     assert patch_state(wrapped).fused.calls_fused == 1
+
+
+def test_parameters_are_counted_once(tmp_path, monkeypatch):
+    """The Trainer asks at every batch, while the GPU waits; what it logs must stay the same."""
+    counted = []
+
+    class Probe(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            model.requires_grad_(False)
+            counted.append((model.num_parameters(only_trainable=True), model.num_parameters()))
+            model.requires_grad_(True)
+
+    model = tiny_model("llama")
+    calls, count = [], type(model).num_parameters
+
+    def recorded(self, **asked):
+        calls.append(asked)
+        return count(self, **asked)
+
+    monkeypatch.setattr(type(model), "num_parameters", recorded)
+    trainers = {}
+    for flag in (False, True):
+        calls.clear()
+        args = arguments(tmp_path, use_liger=flag, max_steps=3)
+        trainers[flag] = Trainer(model, args, train_dataset=Rows(), callbacks=[Probe()])
+        trainers[flag].train()
+        assert "num_parameters" not in vars(model)
+        assert calls.count({"exclude_embeddings": True}) == (1 if flag else 3)
+    assert trainers[True].state.total_flos == trainers[False].state.total_flos > 0
+    assert set(counted) == {(0, sum(p.numel() for p in model.parameters()))}
 
 
 def test_forward_called_past_the_hooks_is_noticed(caplog):
