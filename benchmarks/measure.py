@@ -46,8 +46,8 @@ def release_memory(device: str) -> None:
         torch.cuda.empty_cache()
 
 
-def median_ms(fn: Callable[[], object], device: str, grad_to_none: Sequence[Tensor] = ()) -> float:
-    """Median time of ``fn`` in ms, at least ``MIN_REPS`` calls after a warm-up, gradients dropped before each.
+def median_ms(fn: Callable[[], object], device: str) -> float:
+    """Median time of ``fn`` in ms, at least ``MIN_REPS`` calls after a warm-up.
 
     On a GPU: time on the device between two events, L2 flushed before every call, as ``triton.testing.do_bench`` takes
     it, but with the device kept busy until the host has queued the whole call. Otherwise the host's time would be part
@@ -61,29 +61,23 @@ def median_ms(fn: Callable[[], object], device: str, grad_to_none: Sequence[Tens
         issue = min(issue, (time.perf_counter() - start) * 1e3)
         synchronize(device)
         once = (time.perf_counter() - start) * 1e3
-        for tensor in grad_to_none:
-            tensor.grad = None
     if device == "cuda":
-        return _median_device_ms(fn, grad_to_none, lead_ms=min(2 * issue + 0.1, MAX_LEAD_MS), once=once)
+        return _median_device_ms(fn, lead_ms=min(2 * issue + 0.1, MAX_LEAD_MS), once=once)
     times = []
     for _ in range(MIN_REPS):
-        for tensor in grad_to_none:
-            tensor.grad = None
         start = time.perf_counter()
         fn()
         times.append((time.perf_counter() - start) * 1e3)
     return statistics.median(times)
 
 
-def _median_device_ms(fn: Callable, grad_to_none: Sequence[Tensor], lead_ms: float, once: float) -> float:
+def _median_device_ms(fn: Callable, lead_ms: float, once: float) -> float:
     calls = max(MIN_REPS, min(MAX_REPS, round(REP_MS / once)))
     warmup = max(1, round(WARMUP_MS / once))
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
     lead = int(lead_ms * 1e-3 * CLOCK_HZ)
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(warmup + calls)]
     for start, end in events:
-        for tensor in grad_to_none:
-            tensor.grad = None
         flush.zero_()
         torch.cuda._sleep(lead)  # the device waits here while the host queues what follows
         start.record()
@@ -100,25 +94,21 @@ def copy_bytes_per_ms(device: str) -> float:
     return 2 * source.numel() * source.element_size() / median_ms(lambda: target.copy_(source), device)
 
 
-def extra_peak_mib(
-    run: Callable[[], object], leaves: Sequence[Tensor], held: Sequence[Tensor], device: str
-) -> float | None:
-    """Peak memory of ``run`` over what was allocated before it and the gradients it leaves behind; None off GPU.
+def extra_peak_mib(run: Callable[[], Sequence[Tensor]], held: Sequence[Tensor], device: str) -> float | None:
+    """Peak memory of ``run`` over what was allocated before it and the gradients it returns; None off GPU.
 
     A gradient that lies in the memory of one of the ``held`` tensors was written in place and costs nothing.
     """
     if device != "cuda":
         return None
-    for leaf in leaves:
-        leaf.grad = None
     release_memory(device)
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    run()
+    gradients = run()
     torch.cuda.synchronize()
-    storages = {s.data_ptr(): s.nbytes() for s in (x.grad.untyped_storage() for x in leaves if x.grad is not None)}
-    gradients = sum(storages[p] for p in storages.keys() - {t.untyped_storage().data_ptr() for t in held})
-    return (torch.cuda.max_memory_allocated() - before - gradients) / MIB
+    storages = {s.data_ptr(): s.nbytes() for s in (g.untyped_storage() for g in gradients)}
+    own = sum(storages[p] for p in storages.keys() - {t.untyped_storage().data_ptr() for t in held})
+    return (torch.cuda.max_memory_allocated() - before - own) / MIB
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

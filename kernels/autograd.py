@@ -3,11 +3,27 @@
 import torch
 
 
+class _NoContext:
+    """Takes the place of ``ctx`` where no backward can follow, and keeps nothing."""
+
+    needs_input_grad = (False,) * 16  # as many as any op has arguments
+
+    def save_for_backward(self, *tensors):
+        pass
+
+    def mark_non_differentiable(self, *tensors):
+        pass
+
+    def set_materialize_grads(self, value):
+        pass
+
+
 class Function(torch.autograd.Function):
-    """``torch.autograd.Function`` with a cheaper ``apply``: a fifth of an op's time on the host.
+    """``torch.autograd.Function`` whose ``apply`` costs less: a sixth of an op's host time, a third without gradients.
 
     What is left out binds default arguments and unwraps tensors that leaked out of a functorch transform; our functions
-    have no defaults and no ``setup_context``. Inside a transform torch's own ``apply`` answers, with its error.
+    have no defaults and no ``setup_context``, and return no input as it is. Inside a transform torch's own ``apply``
+    answers, with its error.
     """
 
     @classmethod
@@ -15,4 +31,6 @@ class Function(torch.autograd.Function):
         """Run ``forward`` and record ``backward``; positional arguments only."""
         if torch._C._are_functorch_transforms_active():
             return super().apply(*args)
+        if not torch.is_grad_enabled():
+            return cls.forward(_NoContext(), *args)
         return super(torch.autograd.Function, cls).apply(*args)

@@ -49,6 +49,29 @@ def _activation(g, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def _load(ptr, cols, num_cols, MASKED: tl.constexpr):
+    # Full blocks go without a mask: one of odd width would undo the vectorised access.
+    values = tl.load(ptr + cols, mask=cols < num_cols, other=0.0) if MASKED else tl.load(ptr + cols)
+    return values.to(tl.float32)
+
+
+@triton.jit
+def _store(ptr, cols, num_cols, values, MASKED: tl.constexpr):
+    if MASKED:
+        tl.store(ptr + cols, values.to(ptr.dtype.element_ty), mask=cols < num_cols)
+    else:
+        tl.store(ptr + cols, values.to(ptr.dtype.element_ty))
+
+
+@triton.jit
+def _gated_fwd_block(gate_ptr, up_ptr, out_ptr, cols, num_cols, ACTIVATION: tl.constexpr, MASKED: tl.constexpr):
+    gate = _load(gate_ptr, cols, num_cols, MASKED)
+    up = _load(up_ptr, cols, num_cols, MASKED)
+    value, _ = _activation(gate, ACTIVATION)
+    _store(out_ptr, cols, num_cols, value * up, MASKED)
+
+
+@triton.jit
 def _gated_fwd_kernel(
     gate_ptr,  # [num_rows, num_cols]
     up_ptr,  # [num_rows, num_cols]
@@ -61,12 +84,33 @@ def _gated_fwd_kernel(
     BLOCK_COLS: tl.constexpr,
 ):
     row = (tl.program_id(0) // col_blocks).to(tl.int64)
-    cols = (tl.program_id(0) % col_blocks).to(tl.int64) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
-    mask = cols < num_cols
-    gate = tl.load(gate_ptr + row * gate_row_stride + cols, mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(up_ptr + row * up_row_stride + cols, mask=mask, other=0.0).to(tl.float32)
-    value, _ = _activation(gate, ACTIVATION)
-    tl.store(out_ptr + row * num_cols + cols, (value * up).to(out_ptr.dtype.element_ty), mask=mask)
+    start = (tl.program_id(0) % col_blocks).to(tl.int64) * BLOCK_COLS
+    cols = start + tl.arange(0, BLOCK_COLS)
+    gate_ptr += row * gate_row_stride
+    up_ptr += row * up_row_stride
+    out_ptr += row * num_cols
+    if start + BLOCK_COLS <= num_cols:
+        _gated_fwd_block(gate_ptr, up_ptr, out_ptr, cols, num_cols, ACTIVATION, False)
+    else:
+        _gated_fwd_block(gate_ptr, up_ptr, out_ptr, cols, num_cols, ACTIVATION, True)
+
+
+@triton.jit
+def _gated_bwd_block(
+    dout_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, out_ptr, cols, num_cols, ACTIVATION: tl.constexpr,
+    NEEDS_DGATE: tl.constexpr, NEEDS_DUP: tl.constexpr, NEEDS_OUT: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    dout = _load(dout_ptr, cols, num_cols, MASKED)
+    gate = _load(gate_ptr, cols, num_cols, MASKED)
+    value, slope = _activation(gate, ACTIVATION)
+    if NEEDS_DGATE or NEEDS_OUT:
+        up = _load(up_ptr, cols, num_cols, MASKED)
+    if NEEDS_OUT:
+        _store(out_ptr, cols, num_cols, value * up, MASKED)
+    if NEEDS_DGATE:
+        _store(dgate_ptr, cols, num_cols, dout * up * slope, MASKED)
+    if NEEDS_DUP:
+        _store(dup_ptr, cols, num_cols, dout * value, MASKED)
 
 
 @triton.jit
@@ -92,21 +136,27 @@ def _gated_bwd_kernel(
     BLOCK_COLS: tl.constexpr,
 ):
     row = (tl.program_id(0) // col_blocks).to(tl.int64)
-    cols = (tl.program_id(0) % col_blocks).to(tl.int64) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
-    mask = cols < num_cols
-    dout = tl.load(dout_ptr + row * dout_row_stride + cols, mask=mask, other=0.0).to(tl.float32)
-    gate = tl.load(gate_ptr + row * gate_row_stride + cols, mask=mask, other=0.0).to(tl.float32)
-    value, slope = _activation(gate, ACTIVATION)
-    if NEEDS_DGATE or NEEDS_OUT:
-        up = tl.load(up_ptr + row * up_row_stride + cols, mask=mask, other=0.0).to(tl.float32)
-    if NEEDS_OUT:
-        tl.store(out_ptr + row * out_row_stride + cols, (value * up).to(out_ptr.dtype.element_ty), mask=mask)
+    start = (tl.program_id(0) % col_blocks).to(tl.int64) * BLOCK_COLS
+    cols = start + tl.arange(0, BLOCK_COLS)
+    dout_ptr += row * dout_row_stride
+    gate_ptr += row * gate_row_stride
+    up_ptr += row * up_row_stride
     if NEEDS_DGATE:
-        dgate = dout * up * slope
-        tl.store(dgate_ptr + row * dgate_row_stride + cols, dgate.to(dgate_ptr.dtype.element_ty), mask=mask)
+        dgate_ptr += row * dgate_row_stride
     if NEEDS_DUP:
-        dup = dout * value
-        tl.store(dup_ptr + row * dup_row_stride + cols, dup.to(dup_ptr.dtype.element_ty), mask=mask)
+        dup_ptr += row * dup_row_stride
+    if NEEDS_OUT:
+        out_ptr += row * out_row_stride
+    if start + BLOCK_COLS <= num_cols:
+        _gated_bwd_block(
+            dout_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, out_ptr, cols, num_cols,
+            ACTIVATION, NEEDS_DGATE, NEEDS_DUP, NEEDS_OUT, False,
+        )  # fmt: skip
+    else:
+        _gated_bwd_block(
+            dout_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, out_ptr, cols, num_cols,
+            ACTIVATION, NEEDS_DGATE, NEEDS_DUP, NEEDS_OUT, True,
+        )  # fmt: skip
 
 
 _launch_fwd = Launcher(_gated_fwd_kernel)

@@ -16,9 +16,10 @@ from . import reference
 from .autograd import Function
 from .compiled import opaque_op, or_empty
 from .inputs import check_device, check_floating, unit_stride
-from .launch import Launcher, cdiv, next_power_of_2, tl, triton, use_triton
+from .launch import Launcher, cdiv, next_power_of_2, sm_count, tl, triton, use_triton
 
 TILE_SIZE = 4096  # elements of q or k that a program turns
+PROGRAMS_PER_SM = 8  # tiles get smaller until there are that many
 TILE_HEADS = 8  # heads that share one load of the tables; more would leave lanes idle where there are few k heads
 
 
@@ -152,11 +153,15 @@ _launch_rope = Launcher(_rope_kernel)
 
 
 @lru_cache(maxsize=4096)
-def _tiling(batch: int, num_tokens: int, q_heads: int, k_heads: int, half: int) -> tuple[int, int, int, int, int]:
+def _tiling(
+    batch: int, num_tokens: int, q_heads: int, k_heads: int, half: int, sms: int
+) -> tuple[int, int, int, int, int]:
     """Programs, chunks of q's and of k's heads, and the tokens and heads of a tile."""
     tile_heads = min(TILE_HEADS, next_power_of_2(max(q_heads, k_heads)))
     tile_tokens = max(1, min(TILE_SIZE // (2 * next_power_of_2(half) * tile_heads), next_power_of_2(num_tokens)))
     q_chunks, k_chunks = cdiv(q_heads, tile_heads), cdiv(k_heads, tile_heads)
+    while tile_tokens > 1 and batch * cdiv(num_tokens, tile_tokens) * (q_chunks + k_chunks) < PROGRAMS_PER_SM * sms:
+        tile_tokens //= 2
     return batch * cdiv(num_tokens, tile_tokens) * (q_chunks + k_chunks), q_chunks, k_chunks, tile_tokens, tile_heads
 
 
@@ -170,7 +175,9 @@ def _turn(
     if batch * num_tokens * (q_heads + k_heads) == 0:
         return
     half, tail = rotary_dim // 2, head_dim - rotary_dim
-    programs, q_chunks, k_chunks, tile_tokens, tile_heads = _tiling(batch, num_tokens, q_heads, k_heads, half)
+    programs, q_chunks, k_chunks, tile_tokens, tile_heads = _tiling(
+        batch, num_tokens, q_heads, k_heads, half, sm_count(q)
+    )
     no_strides = (0, 0, 0)
     one_batch = cos.shape[0] == 1, sin.shape[0] == 1
     _launch_rope(

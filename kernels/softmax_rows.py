@@ -19,12 +19,12 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .launch import Launcher, next_power_of_2, tl, triton
+from .launch import Launcher, next_power_of_2, sm_count, tl, triton
 from .loss_args import LogitTransform
 
 NUM_STATS = 5
 ELEMENTS_PER_THREAD = 8  # a 16-byte load of bf16; two loads are in flight at a time
-STREAM_WARPS = 8  # several programs share an SM
+STREAM_WARPS = 8  # several programs share an SM, where there are more rows than SMs
 # One program holds an SM, so that the 132 rows in work fit in the 50 MB L2 cache of an H100 until their second pass.
 RESIDENT_WARPS = 32
 RESIDENT_ALL_STATS_WARPS = 16  # five statistics' accumulators do not fit in the 64 registers that 32 warps leave
@@ -257,8 +257,8 @@ def loss_rows(
     """
     num_rows, num_cols = logits.shape
     level = 0 if stats is None else 1 + all_stats
-    warps = STREAM_WARPS if not write_grad else RESIDENT_ALL_STATS_WARPS if all_stats else RESIDENT_WARPS
-    lanes, options = _block(num_cols, warps)
+    warps = STREAM_WARPS if not write_grad and num_rows > sm_count(logits) else RESIDENT_WARPS
+    lanes, options = _block(num_cols, RESIDENT_ALL_STATS_WARPS if all_stats and warps == RESIDENT_WARPS else warps)
     _launch_loss(
         (num_rows, 1, 1),
         (logits, labels, token_weights, num_items, loss, lse, stats),
@@ -282,7 +282,7 @@ def loss_grad_rows(
     ``grad`` is ``[num_rows]`` or one element for all rows; ``scale`` fp32, one element.
     """
     num_rows, num_cols = logits.shape
-    lanes, options = _block(num_cols, STREAM_WARPS)
+    lanes, options = _block(num_cols, STREAM_WARPS if num_rows > sm_count(logits) else RESIDENT_WARPS)
     _launch_loss_grad(
         (num_rows, 1, 1),
         (logits, dlogits, labels, lse, grad, token_weights, scale),
