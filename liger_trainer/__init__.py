@@ -15,6 +15,8 @@ _HOME = {
     "LigerCallback": "callbacks",
     "ThroughputCallback": "throughput",
     "AutoLigerModelForCausalLM": "auto",
+    "MedusaConfig": "medusa",
+    "MedusaModel": "medusa",
     "LigerTrainingArguments": "arguments",
     "LigerSFTConfig": "arguments",
     "LigerDPOConfig": "arguments",

@@ -4,11 +4,11 @@ import argparse
 import json
 import subprocess
 import sys
-from importlib import metadata
 from pathlib import Path
 
+from .environment import environment
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-PACKAGES = ("liger-trainer", "torch", "triton", "transformers", "accelerate", "trl", "peft", "datasets", "deepspeed")
 
 
 def main(argv: list[str] | None = None):
@@ -23,13 +23,34 @@ def main(argv: list[str] | None = None):
     train.add_argument("overrides", nargs=argparse.REMAINDER, help="--key value of anything the recipe can say")
     train.set_defaults(run=run_train)
 
+    fit = commands.add_parser(
+        "fit",
+        help="find the largest batch that trains, with and without the kernels",
+        description="Find the largest per_device_train_batch_size with which RECIPE trains on rows of its full "
+        "max_length, with and without use_liger. Each size is tried in fresh processes for a few steps. What else is "
+        "given, --key value, overrides the recipe.",
+        allow_abbrev=False,
+    )
+    fit.add_argument("recipe", help="YAML file, such as recipes/quickstart.yaml")
+    fit.add_argument("--config_file", help="config for `accelerate launch`, such as configs/fsdp2.yaml")
+    fit.add_argument("--num_processes", type=int, help="for `accelerate launch`; default: the config's")
+    fit.add_argument("--use_liger", choices=["both", "true", "false"], default="both", help="what to try")
+    fit.add_argument("--max_batch", type=int, default=1024, help="largest batch to try (default: %(default)s)")
+    fit.add_argument(
+        "--resolution", type=float, default=1 / 16, help="how far below the largest to stop, as a share of it"
+    )
+    fit.add_argument("--json", metavar="FILE", help="write results, versions and the command")
+    fit.set_defaults(run=run_fit)
+
     report = commands.add_parser("report", help="print what would be patched in a model; no weights needed")
     report.add_argument("model", help="hub name, local path, or a recipe (.yaml)")
     report.set_defaults(run=run_report)
 
     bench = commands.add_parser("bench", help="measure ops or training, in a checkout")
     bench.add_argument("subject", choices=["kernels", "train"])
-    bench.add_argument("rest", nargs=argparse.REMAINDER, help="arguments of benchmarks/SUBJECT.py")
+    bench.add_argument(
+        "rest", nargs=argparse.REMAINDER, help="their arguments: see `liger-trainer bench SUBJECT --help`"
+    )
     bench.set_defaults(run=lambda args: run_benchmark(args.subject, args.rest))
 
     plot = commands.add_parser("plot", help="draw tables and plots from the results, in a checkout", add_help=False)
@@ -40,7 +61,7 @@ def main(argv: list[str] | None = None):
     env.set_defaults(run=run_env)
 
     args, rest = parser.parse_known_args(argv)
-    if args.run is plot.get_default("run"):
+    if args.run in (plot.get_default("run"), run_fit):
         args.rest = rest
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -52,6 +73,13 @@ def run_train(args):
     from .train import main as train
 
     train([args.recipe, *args.overrides])
+
+
+def run_fit(args) -> int:
+    """Search the largest batch of the recipe."""
+    from .fit import main as fit
+
+    return fit(args)
 
 
 def run_report(args):
@@ -98,33 +126,13 @@ def run_benchmark(subject: str, rest: list[str]) -> int:
 
 def run_env(args):
     """Print versions of what matters, and the devices."""
-    facts = {"python": sys.version.split()[0]}
-    for name in PACKAGES:
-        try:
-            facts[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            facts[name] = None
-    import torch
-
-    facts["cuda"] = torch.version.cuda
-    facts["devices"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    facts["driver"] = nvidia_driver()
+    facts = environment()
     if args.json:
         print(json.dumps(facts, indent=2))
         return
     for name, value in facts.items():
         text = ", ".join(value) if isinstance(value, list) else value
         print(f"{name:<14} {text or '-'}")
-
-
-def nvidia_driver() -> str | None:
-    """Version of the NVIDIA driver, or ``None`` without one."""
-    try:
-        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
-    except (FileNotFoundError, subprocess.CalledProcessError):
-        return None
-    return lines[0] if lines else None
 
 
 if __name__ == "__main__":

@@ -204,6 +204,18 @@ def train_tokenizer(corpus: Iterator[str], vocab_size: int):
     )
 
 
+def split_at(example: dict, marker: str) -> dict[str, str]:
+    """``text`` as a prompt, up to and with the first ``marker``, and the answer after it.
+
+    Raises:
+        ValueError: a text without ``marker``.
+    """
+    before, found, after = example["text"].partition(marker)
+    if not found:
+        raise ValueError(f"response_marker: {marker!r} is not in every text, such as {example['text'][:200]!r}")
+    return {"prompt": before + found, "completion": after}
+
+
 def as_messages(example: dict) -> dict:
     """A string pair as the conversational one that chat templates and TRL take."""
     return {

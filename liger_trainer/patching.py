@@ -76,8 +76,12 @@ class _Plan(NamedTuple):
 
 
 def core_model(model: nn.Module) -> nn.Module:
-    """The transformers model inside ``model`` (itself, or inside PEFT, DDP or compile wrappers), else ``model``."""
-    return next((m for m in model.modules() if isinstance(m, PreTrainedModel)), model)
+    """The transformers model inside ``model`` (itself, or in PEFT, DDP, compile or Medusa wrappers), else ``model``.
+
+    A class with ``wraps_causal_lm`` is a transformers model that holds another one, which is the one to patch.
+    """
+    found = (m for m in model.modules() if isinstance(m, PreTrainedModel) and not hasattr(m, "wraps_causal_lm"))
+    return next(found, model)
 
 
 def patch_state(model: nn.Module) -> PatchState | None:

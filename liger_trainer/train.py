@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 from accelerate import PartialState
@@ -14,10 +15,14 @@ from transformers import (
     Trainer,
     set_seed,
 )
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
 from trl import get_peft_config, get_quantization_config
 
-from . import data
+from . import data, synthetic
+from .checkpoints import resume_path
+from .failures import FailureGuard
+from .fit import wants_largest_batch, with_largest_batch
+from .medusa import MedusaModel
 from .recipe import Recipe, parse_recipe
 from .throughput import ThroughputCallback
 
@@ -30,19 +35,47 @@ def from_main_process(make: Callable[[], Any]) -> Any:
     return broadcast_object_list(box)[0]
 
 
+def model_config(recipe: Recipe):
+    """The transformers config of the recipe's model."""
+    if recipe.run.model_config is not None:
+        return AutoConfig.for_model(**recipe.run.model_config)
+    return AutoConfig.from_pretrained(recipe.model.model_name_or_path, revision=recipe.model.model_revision)
+
+
 def build_dataset(recipe: Recipe):
-    """The recipe's data as ``prompt`` and ``completion``, ``text``, or ``messages``."""
+    """The recipe's data as ``prompt`` and ``completion``, ``text``, or ``messages``; synthetic rows are token ids."""
     run = recipe.run
+    if run.dataset == synthetic.SYNTHETIC:
+        return synthetic.rows(
+            run.synthetic_lengths,
+            run.synthetic_examples,
+            recipe.max_length,
+            model_config(recipe),
+            recipe.training.seed,
+        )
     if run.dataset == data.EMBEDDED:
         pairs = from_main_process(lambda: data.embedded_pairs(show_progress=not recipe.training.disable_tqdm))
         return data.in_memory(pairs, run.dataset_split)
     with recipe.training.main_process_first():  # the others then read what it has downloaded and cached
         dataset = data.load(run.dataset, run.dataset_config, run.dataset_split)
-    return data.select_columns(dataset, run.text_column, run.prompt_column, run.completion_column)
+    dataset = data.select_columns(dataset, run.text_column, run.prompt_column, run.completion_column)
+    if run.response_marker is None:
+        return dataset
+    if dataset.column_names != ["text"]:
+        raise ValueError(f"response_marker needs a text column, the dataset gives {', '.join(dataset.column_names)}")
+    return dataset.map(
+        data.split_at, fn_kwargs={"marker": run.response_marker}, remove_columns="text", desc="Splitting"
+    )
 
 
 def build_tokenizer(recipe: Recipe, dataset):
-    """The named tokenizer, the model's, or for a model from ``model_config`` one trained on the dataset."""
+    """The named tokenizer, the model's, or for a model from ``model_config`` one trained on the dataset.
+
+    Synthetic rows need none: theirs only pads.
+    """
+    if recipe.run.dataset == synthetic.SYNTHETIC:
+        even = recipe.run.synthetic_lengths == "full" and recipe.max_length % (recipe.pad_to_multiple_of or 1) == 0
+        return synthetic.stand_in_tokenizer(model_config(recipe), with_mask=not even)
     source = recipe.run.tokenizer or recipe.model.model_name_or_path
     if source is not None:
         tokenizer = AutoTokenizer.from_pretrained(source)
@@ -54,40 +87,52 @@ def build_tokenizer(recipe: Recipe, dataset):
 
 
 def build_model(recipe: Recipe, tokenizer):
-    """Pretrained weights, or random ones from ``model_config`` with the tokenizer's size and special tokens.
+    """Pretrained weights, or random ones from ``model_config``, made on the device of training.
+
+    Unless the rows are synthetic, the model gets the tokenizer's special tokens, and its size as default.
 
     Raises:
         ValueError: a ``vocab_size`` in ``model_config`` that is smaller than the tokenizer's.
     """
-    model = recipe.model
+    run, model = recipe.run, recipe.model
     options = {"dtype": model.dtype, "attn_implementation": model.attn_implementation}
-    if recipe.run.model_config is None:
+    if run.model_config is None:
         return AutoModelForCausalLM.from_pretrained(
             model.model_name_or_path,
             revision=model.model_revision,
             quantization_config=get_quantization_config(model),
             **options,
         )
-    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    config = AutoConfig.for_model(**{"vocab_size": len(tokenizer), **special, **recipe.run.model_config})
-    if config.vocab_size < len(tokenizer):
-        raise ValueError(f"model_config: vocab_size {config.vocab_size} is below the tokenizer's {len(tokenizer)}")
+    config = model_config(recipe)
+    if run.dataset != synthetic.SYNTHETIC:
+        special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        config = AutoConfig.for_model(**{"vocab_size": len(tokenizer), **special, **run.model_config})
+        if config.vocab_size < len(tokenizer):
+            raise ValueError(f"model_config: vocab_size {config.vocab_size} is below the tokenizer's {len(tokenizer)}")
     if model.dtype == "auto":
         del options["dtype"]
-    return AutoModelForCausalLM.from_config(config, **options)
+    # Random numbers for billions of weights take a CPU minutes. Under ZeRO-3 DeepSpeed chooses the device itself, as
+    # it partitions while the model is made. Under FSDP2 every rank makes the whole model: accelerate then moves it to
+    # the meta device, shards that, and sends rank 0's weights around; it only keeps a rank's own copy of the buffers
+    # that are in no state dict (the rotary frequencies), which is why no rank may start on the meta device.
+    place = nullcontext() if is_deepspeed_zero3_enabled() else recipe.training.device
+    with place:
+        return AutoModelForCausalLM.from_config(config, **options)
 
 
 def build_trainer(recipe: Recipe) -> Trainer:
     """The recipe's Trainer, ready to train. ``use_liger`` acts by itself, through the arguments."""
-    args = recipe.training
+    args, run = recipe.training, recipe.run
     set_seed(args.seed)
     dataset = build_dataset(recipe)
     tokenizer = build_tokenizer(recipe, dataset)
     model = build_model(recipe, tokenizer)
     peft_config = get_peft_config(recipe.model)
-    if "prompt" in dataset.column_names and tokenizer.chat_template and isinstance(dataset[0]["prompt"], str):
+    # A response_marker is part of a prompt template of the data's own, which takes the place of the chat template.
+    as_chat = tokenizer.chat_template and run.response_marker is None
+    if "prompt" in dataset.column_names and as_chat and isinstance(dataset[0]["prompt"], str):
         dataset = dataset.map(data.as_messages, desc="Applying the chat form")
-    if recipe.run.trainer == "trainer":
+    if run.trainer == "trainer" and run.dataset != synthetic.SYNTHETIC:
         dataset = dataset.map(
             data.encode,
             fn_kwargs={"tokenizer": tokenizer, "max_length": recipe.max_length},
@@ -95,25 +140,28 @@ def build_trainer(recipe: Recipe) -> Trainer:
             desc="Tokenizing",
         ).filter(has_loss, desc="Dropping examples cut before their answer")
     splits = {"train": dataset, "test": None}
-    if recipe.run.eval_examples:
-        splits = dataset.train_test_split(test_size=recipe.run.eval_examples, seed=args.seed)
+    if run.eval_examples:
+        splits = dataset.train_test_split(test_size=run.eval_examples, seed=args.seed)
     common = {
         "args": args,
         "train_dataset": splits["train"],
         "eval_dataset": splits["test"],
-        "processing_class": tokenizer,
     }
-    if recipe.run.trainer == "sft":
+    if run.trainer == "sft":
         from trl import SFTTrainer
 
-        trainer = SFTTrainer(model, peft_config=peft_config, **common)
+        trainer = SFTTrainer(model, peft_config=peft_config, processing_class=tokenizer, **common)
     else:
         if peft_config is not None:
             from peft import get_peft_model
 
             model = get_peft_model(model, peft_config)
-        collator = DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=8)
-        trainer = Trainer(model, data_collator=collator, **common)
+        if recipe.medusa is not None:
+            model = MedusaModel.from_causal_lm(model, recipe.medusa)
+        collator = DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=recipe.pad_to_multiple_of)
+        # The Trainer only saves it beside the model: one that stands in for synthetic rows is not worth that.
+        saved = None if run.dataset == synthetic.SYNTHETIC else tokenizer
+        trainer = Trainer(model, data_collator=collator, processing_class=saved, **common)
     trainer.callback_handler.callbacks.insert(0, ThroughputCallback())  # before the reporters, so that they see it
     return trainer
 
@@ -168,22 +216,32 @@ def summary(recipe: Recipe, trainer: Trainer) -> str:
 
 
 def main(argv: list[str] | None = None):
-    """Train by a recipe, save the model and print a summary; exits with status 2 on a recipe that cannot run."""
+    """Train by a recipe, save the model and print a summary.
+
+    Exit statuses: 2 for a recipe that cannot run, 12 when memory ran out, 1 for other errors (``failures``).
+    """
     argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0].startswith("-"):
-        sys.exit("usage: liger-trainer train RECIPE.yaml [--key value ...]")
-    try:
-        recipe = parse_recipe(argv)
-    except (ValueError, TypeError) as error:
-        print(f"liger-trainer: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    trainer = build_trainer(recipe)
-    trainer.train(resume_from_checkpoint=recipe.training.resume_from_checkpoint)
-    trainer.save_model()
-    if trainer.is_world_process_zero():
-        print(f"\n{summary(recipe, trainer)}")
-    trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()
+    with FailureGuard() as guard:
+        try:
+            if not argv or argv[0].startswith("-"):
+                raise ValueError("no recipe given; usage: liger-trainer train RECIPE.yaml [--key value ...]")
+            if wants_largest_batch(argv):  # in processes of their own, before this one takes memory of the device
+                argv = with_largest_batch(argv)
+            recipe = parse_recipe(argv)
+            args = recipe.training
+            checkpoint = from_main_process(lambda: resume_path(args.resume_from_checkpoint, args.output_dir))
+        except (ValueError, TypeError) as error:
+            guard.wrong_recipe(error)
+        guard.watch(args)
+        trainer = guard.trainer = build_trainer(recipe)
+        if checkpoint is not None and trainer.is_world_process_zero():
+            print(f"liger-trainer: going on from {checkpoint}", flush=True)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.save_model()
+        if trainer.is_world_process_zero():
+            print(f"\n{summary(recipe, trainer)}")
+        trainer.accelerator.wait_for_everyone()
+        trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -14,12 +14,12 @@ FILES = sorted(file for folder in FOLDERS for file in (ROOT / folder).glob("**/*
 
 # A module imports from its own layer and from those above it in this list. A new module needs a place here.
 LAYERS = [
-    {"kernels", "config", "report", "sharding", "verdicts"},
+    {"kernels", "config", "report", "sharding", "verdicts", "environment"},
     {"probing", "norms", "rotary", "gated", "rules", "head_probe", "lazy_logits", "fused_head", "medusa_loss"},
     {"patching"},
     {"arguments", "callbacks", "trl", "auto", "throughput", "parameter_count", "checkpoints", "medusa"},
     {"failures"},
-    {"data", "synthetic", "recipe", "train"},
+    {"data", "synthetic", "recipe", "train", "fit", "fit_trial"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

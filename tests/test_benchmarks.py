@@ -8,12 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 ROOT = Path(__file__).parents[1]
 with pytest.MonkeyPatch.context() as patch:  # a checkout's folder, not installed
     patch.syspath_prepend(str(ROOT))
-    from benchmarks import arms, cases, common, kernel_worker, kernels, models, plot, profile_step, shapes, train
+    from benchmarks import arms, cases, common, kernel_worker, kernels, plot, shapes
 
 
 def run_script(name, *args):
@@ -172,56 +171,6 @@ def test_a_result_file_replaces_rows_and_forgets_empty_runs(tmp_path):
     assert sorted((r["a"], r["v"], r["run"]) for r in data["results"]) == [(1, 3, 0), (2, 2, 0)]
 
 
-def test_train_script(tmp_path):
-    run_script("train.py", "--smoke", "--arms", "hf,ours", "--out", str(tmp_path))
-    rows = {r["arm"]: r for r in json.loads((tmp_path / "train-cpu.json").read_text())["results"]}
-    assert {r["status"] for r in rows.values()} == {"ok"}
-    assert len(rows["ours"]["steps_ms"][0]) == 2
-    for loss in ("first_loss", "last_loss"):
-        assert rows["ours"][loss] == pytest.approx(rows["hf"][loss], rel=1e-3)
-
-
-@pytest.mark.parametrize(
-    ("name", "parameters"), [("llama-3.2-1b", 1.236e9), ("qwen2.5-1.5b", 1.544e9), ("llama-3-8b", 8.030e9)]
-)
-def test_models_have_their_published_size(name, parameters):
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(models.make_config(name))
-    assert sum(p.numel() for p in model.parameters()) == pytest.approx(parameters, rel=1e-3)
-
-
-def test_train_plan_interleaves_the_rounds():
-    args = train.parse_args(["--models", "llama-3-8b", "--settings", "64x512c", "--arms", "hf,ours", "--rounds", "2"])
-    jobs = train.plan(args)
-    assert [(j["arm"], j["round"]) for j in jobs] == [("hf", 0), ("ours", 0), ("hf", 1), ("ours", 1)]
-    assert (jobs[0]["batch"], jobs[0]["seq"], jobs[0]["checkpointing"]) == (64, 512, True)
-    good = {"step_ms": 2.0, "tokens_per_s": 1.0, "first_loss": 5.0, "last_loss": 4.0, "steps_ms": [2.0], "status": "ok"}
-    good |= {"peak_allocated_gib": None, "peak_reserved_gib": None}
-    row = train.combine(jobs[0], [good, good | {"step_ms": 4.0}, {"status": "oom", "note": "no"}])
-    assert (row["status"], row["rounds"], row["step_ms"], row["failed_rounds"]) == ("ok", 2, 3.0, ["no"])
-    assert train.combine(jobs[0], [{"kind": "row", "status": "oom", "note": "no"}])["status"] == "oom"
-
-
-@pytest.mark.parametrize(
-    ("name", "group"),
-    [
-        ("nvjet_tst_256x128_64x4_2x1_v_bz_coopA_NNT", "GEMM"),
-        ("void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<64, cutlass::bfloat16_t>>", "attention"),
-        ("fmha_cutlassF_bf16_aligned_64x64_rf_sm80", "attention"),
-        ("void at::native::multi_tensor_apply_kernel<FusedAdamMathFunctor<c10::BFloat16>>", "optimizer"),
-        ("_rms_norm_bwd_kernel", "norm"),
-        ("_rope_kernel", "rope"),
-        ("_gated_fwd_kernel", "GLU"),
-        ("_loss_grad_rows_kernel", "CE"),
-        ("void at::native::cunn_SoftMaxForward<8, float>", "CE"),
-        ("Memcpy DtoD (Device -> Device)", "copy and fill"),
-        ("void at::native::reduce_kernel<512, 1>", "other"),
-    ],
-)
-def test_kernels_are_grouped(name, group):
-    assert profile_step.group_of(name) == group
-
-
 def plot_data():
     run = {"device": "Some GPU", "driver": "1", "packages": {"torch": "2"}, "date": "2026-01-02T", "commit": "abc"}
     row = {"op": "rms_norm", "shape": "16384x4096", "status": "ok", "full_ms": 0.25, "floor_full_ms": 0.2}
@@ -229,37 +178,20 @@ def plot_data():
     slow = row | {"arm": "hf", "status": "inexact", "full_ms": 4.0}
     rows = [row | {"arm": "ours"}, slow, {**row, "arm": "liger", "status": "absent"}]
     rows.append({"op": "rms_norm", "shape": "64x2048 host", "arm": "ours", "status": "ok", "host_us": 12.5, "run": 0})
-    step = {
-        "model": "m",
-        "setting": "8x8",
-        "status": "ok",
-        "tokens_per_s": 100.0,
-        "step_ms": 1.0,
-        "rounds": 3,
-        "run": 0,
-    }
-    step |= {"peak_allocated_gib": 10.0, "peak_reserved_gib": 11.0, "first_loss": 1.0, "last_loss": 1.0}
-    steps = [step | {"arm": "hf"}, step | {"arm": "ours", "tokens_per_s": 130.0, "peak_allocated_gib": 5.0}]
-    steps.append({"model": "m", "setting": "8x8", "arm": "compile", "status": "oom", "rounds": 0, "run": 0})
-    return {"runs": [run], "results": rows}, {"runs": [run], "results": steps}
+    return {"runs": [run], "results": rows}
 
 
 def test_plots_and_tables(tmp_path):
-    for name, data in zip(("kernels-gpu.json", "train-gpu.json"), plot_data(), strict=True):
-        (tmp_path / name).write_text(json.dumps(data))
+    (tmp_path / "kernels-gpu.json").write_text(json.dumps(plot_data()))
     readme = tmp_path / "README.md"
-    readme.write_text("a\n<!-- table:kernels-gpu-full-anchors -->\nold\n<!-- /table -->\nb\n"
-                      "<!-- table:train-gpu -->\n<!-- /table -->\n")  # fmt: skip
+    readme.write_text("a\n<!-- table:kernels-gpu-full-anchors -->\nold\n<!-- /table -->\nb\n")
     assert plot.main(["--results", str(tmp_path), "--update", str(readme)]) == 0
-    for name in ("kernels-gpu-time.png", "kernels-gpu-memory.png", "train-gpu.png"):
+    for name in ("kernels-gpu-time.png", "kernels-gpu-memory.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     text = readme.read_text()
     assert "old" not in text
     assert "0.25 (1.25x)" in text
     assert "4 (20.00x)~" in text
-    assert "+30.0%" in text
-    assert "-50.0%" in text
-    assert "OOM" in text
     assert "Some GPU" in text
     assert "liger-kernel" not in text
     assert (tmp_path / "kernels-gpu.md").read_text().count("| rms_norm 16384x4096") == 4
@@ -268,7 +200,7 @@ def test_plots_and_tables(tmp_path):
     assert readme.read_text() == text
     for bad, message in (
         ("<!-- table:nothing -->\n<!-- /table -->", "nothing"),
-        ("<!-- table:train-gpu -->\n", "closed"),
+        ("<!-- table:kernels-gpu-full-anchors -->\n", "closed"),
     ):
         readme.write_text(bad)
         with pytest.raises(ValueError, match=message):

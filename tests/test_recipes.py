@@ -15,7 +15,7 @@ from liger_trainer.cli import main
 from liger_trainer.recipe import parse_recipe
 
 ROOT = Path(__file__).parents[1]
-RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+RECIPES = sorted((ROOT / "recipes").glob("**/*.yaml"))
 QUICKSTART = str(ROOT / "recipes" / "quickstart.yaml")
 TINY = "--max_steps 3 --save_strategy steps --save_steps 3 --logging_steps 1 --per_device_train_batch_size 2"
 TINY = [*TINY.split(), "--dataset_split", "train[:40]", "--eval_examples", "4"]
@@ -35,7 +35,7 @@ def test_every_recipe_parses(path, tmp_path):
     assert recipe.training.use_liger
     header = path.read_text().split("\n\n")[0]
     assert all(line.startswith("#") for line in header.splitlines())
-    assert f"recipes/{path.name}" in header
+    assert str(path.relative_to(ROOT)) in header
     for word in ("# Hardware:", "# Launch:", "# Measured:"):
         assert word in header, f"the header lacks {word!r}"
 
@@ -71,13 +71,13 @@ def test_command_line_overrides_yaml_overrides_defaults(tmp_path, trainer):
         ({"max_steps": "many"}, [], "max_steps.*many"),
         ({"max_steps": [1, 2]}, [], "'2' belongs to no key"),
         ({"trainer": "stf"}, [], r"trainer must be one of trainer, sft, got 'stf' \(did you mean 'sft'\?\)"),
-        ({"model_name_or_path": "a/b"}, [], "either model_name_or_path or model_config"),
-        ({"model_config": None}, [], "either model_name_or_path or model_config"),
+        ({"model_config": None}, [], "give model_name_or_path, or model_config for random weights; got neither"),
         ({"model_config": {"hidden_size": 8}}, [], "model_config needs a model_type"),
         ({"model_config": "{"}, [], "model_config must be a JSON object"),
         ({"use_liger": True, "liger_config": {"rop": False}}, [], "unknown key 'rop'"),
         ({"use_liger": True, "use_liger_kernel": True}, [], "use_liger_kernel"),
         ({"max_length": 0}, [], "max_length must be at least 1, got 0"),
+        ({"pad_to_multiple_of": 0}, [], "pad_to_multiple_of must be at least 1, got 0"),
         ({"eval_examples": -1}, [], "eval_examples must be at least 0, got -1"),
         ({"sample_tokens": 0}, [], "sample_tokens must be at least 1, got 0"),
         ({"load_in_4bit": True}, [], "load_in_4bit"),
@@ -86,6 +86,21 @@ def test_command_line_overrides_yaml_overrides_defaults(tmp_path, trainer):
 def test_mistakes_are_named(tmp_path, content, overrides, message):
     with pytest.raises(ValueError, match=message):
         parse_recipe([write(tmp_path, **content), *overrides])
+
+
+def test_precision_is_the_launchers_where_the_recipe_leaves_it_open(tmp_path, monkeypatch):
+    path = tmp_path / "recipe.yaml"
+
+    def bf16(**content):
+        path.write_text(yaml.safe_dump({"model_config": {"model_type": "llama"}, "use_cpu": True, **content}))
+        return parse_recipe([str(path)]).training.bf16
+
+    assert bf16() is False
+    for launched in (False, True):  # accelerate's launcher passes its config on in the environment
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16" if launched else "no")
+        assert bf16() is launched
+        assert bf16(bf16="auto") is (launched or torch.cuda.is_available())
+        assert bf16(bf16=False) is False
 
 
 def test_processes_without_a_group(tmp_path, monkeypatch):

@@ -1,0 +1,210 @@
+"""The loss of a Medusa head: plain, or fused so that nothing of one head is alive while the next one is computed.
+
+The fused loss of a head runs its residual blocks and ``linear_cross_entropy`` on detached hidden states inside its own
+forward, and takes the gradients there. What stays until backward is the gradient of the head's parameters; logits and
+activations are freed before the next head starts. The gradient with respect to the hidden states, which all heads
+share, is summed in one fp32 buffer (``HiddenGradient``), which enters the autograd graph through ``open_gate``.
+
+Where gradients are accumulated over micro-batches, those of the parameters exist twice from forward to backward.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .kernels.launch import use_triton
+from .kernels.linear_cross_entropy import linear_cross_entropy
+from .kernels.scale_gradients import graph_is_kept, scale_gradients
+
+IGNORE_INDEX = -100
+HeadLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def residual_blocks(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """``h + silu(R h + b)``, one block after the other.
+
+    Args:
+        hidden: ``[..., H]``.
+        weight: ``[L * H, H]``, the ``R`` of ``L`` blocks below one another.
+        bias: ``[L * H]``.
+    """
+    width = hidden.shape[-1]
+    for r, b in zip(weight.split(width), bias.split(width), strict=True):
+        hidden = hidden + F.silu(F.linear(hidden, r, b))
+    return hidden
+
+
+def plain_head_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """The sum of the cross-entropies of materialised logits in fp32: what an unpatched causal LM computes.
+
+    Args:
+        hidden: ``[N, H]``, the output of a head's residual blocks.
+        weight: ``[V, H]``.
+        labels: ``[N]``, aligned with ``hidden``; -100 counts nothing.
+
+    Returns:
+        0-d; 0 where no label counts.
+    """
+    logits = F.linear(hidden, weight).float()
+    return F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
+
+
+class HiddenGradient:
+    """The gradient with respect to the hidden states, summed over the heads while they run; ``[..., H]`` in fp32."""
+
+    def __init__(self, hidden: Tensor):
+        self.total = torch.zeros_like(hidden, dtype=torch.promote_types(hidden.dtype, torch.float32))
+        self.upstream: Tensor | None = None  # of the sum of the heads' losses, known in backward
+
+
+class _Gate(torch.autograd.Function):
+    """An empty tensor that stands for the hidden states; its backward hands out what the heads have summed."""
+
+    @staticmethod
+    def forward(ctx, hidden, shared):
+        ctx.shared, ctx.dtype = shared, hidden.dtype
+        return hidden.new_empty(0)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, _):
+        shared = ctx.shared
+        if graph_is_kept():
+            return (shared.total * shared.upstream).to(ctx.dtype), None
+        total, shared.total = shared.total, None
+        return total.mul_(shared.upstream).to(ctx.dtype), None
+
+
+@torch.compiler.disable
+def open_gate(hidden: Tensor, shared: HiddenGradient) -> Tensor:
+    """An empty tensor to pass to each head in the place of ``hidden``: it is what a head's loss depends on.
+
+    The upstream gradients of all heads' losses must be equal, as those of a sum are.
+    """
+    return _Gate.apply(hidden, shared)
+
+
+class HeadCall:
+    """One head's call: what it is to compute, and the ``loss`` it has computed.
+
+    Travels in one object because FSDP2 casts every floating-point tensor that enters or leaves a unit to the compute
+    dtype: ``num_items`` and ``loss`` would be rounded to bf16. It looks into dataclasses, too, so this is none.
+
+    Args:
+        labels: ``[...]``, aligned with the hidden states: position t holds the token that the head predicts there.
+        num_items: divisor of the sum of the cross-entropies, the head's weight in the total included.
+        head_loss: computes the sum of the cross-entropies from ``(hidden [N, H], weight [V, H], labels [N])`` through
+            ordinary autograd. ``None``: fused.
+        options: of ``linear_cross_entropy``, where fused.
+        shared: sum of the hidden states' gradient, where fused and wanted.
+    """
+
+    def __init__(
+        self,
+        labels: Tensor,
+        num_items: Tensor | float,
+        head_loss: HeadLoss | None,
+        options: dict[str, Any],
+        shared: HiddenGradient | None,
+    ):
+        self.labels, self.num_items = labels, num_items
+        self.head_loss, self.options, self.shared = head_loss, options, shared
+        self.loss: Tensor | None = None
+
+
+class _FusedHeadLoss(torch.autograd.Function):
+    """A head's loss from detached hidden states, its gradients taken in forward."""
+
+    @staticmethod
+    def forward(ctx, gate, hidden, call, *parameters):
+        ctx.set_materialize_grads(False)
+        with torch.enable_grad():
+            x = hidden.detach().requires_grad_(call.shared is not None)
+            leaves = [p.detach().requires_grad_(p.requires_grad) for p in parameters]
+            loss = _loss(x, leaves, call)
+            wanted = [t for t in (x, *leaves) if t.requires_grad]
+            late = _late_scale(hidden, call)
+            grads = iter(torch.autograd.grad(loss, wanted, late))
+        if call.shared is not None:
+            grad = next(grads)
+            call.shared.total.add_(grad if late is None else grad.float() / late)
+        ctx.shared, ctx.late = call.shared, late
+        ctx.dtypes = [p.dtype for p in parameters]
+        ctx.save_for_backward(*(next(grads) if p.requires_grad else None for p in parameters))
+        return loss.detach()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, upstream):
+        if upstream is None:
+            return (None,) * (3 + len(ctx.dtypes))
+        if ctx.shared is not None:
+            ctx.shared.upstream = upstream
+        scale = upstream.float() if ctx.late is None else upstream.float() / ctx.late
+        gate_grad = upstream.new_empty(0) if ctx.shared is not None else None
+        return gate_grad, None, None, *_scaled(ctx.saved_tensors, ctx.dtypes, scale)
+
+
+def _loss(hidden: Tensor, parameters: list[Tensor], call: HeadCall) -> Tensor:
+    residual_weight, residual_bias, weight = parameters
+    x = residual_blocks(hidden, residual_weight, residual_bias)
+    return linear_cross_entropy(x, weight, call.labels, num_items=call.num_items, **call.options)
+
+
+def _late_scale(hidden: Tensor, call: HeadCall) -> Tensor | None:
+    """In fp16 the factor by which gradients are kept too large until backward, where a loss scale comes in.
+
+    The loss divides by the number of tokens, and without the loss scale gradients that small would underflow.
+    """
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    if dtype != torch.float16:
+        return None
+    return torch.as_tensor(call.num_items, dtype=torch.float32, device=hidden.device).reshape(())
+
+
+def _scaled(grads: tuple[Tensor | None, ...], dtypes: list[torch.dtype], scale: Tensor) -> list[Tensor | None]:
+    if any(grad is not None and use_triton(grad) for grad in grads):
+        return scale_gradients(list(grads), dtypes, scale, keep=graph_is_kept())
+    return [None if grad is None else (grad * scale).to(dtype) for grad, dtype in zip(grads, dtypes, strict=True)]
+
+
+@torch.compiler.disable  # gradients inside a forward are no graph that it could trace
+def fused_head_loss(hidden: Tensor, gate: Tensor | None, call: HeadCall, parameters: list[Tensor]) -> Tensor:
+    """A head's share of the loss, ``sum of cross-entropies / call.num_items``, in fp32, without the logits.
+
+    Args:
+        hidden: ``[..., H]``, detached: gradients go through ``gate`` into ``call.shared``.
+        gate: from ``open_gate``, or ``None`` where the hidden states want no gradient.
+        call: with ``head_loss=None``.
+        parameters: ``residual_weight`` ``[L * H, H]``, ``residual_bias`` ``[L * H]`` and ``weight`` ``[V, H]``.
+    """
+    if torch.is_grad_enabled() and (gate is not None or any(p.requires_grad for p in parameters)):
+        return _FusedHeadLoss.apply(gate, hidden, call, *parameters)
+    with torch.no_grad():
+        return _loss(hidden, parameters, call)
+
+
+class _TieEmpty(torch.autograd.Function):
+    """``(loss, empty tensor)`` from one node."""
+
+    @staticmethod
+    def forward(ctx, loss, dtype):
+        ctx.set_materialize_grads(False)
+        return loss.view_as(loss), loss.new_empty(0, dtype=dtype)
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        return grad, None
+
+
+def tie_empty(loss: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """``loss`` and an empty tensor of ``dtype`` that leave one autograd node.
+
+    Sharded engines gather a module's weights for backward by a hook on its outputs. With the empty tensor as the
+    module's output and ``loss + empty.sum()`` differentiated, that hook runs before the gradients of ``loss``.
+    """
+    return _TieEmpty.apply(loss, dtype)

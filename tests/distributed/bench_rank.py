@@ -1,0 +1,29 @@
+"""A rank of the training benchmark in which something goes wrong; ``job["arm"]`` says what."""
+
+import json
+import sys
+import time
+
+import torch
+
+from benchmarks import train_worker
+
+
+def short_of_memory_on_one_rank(job: dict) -> dict:
+    """The second rank runs out of memory while the first waits for it in a collective."""
+    torch.distributed.init_process_group("gloo")
+    if torch.distributed.get_rank() == 1:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+    torch.distributed.barrier()
+
+
+def hang(job: dict) -> dict:
+    """Never ends."""
+    time.sleep(600)
+
+
+if __name__ == "__main__":
+    job = json.loads(sys.argv[1])
+    train_worker.train = {"ours": short_of_memory_on_one_rank, "hf": hang}[job["arm"]]
+    train_worker.SLOW_IMPORTS = ()
+    train_worker.run(job)

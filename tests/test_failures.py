@@ -1,0 +1,249 @@
+"""Runs that fail: they end at once, say why once, and their last complete checkpoint can be resumed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from liger_trainer import train
+from liger_trainer.checkpoints import find_checkpoints, resume_path
+from liger_trainer.failures import OUT_OF_MEMORY, STOPPED, WRONG_RECIPE, FailureGuard, is_lost_peer, is_out_of_memory
+from liger_trainer.kernels import launch
+from liger_trainer.recipe import _check, parse_recipe
+
+TESTS = Path(__file__).parent
+ENVIRONMENT = {
+    **os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": "",
+}  # fmt: skip
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
+ACCELERATE = [
+    sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--num_processes", "2",
+    "--config_file", str(TESTS.parent / "configs" / "ddp.yaml"), "--main_process_port", "0", "-m",
+]  # fmt: skip
+RECIPE = {
+    "model_config": {
+        "model_type": "llama", "vocab_size": 131, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64,
+    },
+    "dataset": "synthetic", "synthetic_examples": 64, "max_length": 16, "use_liger": True, "use_cpu": True,
+    "bf16": False, "per_device_train_batch_size": 2, "max_steps": 5, "learning_rate": 0.01, "save_steps": 2,
+    "logging_steps": 1, "report_to": "none", "disable_tqdm": True, "dataloader_pin_memory": False,
+}  # fmt: skip
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({**RECIPE, "output_dir": str(tmp_path / "out")}))
+    return str(path)
+
+
+def start(*command):
+    return subprocess.Popen(
+        command, env=ENVIRONMENT, cwd=TESTS, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def finish(process):
+    """What the launcher and its processes printed; the launcher's own summary apart."""
+    try:
+        output, _ = process.communicate(timeout=90)
+    finally:
+        process.kill()
+    said, _, summary = output.partition("ChildFailedError")
+    return said, summary
+
+
+def test_a_killed_rank_ends_the_run_and_the_last_checkpoint_resumes(recipe, tmp_path, monkeypatch):
+    killed = start(*ACCELERATE, "distributed.failing", "killed", recipe)
+    monkeypatch.setattr(launch, "INTERPRET", False)
+    whole = [recipe, "--output_dir", str(tmp_path / "whole"), "--save_strategy", "no"]
+    train.main([*whole, "--per_device_train_batch_size", "4"])  # what two ranks with 2 see
+    said, summary = finish(killed)
+    assert killed.returncode == 1
+    assert said.count("liger-trainer: ") == 1
+    assert "liger-trainer: stopped in rank 0" in said
+    assert "another process of the run was killed" in said
+    checkpoint = tmp_path / "out" / "checkpoint-2"
+    assert f"--resume_from_checkpoint {checkpoint}" in said
+    assert "SIGKILL" in summary
+
+    half_written = tmp_path / "out" / "checkpoint-4"
+    half_written.mkdir()
+    (half_written / "model.safetensors").write_bytes((checkpoint / "model.safetensors").read_bytes())
+    resumed = start(*TORCHRUN, "distributed.failing", "never", recipe, "--resume_from_checkpoint", "true")
+    said, _ = finish(resumed)
+    assert resumed.returncode == 0, said
+    assert said.count(f"liger-trainer: going on from {checkpoint}") == 1
+    actual, expected = (load_file(tmp_path / run / "model.safetensors") for run in ("out", "whole"))
+    assert actual.keys() == expected.keys()
+    for name, weight in expected.items():
+        assert (actual[name] - weight).norm() < 1e-5 * weight.norm(), name
+
+
+def test_out_of_memory_in_one_rank_ends_all(recipe):
+    process = start(*TORCHRUN, "distributed.failing", "out_of_memory", recipe)
+    said, summary = finish(process)
+    assert process.returncode == 1
+    assert said.count("liger-trainer: ") == 1
+    assert "liger-trainer: out of memory in rank 1" in said
+    assert "step 3 of 5\n  CUDA out of memory. Tried to allocate 3.00 GiB.\n  in on_step_end, " in said
+    assert "--per_device_train_batch_size 1 --gradient_accumulation_steps 2 (now 2 and 1)" in said
+    assert "--use_liger true" not in said
+    assert "out/checkpoint-2\n" in said
+    assert "Traceback" not in said.partition("torch/distributed/elastic")[0]
+    assert f"exitcode  : {OUT_OF_MEMORY}" in summary
+    assert "traceback : liger-trainer: out of memory in rank 1" in summary
+
+
+def test_a_wrong_recipe_is_named_once(recipe):
+    process = start(*TORCHRUN, "liger_trainer.train", recipe, "--max_stepz", "3")
+    said, summary = finish(process)
+    assert process.returncode == 1
+    assert said.count("liger-trainer: error: command line: unknown key 'max_stepz' (did you mean 'max_steps'?)") == 1
+    assert f"exitcode  : {WRONG_RECIPE}" in summary
+
+
+def test_more_processes_than_gpus_are_refused(recipe, monkeypatch):
+    parsed = parse_recipe([recipe])
+    training = SimpleNamespace(world_size=3, device=torch.device("cuda:0"))
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(
+        ValueError, match="launched 3 processes on a machine with 2 GPUs: launch with --num_processes 2"
+    ):
+        _check(parsed._replace(training=training))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    _check(parsed._replace(training=training))
+
+
+def test_one_process_fails_with_a_message_and_a_status(recipe, tmp_path, monkeypatch, capsys):
+    class Broken:
+        state = type("State", (), {"global_step": 7, "max_steps": 9})
+
+        def train(self, resume_from_checkpoint):
+            raise self.error
+
+        def is_world_process_zero(self):
+            return True
+
+    monkeypatch.setattr(train, "build_trainer", lambda recipe: Broken())
+    Broken.error = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9")
+    with pytest.raises(SystemExit, match=str(OUT_OF_MEMORY)):
+        train.main([recipe])
+    said = capsys.readouterr().err
+    assert "liger-trainer: out of memory, step 7 of 9\n  [enforce fail]" in said
+    assert f"no complete checkpoint in {tmp_path / 'out'}: the next run starts anew" in said
+
+    Broken.error = ZeroDivisionError("why")
+    with pytest.raises(SystemExit, match="1"):
+        train.main([recipe])
+    assert "ZeroDivisionError: why\nliger-trainer: stopped by ZeroDivisionError, step 7 of 9" in capsys.readouterr().err
+
+    Broken.error = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        train.main([recipe])
+
+    with pytest.raises(SystemExit, match=str(WRONG_RECIPE)):
+        train.main([recipe, "--resume_from_checkpoint", "true"])
+    assert "no complete checkpoint in output_dir" in capsys.readouterr().err
+
+
+def test_which_errors_mean_what():
+    assert is_out_of_memory(torch.OutOfMemoryError())
+    assert is_out_of_memory(MemoryError())
+    assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
+    assert not is_out_of_memory(RuntimeError("out of resource: shared memory"))
+    assert not is_out_of_memory(KeyError("out of memory"))
+    assert is_lost_peer(torch.distributed.DistBackendError("NCCL error"))
+    assert is_lost_peer(RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer"))
+    assert not is_lost_peer(RuntimeError("size mismatch"))
+
+
+def test_sigterm_is_answered_while_the_main_thread_waits_in_cpp(tmp_path):
+    """As in a collective whose peer is gone; and a forked worker still ends by SIGTERM, without a word."""
+    code = f"""
+import os, signal
+from datetime import timedelta
+from torch.distributed import TCPStore
+from liger_trainer import LigerTrainingArguments
+from liger_trainer.failures import FailureGuard
+args = LigerTrainingArguments({str(tmp_path)!r}, use_cpu=True, report_to="none")
+store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+os.environ.update(WORLD_SIZE="2", RANK="1")
+with FailureGuard() as guard:
+    guard.watch(args)
+    child = os.fork()
+    if not child:
+        signal.pause()
+        os._exit(0)
+    os.kill(child, signal.SIGTERM)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+    print("waiting", flush=True)
+    store.wait(["never"], timedelta(seconds=60))
+"""
+    process = start(sys.executable, "-c", code)
+    while "waiting" not in (line := process.stdout.readline()):
+        assert line, "ended before it waited"
+    time.sleep(0.5)  # let it get from print to the store
+    sent = time.perf_counter()
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=30)
+    assert time.perf_counter() - sent < 10
+    assert process.returncode == STOPPED
+    assert output.startswith("liger-trainer: stopped in rank 1"), output
+
+
+def test_one_process_of_a_start_prints(tmp_path, monkeypatch):
+    """The first to fail; each start (attempt) has a folder of its own, and the launcher gets the headline."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    said = []
+    monkeypatch.setattr("builtins.print", lambda message, **kwargs: said.append(message))
+    monkeypatch.setattr(os, "_exit", lambda status: said.append(status))
+    for attempt, rank in ((0, 1), (0, 0), (1, 0)):
+        folder = tmp_path / f"attempt_{attempt}" / str(rank)
+        folder.mkdir(parents=True)
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(folder / "error.json"))
+        FailureGuard().wrong_recipe(ValueError("no such key"))
+    message = "liger-trainer: error: no such key"
+    assert said == [message, WRONG_RECIPE, WRONG_RECIPE, message, WRONG_RECIPE]
+    told = json.loads((tmp_path / "attempt_0" / "1" / "error.json").read_text())
+    assert told["message"]["message"] == message
+    assert not (tmp_path / "attempt_0" / "0" / "error.json").exists()
+    monkeypatch.delenv("TORCHELASTIC_ERROR_FILE")  # another launcher: everyone prints
+    FailureGuard().wrong_recipe(ValueError("no such key"))
+    assert said[-2:] == [message, WRONG_RECIPE]
+
+
+def test_half_written_checkpoints_are_passed_over(tmp_path):
+    run = str(tmp_path)
+    assert find_checkpoints(f"{run}/none") == ([], [])
+    for step, state in ((9, '{"global_step": 9}'), (10, '{"global_step": 10}'), (20, '{"global_st'), (30, None)):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        if state is not None:
+            (folder / "trainer_state.json").write_text(state)
+    (tmp_path / "checkpoint-old").mkdir()
+    found = find_checkpoints(run)
+    assert [path.name for path in found.complete] == ["checkpoint-9", "checkpoint-10"]
+    assert [path.name for path in found.incomplete] == ["checkpoint-20", "checkpoint-30"]
+    assert resume_path("True", run) == f"{run}/checkpoint-10"
+    assert resume_path(f"{run}/checkpoint-9", run) == f"{run}/checkpoint-9"
+    assert resume_path(None, run) is None
+    assert resume_path("false", run) is None
+    with pytest.raises(ValueError, match=r"got '.*checkpoint-30'; the last complete one is '.*checkpoint-10'"):
+        resume_path(f"{run}/checkpoint-30", run)
+    for path in found.complete:
+        (path / "trainer_state.json").unlink()
+    with pytest.raises(ValueError, match=r"no complete checkpoint in output_dir .* \(not complete: checkpoint-9, "):
+        resume_path("true", run)

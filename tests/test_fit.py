@@ -1,0 +1,167 @@
+"""`liger-trainer fit` and `auto_batch_size`: the search, what a trial's end means, and a run short of memory."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from liger_trainer import fit, train
+from liger_trainer.cli import main
+from liger_trainer.fit_trial import STEPS, trial_recipe
+from liger_trainer.recipe import peek
+
+TESTS = Path(__file__).parent
+RECIPE = {
+    "model_config": {
+        "model_type": "llama", "vocab_size": 32000, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64,
+    },
+    "max_length": 64, "use_liger": True, "liger_config": {"rope": False}, "use_cpu": True, "bf16": False,
+    "per_device_train_batch_size": 64, "report_to": "none", "dataloader_pin_memory": False,
+    "sample_prompt": "Who?", "eval_examples": 2, "eval_strategy": "epoch",
+}  # fmt: skip
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({**RECIPE, "output_dir": str(tmp_path / "out")}))
+    return str(path)
+
+
+@pytest.mark.parametrize("largest", [*range(1, 20), 63, 64, 65, 100])
+def test_search_finds_the_largest_in_few_trials(largest):
+    for start in (1, 8, 64, 500):
+        tried = []
+        assert fit.search(lambda n: tried.append(n) or n <= largest, start, 100) == largest  # noqa: B023
+        assert len(tried) == len(set(tried)) <= 14
+        assert max(tried) <= 100
+        rough = fit.search(lambda n: n <= largest, start, 100, resolution=0.25)
+        assert rough <= largest < 1.25 * rough or rough == largest
+
+
+def test_search_at_the_ends():
+    assert fit.search(lambda n: False, 8, 100) == 0
+    assert fit.search(lambda n: False, 1, 1) == 0
+    assert fit.search(lambda n: True, 8, 100, resolution=1.0) == 100
+
+
+def test_a_short_machine_ends_the_search_with_the_largest_that_trained(recipe, tmp_path, monkeypatch, capsys):
+    """Through the command, each trial a process of its own; 64 rows need more than it has, 32 less."""
+    command = [sys.executable, str(TESTS / "limited_memory.py"), "1000"]
+    monkeypatch.setattr(fit, "trial_command", lambda launch, job: [*command, job])
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    results = tmp_path / "fit.json"
+    options = ["--use_liger", "false", "--max_batch", "64", "--resolution", "1", "--json", str(results)]
+    with pytest.raises(SystemExit, match="0"):
+        main(["fit", recipe, *options, "--seed", "3"])
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("use_liger false  batch    64  out of memory")
+    assert said[1].startswith("use_liger false  batch    32  fits, peak rss ")
+    assert said[-1].split()[:2] == ["false", "32"]
+    found = json.loads(results.read_text())
+    assert found["overrides"] == ["--seed", "3"]
+    assert found["device"] == "cpu"
+    assert found["environment"]["torch"]
+    (arm,) = found["arms"]
+    assert (arm["use_liger"], arm["batch"]) == (False, 32)
+    assert arm["trials"]["32"]["peak_gib"]["rss"] > 0.3
+    assert not arm["trials"]["64"]["fits"]
+
+
+def test_a_trial_is_the_recipe_with_full_rows_and_nothing_around(recipe, tmp_path):
+    job = {"argv": [recipe, "--seed", "5"], "use_liger": False, "batch": 3, "accumulation": 4, "folder": str(tmp_path)}
+    trial = trial_recipe(job)
+    run, args = trial.run, trial.training
+    assert (run.dataset, run.synthetic_lengths, run.synthetic_examples) == ("synthetic", "full", 2 * 3 * STEPS)
+    assert trial.max_length == 64
+    assert (args.per_device_train_batch_size, args.gradient_accumulation_steps, args.max_steps) == (3, 2, STEPS)
+    assert (run.eval_examples, run.sample_prompt) == (0, None)
+    assert (args.eval_strategy, args.save_strategy, args.seed) == ("no", "no", 5)
+    assert (args.use_liger, args.liger_config) == (False, None)
+    args = trial_recipe({**job, "use_liger": True, "accumulation": 1}).training
+    assert args.use_liger
+    assert args.liger_config["rope"] is False
+    assert args.gradient_accumulation_steps == 1
+
+
+@pytest.mark.parametrize(
+    ("results", "expected"),
+    [
+        ([{"status": fit.FITS}, {"status": fit.FITS}], True),
+        ([{"status": fit.LOST_PEER, "message": "gloo"}, {"status": fit.OUT_OF_MEMORY}], False),
+        ([{"status": fit.LOST_PEER, "message": "gloo"}, {"status": fit.ERROR, "message": "a bug"}], "a bug"),
+        ([{"status": fit.WRONG_RECIPE, "message": "no such key"}], "no such key"),
+        ([{"status": fit.FITS}], "a trial with batch 4 ended with status 0, and not all .*\n.*noise"),
+        ([], "not all of its processes said why"),
+    ],
+)
+def test_what_the_processes_wrote_decides(results, expected, monkeypatch):
+    """Memory that ran out in one process is the cause of what the others say; an error is never 'does not fit'."""
+    facts = {"world_size": 2, "device": "cpu", "peak_gib": {"rss": 1.0}}
+    code = (
+        "import json, sys, pathlib\n"
+        "folder = pathlib.Path(json.loads(sys.argv[1])['folder'])\n"
+        f"for rank, result in enumerate({[{**facts, **result} for result in results]!r}):\n"
+        "    (folder / f'rank-{rank}.json').write_text(json.dumps(result))\n"
+        "print('noise')"
+    )
+    monkeypatch.setattr(fit, "trial_command", lambda launch, job: [sys.executable, "-c", code, job])
+    trial = fit.Trial(["recipe.yaml"], True, 4, 1)
+    if isinstance(expected, bool):
+        assert fit.run_trial(trial, fit.Launch()).fits is expected
+    else:
+        error = ValueError if "key" in expected else fit.TrialError
+        with pytest.raises(error, match=expected):
+            fit.run_trial(trial, fit.Launch())
+
+
+def test_the_launch_is_accelerates(tmp_path):
+    config = str(TESTS.parent / "configs" / "fsdp2.yaml")
+    words = fit.trial_command(fit.Launch(config, 4), "job")
+    assert words[1:7] == ["-m", "accelerate.commands.launch", "--config_file", config, "--num_processes", "4"]
+    assert words[-3:] == ["-m", "liger_trainer.fit_trial", "job"]
+    assert fit.trial_command(fit.Launch(), "job") == [sys.executable, *words[-3:]]
+    with pytest.raises(SystemExit, match="2"):
+        main(["fit", "recipe.yaml", "--config_file", str(TESTS.parent / "configs" / "multinode_fsdp2.yaml")])
+    for launch, message in (
+        (fit.Launch(None, 2), "num_processes 2 needs a config_file"),
+        (fit.Launch(str(tmp_path / "none.yaml")), "config_file: no such file"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fit.check_launch(launch)
+
+
+def test_auto_batch_size_keeps_the_rows_of_a_step(recipe, monkeypatch, capsys):
+    """12 rows a step: of the divisors 1, 2, 3, 4, 6 and 12, the largest of at most 5 is 4."""
+    tried = []
+
+    def run_trial(trial, launch):
+        tried.append((trial.batch, trial.accumulation, trial.use_liger))
+        return fit.Outcome(trial.batch <= 5)
+
+    argv = [recipe, "--auto_batch_size", "true", "--per_device_train_batch_size", "2"]
+    argv += ["--gradient_accumulation_steps=6"]
+    monkeypatch.setattr(fit, "run_trial", run_trial)
+    parsed = []
+    monkeypatch.setattr(train, "parse_recipe", lambda argv: parsed.append(argv) or sys.exit(0))
+    with pytest.raises(SystemExit, match="0"):
+        train.main(argv)
+    assert parsed == [[*argv, "--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "3"]]
+    assert (peek(parsed[0], "per_device_train_batch_size"), peek(parsed[0], "use_liger")) == ("4", "true")
+    assert tried == [(2, 6, True), (4, 3, True), (12, 1, True), (6, 2, True)]
+    assert "4 x 3 rows a step in place of 2 x 6" in capsys.readouterr().out
+
+    monkeypatch.setattr(fit, "run_trial", lambda trial, launch: fit.Outcome(False))
+    with pytest.raises(SystemExit, match="2"):
+        train.main(argv)
+    assert "not even a batch of one row fits" in capsys.readouterr().err
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"auto_batch_size is for one process; .*liger-trainer fit"):
+        fit.with_largest_batch(argv)
+    with pytest.raises(ValueError, match="gradient_accumulation_steps must be a whole number of at least 1, got 'x'"):
+        fit.recipe_batch([recipe, "--gradient_accumulation_steps", "x"])
