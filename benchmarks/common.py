@@ -102,11 +102,17 @@ class ResultFile:
     """``{"runs": [provenance], "results": [row]}`` on disk, rewritten after every row, so that a kill loses nothing.
 
     Rows with the same values of ``keys`` replace each other, also across runs: ``row["run"]`` is the index of the
-    provenance it was measured under.
+    provenance it was measured under. Where a row has a list of ``rounds``, each of these has its own ``run`` as well.
+
+    Args:
+        path: the file; rows that are in it stay.
+        keys: what tells rows apart.
+        provenance: of the run that begins now.
+        about: further entries of the file, about all of its rows.
     """
 
-    def __init__(self, path: Path, keys: Sequence[str], provenance: dict):
-        self.path, self.keys = path, keys
+    def __init__(self, path: Path, keys: Sequence[str], provenance: dict, about: dict | None = None):
+        self.path, self.keys, self.about = path, keys, about or {}
         old = json.loads(path.read_text()) if path.exists() else {"runs": [], "results": []}
         self.runs, self.rows = [*old["runs"], provenance], old["results"]
         self.new: list[dict] = []
@@ -115,16 +121,29 @@ class ResultFile:
         return json.dumps([row.get(k) for k in self.keys], sort_keys=True)
 
     def add(self, row: dict) -> None:
-        """Add or replace one row and write the file."""
-        row = row | {"run": len(self.runs) - 1}
+        """Add or replace one row and write the file. A row, and a round of it, without a ``run`` is of this run."""
+        current = {"run": len(self.runs) - 1}
+        row = row | current
+        if "rounds" in row:
+            row["rounds"] = [current | each for each in row["rounds"]]
         self.rows = [r for r in self.rows if self._key(r) != self._key(row)] + [row]
         self.new = [r for r in self.new if self._key(r) != self._key(row)] + [row]
-        used = sorted({r["run"] for r in self.rows})  # runs whose every row was measured again are dropped
-        rows = [r | {"run": used.index(r["run"])} for r in self.rows]
+        # runs whose every row was measured again are dropped
+        used = sorted({part["run"] for r in self.rows for part in (r, *r.get("rounds", []))})
+        rows = [_renumbered(r, used) for r in self.rows]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         part = self.path.with_suffix(".part")
-        part.write_text(json.dumps({"runs": [self.runs[i] for i in used], "results": rows}, indent=1) + "\n")
+        content = self.about | {"runs": [self.runs[i] for i in used], "results": rows}
+        part.write_text(json.dumps(content, indent=1) + "\n")
         part.replace(self.path)
+
+
+def _renumbered(row: dict, used: list[int]) -> dict:
+    """``row`` with its runs numbered by their places in ``used``."""
+    row = row | {"run": used.index(row["run"])}
+    if "rounds" in row:
+        row["rounds"] = [each | {"run": used.index(each["run"])} for each in row["rounds"]]
+    return row
 
 
 def provenance(hello: dict, commit: str | None) -> dict:
@@ -145,10 +164,11 @@ class Progress:
         self.total, self.done, self.start = total, 0, time.monotonic()
         self.bar = None
         if sys.stderr.isatty():
-            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
             from rich.progress import Progress as Bar
 
-            self.bar = Bar(BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+            columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+            self.bar = Bar(*columns, TextColumn("{task.description}"))
             self.task = self.bar.add_task("", total=total)
             self.bar.start()
 
@@ -158,7 +178,9 @@ class Progress:
         if self.bar is not None:
             self.bar.update(self.task, advance=1, description=text)
         elif not quiet:
-            print(f"[{self.done}/{self.total} {time.monotonic() - self.start:5.0f} s] {text}", flush=True)
+            spent = time.monotonic() - self.start
+            left = spent / self.done * (self.total - self.done)
+            print(f"[{self.done}/{self.total} {spent:5.0f} s, {left:.0f} s left] {text}", flush=True)
 
     def close(self) -> None:
         """Take the bar off the screen."""

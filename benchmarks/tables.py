@@ -12,6 +12,7 @@ LABELS = {
     "hf": "HF eager",
     "torch": "PyTorch op",
     "compile": "torch.compile",
+    "ours_compile": "liger_trainer + torch.compile",
     "liger": "liger-kernel",
     "liger_fp32": "liger-kernel, fp32 dW",
     "trl": "TRL",
@@ -80,56 +81,3 @@ def kernels_text(rows: list[dict]) -> str:
     parts.append(f"extra peak memory, MiB\n{memory}" if memory else "")
     parts.append(_absent(rows))
     return "\n\n".join(p for p in parts if p)
-
-
-def _percent(row: dict, base: dict | None, metric: str) -> str:
-    if base is None or base is row or not row.get(metric) or not base.get(metric):
-        return "-"
-    return f"{row[metric] / base[metric] - 1:+.1%}"
-
-
-def train_text(rows: list[dict], markdown: bool = False) -> str:
-    """Training results, one line per model, setting and arm: medians over the rounds; in percent against HF."""
-    header = [
-        "model",
-        "arm",
-        "tokens/s",
-        "vs HF",
-        "peak GiB",
-        "vs HF",
-        "reserved GiB",
-        "first loss",
-        "last loss",
-        "rounds",
-    ]
-    base = {(r["model"], r["setting"]): r for r in rows if r["arm"] == "hf" and r["status"] == "ok"}
-    lines = []
-    for row in (r for r in rows if r["status"] != "absent"):
-        name = [f"{row['model']} {row['setting']}", LABELS[row["arm"]] if markdown else row["arm"]]
-        if row["status"] != "ok":
-            lines.append([*name, row["status"].upper(), *[None] * 6, row["rounds"]])
-            continue
-        hf = base.get((row["model"], row["setting"]))
-        losses = [f"{row[f]:.4f}" for f in ("first_loss", "last_loss")]
-        speed = [row["tokens_per_s"], _percent(row, hf, "tokens_per_s")]
-        memory = [row["peak_allocated_gib"], _percent(row, hf, "peak_allocated_gib"), row["peak_reserved_gib"]]
-        lines.append([*name, *speed, *memory, *losses, row["rounds"]])
-    return "\n\n".join(p for p in (text_table(header, lines, markdown), _absent(rows)) if p)
-
-
-def profile_text(rows: list[dict]) -> str:
-    """Device time of a step by group, and the largest kernels."""
-    parts = []
-    for row in (r for r in rows if "profile_groups" in r):
-        total = sum(row["profile_groups"].values())
-        groups = [[g, ms, f"{ms / total:.1%}"] for g, ms in row["profile_groups"].items()]
-        kernels = [[k["name"][:70], k["group"], k["ms"], k["calls"]] for k in row["profile_kernels"][:20]]
-        parts.append(
-            f"{row['model']} {row['setting']} {row['arm']}: {total:.2f} ms a step busy, "
-            f"{row['profile_idle_ms']:.2f} ms idle"
-        )
-        parts.append(text_table(["group", "ms", "share"], groups))
-        parts.append(text_table(["kernel", "group", "ms", "calls"], kernels))
-        gaps = [[g["ms"], g["after"], g["before"]] for g in row["profile_gaps"]]
-        parts.append(text_table(["idle ms", "after", "before"], gaps))
-    return "\n\n".join(parts)

@@ -1,237 +1,193 @@
-"""Benchmark of whole training steps under the stock Trainer: every arm of every round in a process of its own.
+"""Benchmark of whole training runs: every arm of every round is a fresh ``accelerate launch`` of the recipe's Trainer.
 
-    python benchmarks/train.py --models llama-3.2-1b,qwen2.5-1.5b --settings 8x1024,32x1024c --rounds 3
-    python benchmarks/train.py --models llama-3.2-1b --settings 8x1024 --profile ours
-    python benchmarks/train.py --smoke
+    liger-trainer bench train benchmarks/suites/step_1b.yaml --arms hf,ours --rounds 1
+    liger-trainer bench train step_1b --points llama --profile ours
+    liger-trainer bench train paper_two_gpus --smoke
 
-A setting is BATCHxSEQUENCE, with a ``c`` for activation checkpointing. Weights are bf16, the optimizer is fused
-AdamW, attention is SDPA, tokens are random. Rounds are interleaved (A B C A B C); a row holds the medians over its
-rounds. Results go to ``<out>/train-<device>.json``, profiles to ``<out>/profile-<device>.json``.
+A suite (``benchmarks/suites``, form in ``benchmarks/suite.py``) names recipes, what varies, arms and launches. Rounds
+are interleaved; a row of the result file ``<out>/train-<suite>-<device>.json`` holds the medians of its rounds and the
+rounds themselves. Started again, it goes on where it ended: rounds that are in the file are not repeated.
 """
 
 import argparse
-import json
-import re
+import signal
 import statistics
 import sys
-import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 if not __package__:  # run as a script; see kernels.py
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from benchmarks import common, tables
+from benchmarks import common, suite, train_rows, train_tables
 from benchmarks.kernels import names
+from benchmarks.relay import WORKER, Relay
+from benchmarks.train_arms import ARMS
 
-ARMS = ("hf", "ours", "liger", "trl_head", "liger_trl_head", "compile")
-MODELS = ("llama-3.2-1b", "qwen2.5-1.5b", "llama-3-8b", "tiny")  # the names of models.py
-MEDIANS = ("step_ms", "tokens_per_s", "peak_allocated_gib", "peak_reserved_gib", "first_loss", "last_loss")
 PROFILED_STEPS = 3
-
-
-def setting(text: str) -> dict:
-    """``"32x1024c"`` -> batch 32, sequence 1024, checkpointing."""
-    match = re.fullmatch(r"(\d+)x(\d+)(c?)", text)
-    if match is None:
-        raise argparse.ArgumentTypeError(
-            f"{text!r}: expected BATCHxSEQUENCE, with a c for checkpointing, as in 32x1024c"
-        )
-    return {"setting": text, "batch": int(match[1]), "seq": int(match[2]), "checkpointing": bool(match[3])}
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", type=names(MODELS), default=["llama-3.2-1b", "qwen2.5-1.5b"])
-    parser.add_argument(
-        "--settings",
-        type=lambda text: [setting(part) for part in text.split(",")],
-        default=[setting("8x1024"), setting("32x1024c")],
+    parser = argparse.ArgumentParser(
+        prog="liger-trainer bench train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--arms", type=names(ARMS), default=list(ARMS))
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--warmup", type=int, default=5, help="steps before the first timed one")
-    parser.add_argument("--steps", type=int, default=15, help="timed steps, whole windows of them")
-    parser.add_argument("--window", type=int, default=5, help="steps between two readings of the clock")
-    parser.add_argument(
-        "--profile", choices=ARMS, metavar="ARM", help=f"profile {PROFILED_STEPS} steps of one arm instead"
-    )
+    parser.add_argument("suite", type=Path, help="YAML file, or the name of one in benchmarks/suites")
+    parser.add_argument("--smoke", action="store_true", help="tiny models on the CPU, one round")
+    parser.add_argument("--arms", type=names(tuple(ARMS)), help="these of the suite's arms, or others")
+    parser.add_argument("--points", metavar="A,B", help="only points with one of these words in their name")
+    parser.add_argument("--launches", metavar="A,B", help="only launches with one of these words in their name")
+    parser.add_argument("--rounds", type=int, metavar="N", help="in place of the suite's")
     parser.add_argument("--out", type=Path, default=common.RESULTS, help="folder of the result file")
-    parser.add_argument("--device-budget", type=float, metavar="SECONDS", help="start no worker after that")
-    parser.add_argument("--smoke", action="store_true", help="a tiny model on the CPU, one round")
+    parser.add_argument("--device-budget", type=float, metavar="SECONDS", help="start no worker that would end later")
+    parser.add_argument("--timeout", type=float, default=600, metavar="SECONDS", help="for one worker, against a hang")
+    parser.add_argument("--profile", choices=ARMS, metavar="ARM", help=f"profile {PROFILED_STEPS} steps of one arm")
+    parser.add_argument("--again", action="store_true", help="measure anew what the result file has")
     parser.add_argument("--commit", help="what to record as the commit; default $LIGER_COMMIT, else git's")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    if args.warmup < 1 or args.steps < 1 or args.rounds < 1:
-        parser.error("--warmup, --steps and --rounds must be at least 1")
-    if args.smoke:
-        args.models, args.settings, args.rounds, args.warmup, args.steps = ["tiny"], [setting("2x16")], 1, 1, 2
-        args.window = 1
-    if args.profile:
-        args.arms, args.rounds, args.steps, args.window = [args.profile], 1, PROFILED_STEPS, PROFILED_STEPS
-    if args.window < 1 or args.steps % args.window:
-        parser.error(f"--steps must be a multiple of --window, got {args.steps} and {args.window}")
+    if args.rounds is not None and args.rounds < 1:
+        parser.error(f"--rounds must be at least 1, got {args.rounds}")
+    try:
+        args.chosen = select(suite.load(args.suite, args.smoke), args)
+    except ValueError as error:
+        parser.error(str(error))
     return args
 
 
-def plan(args: argparse.Namespace) -> list[dict]:
-    """The workers' jobs in order: a model and setting at a time, its rounds interleaved over the arms."""
-    common_part = {
-        "warmup": args.warmup,
-        "steps": args.steps,
-        "window": args.window,
-        "device": "cpu" if args.smoke else "cuda",
-        "profile": bool(args.profile),
-    }
-    return [
-        {"model": model, **shape, "arm": arm, "round": number, **common_part}
-        for model in args.models
-        for shape in args.settings
-        for number in range(args.rounds)
-        for arm in args.arms
-    ]
+def select(whole: suite.Suite, args: argparse.Namespace) -> suite.Suite:
+    """The part of the suite that the command line asks for.
 
-
-def run_job(job: dict, timeout: float):
-    """Run one worker; yields its hello, if it got that far, and exactly one row."""
-    command = [sys.executable, str(Path(__file__).resolve()), "--worker", json.dumps(job)]
-    row = None
-    for message in common.run_worker(command, timeout):
-        if message["kind"] == "hello":
-            yield message
-        elif message["kind"] == "row":
-            row = message
-        elif row is None:
-            print(message["tail"], file=sys.stderr)
-            note = f"worker ended with status {message['code']}: {message['tail'][-400:]}"
-            row = {"kind": "row", "status": "error", "note": note}
-    yield row
-
-
-class Relay:
-    """Runs the workers one after another, each already started, with its imports done, while the one before it runs.
-
-    A waiting worker has not touched the device. Its gate, a file, tells it to go or to stop.
+    Raises:
+        ValueError: words that match no name.
     """
-
-    def __init__(self, jobs: list[dict]):
-        self.jobs = jobs
-
-    def __enter__(self):
-        self.folder = tempfile.TemporaryDirectory()
-        self.pool = ThreadPoolExecutor(max_workers=2)
-        self.started = {}
-        return self
-
-    def __exit__(self, *error):
-        for index in self.started:
-            if not self._gate(index).exists():
-                self._open(index, "stop")
-        self.pool.shutdown()
-        self.folder.cleanup()
-
-    def _gate(self, index: int) -> Path:
-        return Path(self.folder.name) / str(index)
-
-    def _open(self, index: int, word: str) -> None:
-        draft = self._gate(index).with_suffix(".draft")
-        draft.write_text(word)
-        draft.rename(self._gate(index))  # at once, so that no worker reads half of it
-
-    def _start(self, index: int) -> None:
-        if index < len(self.jobs) and index not in self.started:
-            job = self.jobs[index] | {"gate": str(self._gate(index))}
-            self.started[index] = self.pool.submit(lambda: list(run_job(job, timeout=1200)))
-
-    def run(self, job: dict) -> list[dict]:
-        """The messages of ``job``'s worker, when it has ended; starts the next one meanwhile."""
-        index = self.jobs.index(job)
-        self._start(index)
-        self._start(index + 1)
-        self._open(index, "go")
-        return self.started[index].result()
-
-    def skip(self, job: dict) -> None:
-        """Do without ``job``."""
-        index = self.jobs.index(job)
-        if index in self.started:
-            self._open(index, "stop")
-
-
-def combine(job: dict, rounds: list[dict]) -> dict:
-    """The row of one arm: medians over its good rounds, or what went wrong in the last one."""
-    identity = {k: v for k, v in job.items() if k not in ("round", "device", "profile")}
-    good = [r for r in rounds if r["status"] == "ok"]
-    last = {k: v for k, v in rounds[-1].items() if k != "kind"}
-    if not good:
-        return identity | last | {"rounds": 0}
-    medians = {f: statistics.median([r[f] for r in good]) if good[0][f] is not None else None for f in MEDIANS}
-    extra = {k: v for k, v in good[-1].items() if k.startswith("profile_")}
-    failures = [r["note"] for r in rounds if r["status"] != "ok"]
-    each = {
-        "rounds": len(good),
-        "rounds_step_ms": [r["step_ms"] for r in good],
-        "steps_ms": [r["steps_ms"] for r in good],
+    changes = {
+        "points": matching(whole.points, args.points, "--points"),
+        "launches": matching(whole.launches, args.launches, "--launches"),
+        "arms": tuple(args.arms or whole.arms),
+        "rounds": args.rounds or whole.rounds,
     }
-    return identity | {"status": "ok", **medians, **each, "failed_rounds": failures} | extra
+    if args.profile:
+        once = {"warmup": PROFILED_STEPS, "steps": PROFILED_STEPS, "window": PROFILED_STEPS}
+        changes |= {"arms": (args.profile,), "rounds": 1, **once}
+    return replace(whole, **changes)
+
+
+def matching(named: tuple, words: str | None, option: str) -> tuple:
+    """Those of ``named`` whose name has one of the comma-separated ``words`` in it."""
+    if words is None:
+        return named
+    found = []
+    for word in words.split(","):
+        hits = [one for one in named if word.strip().lower() in one.name.lower()]
+        if not hits:
+            raise ValueError(f"{option}: {word!r} is in no name; there are {', '.join(one.name for one in named)}")
+        found += hits
+    return tuple(one for one in named if one in found)
+
+
+def hello(device: str) -> dict:
+    """What a process that sees the device says of it.
+
+    Raises:
+        RuntimeError: it cannot be reached, with what the process wrote.
+    """
+    *messages, end = common.run_worker([sys.executable, "-m", WORKER, "--hello", device], timeout=120)
+    if not messages:
+        raise RuntimeError(f"the {device} device does not answer (--smoke runs without one): {end['tail']}")
+    return messages[0]
+
+
+class Run:
+    """One run of a suite against its result file."""
+
+    def __init__(self, args: argparse.Namespace, about_device: dict):
+        self.args, device = args, common.slug(about_device["device"])
+        ranks = max(processes for _, _, processes in args.chosen.about["places"])  # of the whole suite
+        subject = "profile" if args.profile else "train"
+        path = args.out / f"{subject}-{args.chosen.name}-{device}{f'-x{ranks}' if ranks > 1 else ''}.json"
+        about = {"suite": args.chosen.about}
+        self.results = common.ResultFile(path, train_rows.KEYS, common.provenance(about_device, args.commit), about)
+        extra = {"device": "cpu" if args.smoke else "cuda", "profile": bool(args.profile)}
+        known = {} if args.again else {train_rows.key_of(row): row for row in self.results.rows}
+        jobs = [job | extra for job in train_rows.plan(args.chosen)]
+        self.rounds = {train_rows.key_of(job): train_rows.kept_rounds(job, known) for job in jobs}
+        self.jobs = [job for job in jobs if not self.is_done(job)]
+        self.seconds: dict[tuple, list[float]] = {}
+        self.end = time.monotonic() + (args.device_budget or 24 * 3600)
+        if len(self.jobs) < len(jobs):
+            print(f"{len(jobs) - len(self.jobs)} of {len(jobs)} rounds are in {path} (--again measures them anew)")
+
+    def is_done(self, job: dict) -> bool:
+        """Whether the result file answers ``job``."""
+        rounds = self.rounds[train_rows.key_of(job)]
+        return job["round"] < len(rounds) or train_rows.is_settled(rounds)
+
+    def record(self, job: dict, round_: dict) -> None:
+        """Add a round to its row and write the file."""
+        key = train_rows.key_of(job)
+        self.rounds[key].append(round_)
+        self.results.add(train_rows.combine(job, self.rounds[key]))
+
+    def expected_seconds(self, job: dict) -> float:
+        """How long ``job`` will take, by the jobs of its point and launch so far, or by all of them."""
+        here = self.seconds.get((job["point"], job["launch"])) or [s for many in self.seconds.values() for s in many]
+        return statistics.mean(here) if here else 0.0
+
+    def work(self) -> bool:
+        """Run what is to be run; False where the budget did not suffice."""
+        progress = common.Progress(len(self.jobs))
+        in_budget = True
+        with Relay(self.jobs, self.args.timeout) as relay:
+            for index, job in enumerate(self.jobs):
+                ranks = f" x {job['processes']}" if job["processes"] > 1 else ""
+                title = f"{job['point']}, {job['launch']}{ranks}, {job['arm']}, round {job['round'] + 1}"
+                if not in_budget or self.is_done(job):  # absent or out of memory: the next round would be the same
+                    relay.skip(index)
+                    progress.step(f"{title}: {'skipped' if in_budget else 'device budget spent'}")
+                    continue
+                missing = train_rows.missing_packages(job)
+                in_budget = time.monotonic() + self.expected_seconds(job) <= self.end
+                if missing:
+                    round_ = {"status": "absent", "note": f"{', '.join(missing)} not installed"}
+                elif in_budget:
+                    round_ = relay.run(index, self.following(index))
+                    self.seconds.setdefault((job["point"], job["launch"]), []).append(round_["seconds"])
+                else:
+                    relay.skip(index)
+                    progress.step(f"{title}: device budget spent")
+                    continue
+                self.record(job, round_)
+                progress.step(f"{title}: {train_rows.describe(round_)}")
+        progress.close()
+        return in_budget
+
+    def following(self, index: int) -> int:
+        """The next job that will need a worker, as far as is known now."""
+        for later in range(index + 1, len(self.jobs)):
+            if not self.is_done(self.jobs[later]) and not train_rows.missing_packages(self.jobs[later]):
+                return later
+        return len(self.jobs)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the benchmark; 1 where our own arm failed."""
+    """Run the suite; 1 where our own arm failed, 3 where the budget was spent before the end."""
     args = parse_args(argv)
-    if args.worker:
-        from benchmarks import train_worker
-
-        train_worker.main(json.loads(args.worker))
-        return 0
-    jobs = plan(args)
-    end = time.monotonic() + (args.device_budget or 24 * 3600)
-    subject = "profile" if args.profile else "train"
-    results, rounds, hopeless = None, {}, set()
-    progress = common.Progress(len(jobs))
-    with Relay(jobs) as relay:
-        for job in jobs:
-            key = (job["model"], job["setting"], job["arm"])
-            left = end - time.monotonic()
-            if key in hopeless or left <= 0:  # absent or out of memory: the next round would be the same
-                relay.skip(job)
-                why = "skipped" if left > 0 else "device budget spent"
-                progress.step(f"{' '.join(key)} round {job['round'] + 1}: {why}")
-                continue
-            for message in relay.run(job):
-                if message["kind"] == "hello":
-                    if results is None:
-                        path = args.out / f"{subject}-{common.slug(message['device'])}.json"
-                        results = common.ResultFile(
-                            path, ("model", "setting", "arm"), common.provenance(message, args.commit)
-                        )
-                    continue
-                rounds.setdefault(key, []).append(message)
-                if message["status"] != "ok":
-                    hopeless.add(key)
-                if results is not None:
-                    results.add(combine(job, rounds[key]))
-                progress.step(f"{' '.join(key)} round {job['round'] + 1}: {describe(message)}")
-    progress.close()
-    if results is None:
-        print("no worker started: see the errors above", file=sys.stderr)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an ordinary end, in which the workers are ended, too
+    try:
+        run = Run(args, hello("cpu" if args.smoke else "cuda"))
+    except RuntimeError as error:
+        print(f"liger-trainer bench train: error: {error}", file=sys.stderr)
         return 1
+    complete = run.work()
+    rows = [row for row in run.results.rows if train_rows.key_of(row) in run.rounds]
     if args.profile:
-        print(tables.profile_text(results.new))
-    print(tables.train_text(results.new))
-    print(f"written: {results.path}")
-    return int(any(r["arm"] == "ours" and r["status"] != "ok" for r in results.new))
-
-
-def describe(row: dict) -> str:
-    """One round in a few words."""
-    if row["status"] != "ok":
-        return f"{row['status']} {row.get('note', '')[:200]}"
-    numbers = {"ms": row["step_ms"], "tok/s": row["tokens_per_s"], "GiB": row["peak_allocated_gib"]}
-    text = " ".join(f"{common.format_number(v)} {k}" for k, v in numbers.items())
-    return f"{text} loss {row['first_loss']:.4f} -> {row['last_loss']:.4f}"
+        print(train_tables.profile_text(rows))
+    print(train_tables.train_text(rows, run.args.chosen.about))
+    print(f"written: {run.results.path}")
+    if any(row["arm"].startswith("ours") and row["status"] == "error" for row in rows):
+        return 1
+    return 0 if complete else 3
 
 
 if __name__ == "__main__":

@@ -1,173 +1,191 @@
-"""One arm of the training benchmark: the stock Trainer on random tokens, timed by a callback."""
+"""One rank of one arm of the training benchmark: the recipe's own Trainer, timed.
 
-import importlib.util
+``python -m benchmarks.train_worker --hello DEVICE`` says what the device is; ``accelerate launch ... -m
+benchmarks.train_worker JOB`` waits for the job's gate and trains. Exactly one rank emits exactly one row: the first
+one, or a rank that fails, which then ends at once so that no other waits for it in a collective.
+"""
+
+import importlib
+import json
+import os
 import statistics
+import sys
 import tempfile
+import threading
 import time
-from itertools import pairwise
+import traceback
 from pathlib import Path
 
 import torch
-from torch.utils.data import Dataset
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import PrinterCallback
 
 from benchmarks.common import emit
-from benchmarks.measure import describe_device, synchronize
-from benchmarks.models import make_config
-from benchmarks.profile_step import KernelProfile
+from benchmarks.measure import describe_device
+from benchmarks.train_arms import ARMS
 
-GIB = 1 << 30
-IMPORTS = {"trl": "trl.trainer.utils", "liger_kernel": "liger_kernel.transformers"}
-NEEDS = {"liger": ["liger_kernel"], "trl_head": ["trl"], "liger_trl_head": ["trl", "liger_kernel"]}
-
-
-class RandomTokens(Dataset):
-    """``count`` rows of ``seq`` random token ids, every one of them a label; the same in every process."""
-
-    def __init__(self, count: int, seq: int, vocab: int):
-        self.tokens = torch.randint(vocab, (count, seq), generator=torch.Generator().manual_seed(1))
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    def __getitem__(self, index: int) -> dict:
-        return {"input_ids": self.tokens[index], "labels": self.tokens[index]}
+OUT_OF_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")  # in errors of other types: cuBLAS, NCCL, the driver
+# Needed to train, slow to import, and harmless to the device.
+SLOW_IMPORTS = ("liger_trainer.train", "transformers.models.auto.modeling_auto", "benchmarks.step_meter")
 
 
-class StepTimes(TrainerCallback):
-    """Mean step time of windows of ``window`` steps, the device drained between windows and not inside them.
-
-    Draining at every step would add to each the time the host needs to get ahead of the device again, which users
-    do not pay.
-    """
-
-    def __init__(self, device: str, warmup: int, window: int):
-        self.device, self.warmup, self.window, self.ends, self.losses = device, warmup, window, [], []
-
-    def on_step_end(self, args, state, control, **kwargs):
-        """Take the time where a window ends."""
-        done = state.global_step - self.warmup
-        if done >= 0 and done % self.window == 0:
-            synchronize(self.device)
-            self.ends.append(time.perf_counter())
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        """Keep the mean loss of each window."""
-        if "loss" in (logs or {}):
-            self.losses.append(float(logs["loss"]))
-
-    def step_ms(self) -> list[float]:
-        """One mean for each window after the warm-up."""
-        return [(end - start) * 1e3 / self.window for start, end in pairwise(self.ends)]
+def flags(overrides: dict) -> list[str]:
+    """Overrides as a recipe's command line."""
+    words = []
+    for key, value in overrides.items():
+        if isinstance(value, list):
+            words += [f"--{key}", *map(str, value)]
+        elif value is None:
+            words += [f"--{key}", "null"]
+        else:
+            words.append(f"--{key}={json.dumps(value) if isinstance(value, dict | bool) else value}")
+    return words
 
 
-def make_arguments(job: dict, folder: str) -> TrainingArguments:
-    """The stock arguments, the same in every arm, and what switches the arm on."""
-    arm, options = job["arm"], {}
-    cls = TrainingArguments
-    if arm == "ours":
-        from liger_trainer import LigerTrainingArguments as cls
-
-        options = {"use_liger": True}
-    elif arm == "liger":
-        options = {"use_liger_kernel": True}
-    elif arm == "liger_trl_head":
-        off = {"fused_linear_cross_entropy": False, "cross_entropy": False}
-        options = {"use_liger_kernel": True, "liger_kernel_config": off}
-    elif arm == "compile":
-        options = {"torch_compile": True}
-    return cls(
-        output_dir=folder,
-        per_device_train_batch_size=job["batch"],
-        max_steps=job["warmup"] + job["steps"],
-        learning_rate=1e-5,
-        lr_scheduler_type="constant",
-        optim="adamw_torch_fused",
-        activation_checkpointing=job["checkpointing"],
-        logging_steps=job["window"],  # a log reads the loss, and so waits for the device
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        use_cpu=job["device"] == "cpu",
-        seed=0,
-        **options,
-    )
-
-
-def make_model(job: dict) -> torch.nn.Module:
-    """Random weights, made on the device in the training dtype, the same in every arm."""
-    torch.manual_seed(0)
-    dtype = torch.bfloat16 if job["device"] == "cuda" else torch.float32
-    with torch.device(job["device"]):
-        model = AutoModelForCausalLM.from_config(make_config(job["model"]), dtype=dtype, attn_implementation="sdpa")
-    if job["arm"] in ("trl_head", "liger_trl_head"):
-        from trl.trainer.utils import add_fused_lm_head
-
-        add_fused_lm_head(model)
-        headed = model.forward
-        # TRL's own trainers pass the flag in compute_loss; under the stock Trainer nobody would
-        model.forward = lambda *args, **kwargs: headed(*args, fused_lm_head=True, **kwargs)
-    return model
-
-
-def stand_by(job: dict) -> bool:
-    """Import what the arm needs, then wait for the word: the worker before this one has the device until then."""
-    if job["arm"] == "ours":
-        pass
-    elif job["arm"] in NEEDS:
-        for package in NEEDS[job["arm"]]:
-            if importlib.util.find_spec(package):
-                importlib.import_module(IMPORTS[package])
-    gate = Path(job["gate"])
-    while not gate.exists():
-        time.sleep(0.05)
-    return gate.read_text() == "go"
-
-
-def main(job: dict) -> None:
-    """Train ``warmup + steps`` steps and emit one row."""
-    if "gate" in job and not stand_by(job):
-        return
-    emit(describe_device(job["device"]))
-    missing = [p for p in NEEDS.get(job["arm"], []) if importlib.util.find_spec(p) is None]
-    if missing:
-        emit({"kind": "row", "status": "absent", "note": f"{', '.join(missing)} not installed"})
-        return
-    try:
-        row = train(job)
-    except torch.OutOfMemoryError as error:
-        row = {"status": "oom", "note": str(error)[:200]}
-    emit({"kind": "row", **row})
+def overrides_of(job: dict, folder: str) -> dict:
+    """All overrides of a job: the suite's, those of the measurement, the arm's."""
+    measured = {
+        "max_steps": job["warmup"] + job["steps"],
+        "logging_strategy": "steps",
+        "logging_steps": job["window"],  # a log reads the loss, and so waits for the device
+        "save_strategy": "no",
+        "eval_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "output_dir": folder,
+    }
+    return {**job["overrides"], **measured, **ARMS[job["arm"]].overrides}
 
 
 def train(job: dict) -> dict:
-    """Run the Trainer; step times, tokens per second, losses and peak memory."""
-    device, steps = job["device"], job["warmup"] + job["steps"]
-    timer = StepTimes(device, job["warmup"], job["window"])
-    profile = KernelProfile(device, job["warmup"], job["steps"]) if job["profile"] else None
+    """Build the recipe's Trainer, train, and return the row: times, tokens and memory over all ranks."""
+    from transformers.trainer_callback import PrinterCallback
+
+    from benchmarks.step_meter import Memory, StepTimes, TokenCount
+    from liger_trainer.recipe import parse_recipe
+    from liger_trainer.throughput import ThroughputCallback
+    from liger_trainer.train import build_trainer
+
+    warmup, steps = job["warmup"], job["steps"]
     with tempfile.TemporaryDirectory() as folder:
-        arguments = make_arguments(job, folder)
-        model = make_model(job)
-        data = RandomTokens(job["batch"] * steps, job["seq"], model.config.vocab_size)
-        callbacks = [timer] if profile is None else [timer, profile]
-        trainer = Trainer(model, arguments, train_dataset=data, callbacks=callbacks)
+        recipe = parse_recipe([job["recipe"], *flags(overrides_of(job, folder))])
+        args = recipe.training
+        for name, value in ARMS[job["arm"]].arguments.items():
+            setattr(args, name, value)
+        recipe.run.synthetic_examples = (  # no more rows than the steps take
+            args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size * args.max_steps
+        )
+        trainer = build_trainer(recipe)
+        ARMS[job["arm"]].prepare(trainer)
         trainer.remove_callback(PrinterCallback)
+        trainer.remove_callback(ThroughputCallback)  # its log entries are device work and collectives of every arm
+        device = args.device.type
+        timer, memory = StepTimes(device, warmup, job["window"]), Memory(device, warmup + steps)
+        tokens = TokenCount(trainer)
+        callbacks = [timer, memory]
+        if job["profile"] and args.process_index == 0:
+            from benchmarks.profile_step import KernelProfile
+
+            callbacks.append(KernelProfile(device, warmup, steps))
+        for callback in callbacks:
+            trainer.add_callback(callback)
         trainer.train()
-    times = timer.step_ms()
-    step = statistics.median(times)
+    row = over_ranks(timer.step_ms(), tokens.after(warmup), memory.bytes(trainer), job["window"], args.device)
+    row |= {"status": "ok", "first_loss": timer.losses[0], "last_loss": timer.losses[-1]}
+    return row | (callbacks[2].summary() if len(callbacks) == 3 else {})
+
+
+def over_ranks(windows_ms: list[float], tokens: tuple[int, int], memory: dict | None, window: int, device) -> dict:
+    """The numbers of all ranks: the slowest one's windows, the sum of tokens, the largest memory.
+
+    Args:
+        windows_ms: mean milliseconds of a step, one number a window.
+        tokens: real and padded tokens of the timed steps.
+        memory: bytes by kind, or None.
+        window: steps of a window.
+        device: where collectives run.
+    """
+    from liger_trainer.throughput import reduce_over_ranks
+
+    windows_ms = reduce_over_ranks(windows_ms, "max", device)
+    real, padded = reduce_over_ranks([float(n) for n in tokens], "sum", device)
+    seconds = sum(windows_ms) * window / 1e3
     row = {
-        "status": "ok",
-        "step_ms": step,
-        "steps_ms": [round(t, 3) for t in times],
-        "tokens_per_s": job["batch"] * job["seq"] / step * 1e3,
-        "first_loss": timer.losses[0],
-        "last_loss": timer.losses[-1],
-        "peak_allocated_gib": None,
-        "peak_reserved_gib": None,
+        "step_ms": statistics.mean(windows_ms),
+        "windows_ms": [round(t, 3) for t in windows_ms],
+        "tokens_per_s": real / seconds,
+        "padded_tokens_per_s": padded / seconds,
+        "tokens": int(real),
+        "padded_tokens": int(padded),
     }
-    if device == "cuda":
-        row["peak_allocated_gib"] = torch.cuda.max_memory_allocated() / GIB
-        row["peak_reserved_gib"] = torch.cuda.max_memory_reserved() / GIB
-    return row if profile is None else row | profile.summary()
+    names = ("peak_allocated", "peak_reserved", "static", "gradients", "above_static")
+    if memory is None:
+        return row | dict.fromkeys(f"{name}_gib" for name in names)
+    memory["above_static"] = memory["peak_allocated"] - memory["static"] - memory["gradients"]
+    largest = reduce_over_ranks([float(memory[name]) for name in names], "max", device)
+    return row | {f"{name}_gib": value / (1 << 30) for name, value in zip(names, largest, strict=True)}
+
+
+def end_with(owner: int) -> None:
+    """End this rank when the benchmark or the launcher that started it is gone, whatever it is waiting for."""
+    launcher = os.getppid()
+
+    def watch():
+        while os.getppid() == launcher:
+            try:
+                os.kill(owner, 0)
+            except ProcessLookupError:
+                break
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def stand_by(job: dict) -> bool:
+    """Do the slow imports, then wait for the word: the worker before this one has the device until then."""
+    for name in SLOW_IMPORTS:
+        importlib.import_module(name)
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        importlib.import_module("deepspeed")
+    ARMS[job["arm"]].import_packages()
+    gate = Path(job["gate"])
+    while not gate.exists():
+        time.sleep(0.02)
+    return gate.read_text() == "go"
+
+
+def failure(error: Exception) -> dict:
+    """The row of a run that failed: out of memory, which is a result, or anything else."""
+    text = f"{type(error).__name__}: {error}"
+    short_of_memory = isinstance(error, torch.OutOfMemoryError) or any(word in text for word in OUT_OF_MEMORY)
+    return {"status": "oom" if short_of_memory else "error", "note": text[:400]}
+
+
+def run(job: dict) -> None:
+    """Train and emit the row; ends the process."""
+    end_with(job["owner"])
+    try:
+        if not stand_by(job):
+            return
+        row = train(job)
+    except Exception as error:
+        emit({"kind": "row", **failure(error), "traceback": traceback.format_exc()})
+        end(1)
+    if os.environ.get("RANK", "0") == "0":
+        emit({"kind": "row", **row})
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+    end(0)
+
+
+def end(status: int) -> None:
+    """Leave at once: freeing a large model in order, or ending a group whose other ranks wait, takes time."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "--hello":
+        emit(describe_device(sys.argv[2]))
+    else:
+        run(json.loads(sys.argv[1]))

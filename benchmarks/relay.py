@@ -1,0 +1,133 @@
+"""Starts the workers of the training benchmark, each a fresh ``accelerate launch``, one after another."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from benchmarks.common import PREFIX, ROOT
+
+WORKER = "benchmarks.train_worker"
+GRACE_S = 10  # for a launcher to end its ranks
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def environment(job: dict) -> dict[str, str]:
+    """The launcher's: as many visible devices as ranks, or the Trainer of a single rank would spread over all."""
+    fixed = {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    if job["overrides"].get("offline"):
+        fixed |= {"HF_HUB_OFFLINE": "1"}
+    if job["device"] == "cpu":
+        fixed |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    else:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(job["processes"])))
+        fixed |= {"CUDA_VISIBLE_DEVICES": ",".join(visible.split(",")[: job["processes"]])}
+    return os.environ | fixed
+
+
+class Worker:
+    """One launched job; its ranks do their imports and wait at the gate, a file that tells them to go or to stop."""
+
+    def __init__(self, job: dict, folder: Path, module: str):
+        self.gate = folder / "gate"
+        self.log = (folder / "log").open("w+", errors="replace")
+        job = job | {"gate": str(self.gate), "owner": os.getpid()}
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / job["config_file"]),
+                   "--num_processes", str(job["processes"]), "--main_process_port", str(free_port()),
+                   "-m", module, json.dumps(job)]  # fmt: skip
+        self.process = subprocess.Popen(
+            command, cwd=ROOT, env=environment(job), stdout=self.log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+
+    def finish(self, timeout: float) -> dict:
+        """Let it go and wait for its end: its row, with ``seconds``, or one that says how it failed."""
+        start = time.monotonic()
+        self._open("go")
+        try:
+            ending = f"ended with status {self.process.wait(timeout)}"
+        except subprocess.TimeoutExpired:
+            ending = f"was still running after {timeout:.0f} s"
+            self.stop()
+        with self.log:
+            self.log.seek(0)
+            text = self.log.read()
+        lines = [line for line in text.splitlines() if line.startswith(PREFIX)]
+        row = json.loads(lines[0][len(PREFIX) :]) if lines else {"status": "error", "note": f"{ending}: {text[-400:]}"}
+        trace = row.pop("traceback", text[-4000:])
+        if row["status"] == "error":
+            print(trace, file=sys.stderr)
+        row.pop("kind", None)
+        return row | {"seconds": round(time.monotonic() - start, 1)}
+
+    def stop(self) -> None:
+        """End it and its ranks."""
+        if self.process.poll() is not None:
+            return
+        self._open("stop")
+        self.process.terminate()  # torch's launcher ends its ranks; those of accelerate's are in its process group
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(GRACE_S)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def _open(self, word: str) -> None:
+        draft = self.gate.with_suffix(".draft")
+        draft.write_text(word)
+        draft.rename(self.gate)  # at once, so that no rank reads half of it
+
+
+class Relay:
+    """Runs jobs in order, the next one already started, with its imports done, while one runs.
+
+    A waiting worker has not touched the device.
+
+    Args:
+        jobs: all jobs that may run, in their order.
+        timeout: seconds a job may take, as the last resort against a hang.
+        module: what the ranks run.
+    """
+
+    def __init__(self, jobs: list[dict], timeout: float, module: str = WORKER):
+        self.jobs, self.timeout, self.module, self.started = jobs, timeout, module, {}
+
+    def __enter__(self):
+        self.folder = tempfile.TemporaryDirectory()
+        return self
+
+    def __exit__(self, *error):
+        for worker in self.started.values():
+            worker.stop()
+        self.folder.cleanup()
+
+    def start(self, index: int) -> None:
+        """Let the worker of ``jobs[index]`` get ready, where there is one and it has not been started."""
+        if index < len(self.jobs) and index not in self.started:
+            folder = Path(self.folder.name) / str(index)
+            folder.mkdir()
+            self.started[index] = Worker(self.jobs[index], folder, self.module)
+
+    def run(self, index: int, following: int) -> dict:
+        """The row of ``jobs[index]``; the worker of ``jobs[following]`` gets ready meanwhile."""
+        self.start(index)
+        self.start(following)
+        row = self.started[index].finish(self.timeout)  # until then it is one of those that __exit__ ends
+        del self.started[index]
+        return row
+
+    def skip(self, index: int) -> None:
+        """Do without ``jobs[index]``."""
+        if index in self.started:
+            self.started.pop(index).stop()
