@@ -16,6 +16,16 @@ from benchmarks.cases import EPS, Case
 
 ARMS = ("ours", "ours_low_memory", "hf", "compile", "torch", "liger", "liger_fp32", "trl", "cce")
 PACKAGE_OF = {"liger": "liger_kernel", "liger_fp32": "liger_kernel", "trl": "trl", "cce": "cut_cross_entropy"}
+IMPORTS = {  # the modules that take long to import, by arm
+    "ours": ("liger_trainer.kernels.linear_logprobs",),
+    "ours_low_memory": ("liger_trainer.kernels.linear_logprobs",),
+    "hf": ("transformers.models.llama.modeling_llama",),
+    "compile": ("transformers.models.llama.modeling_llama", "torch._inductor.compile_fx"),
+    "liger": ("liger_kernel.transformers.functional",),
+    "liger_fp32": ("liger_kernel.transformers.functional",),
+    "trl": ("trl.trainer.utils",),
+    "cce": ("cut_cross_entropy",),
+}
 Call = tuple[Callable, tuple]
 
 

@@ -1,5 +1,6 @@
 """What every benchmark shares: fresh worker processes, provenance, result files and tables. Imports no torch."""
 
+import contextlib
 import json
 import os
 import platform
@@ -34,33 +35,55 @@ def emit(message: dict) -> None:
     print(PREFIX + json.dumps(message), flush=True)
 
 
-def run_worker(command: Sequence[str], timeout: float) -> Iterator[dict]:
-    """Run ``command`` and yield the messages it emits, as they come.
+class Worker:
+    """A started process whose messages are read later; with ``waits``, it gets its job as a line of its stdin."""
 
-    The last message is ``{"kind": "exit", "code": int, "tail": str}``: the exit status and, where that is not 0, the
-    end of what the worker wrote. A worker still running after ``timeout`` seconds is killed.
-    """
-    noise: list[str] = []
-    env = {"CUDA_VISIBLE_DEVICES": "0"} | os.environ  # the Trainer would spread over all GPUs it sees
-    env |= {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-    with tempfile.TemporaryFile(mode="w+", errors="replace") as stderr:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=env, cwd=ROOT)
-        watchdog = threading.Timer(timeout, process.kill)
+    def __init__(self, command: Sequence[str], waits: bool = False):
+        env = {"CUDA_VISIBLE_DEVICES": "0"} | os.environ  # the Trainer would spread over all GPUs it sees
+        env |= {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+        self.stderr = tempfile.TemporaryFile(mode="w+", errors="replace")  # noqa: SIM115 - closed by messages or stop
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE if waits else subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=self.stderr, text=True, env=env, cwd=ROOT,
+        )  # fmt: skip
+
+    def stop(self) -> None:
+        """End it, whatever it does; nothing happens to one that has ended."""
+        self.process.kill()
+        self.process.wait()
+        self.stderr.close()
+
+    def messages(self, timeout: float, job: dict | None = None) -> Iterator[dict]:
+        """The messages it emits, as they come, after ``job`` has been handed to it.
+
+        The last one is ``{"kind": "exit", "code": int, "tail": str}``: the exit status and, where that is not 0, the
+        end of what the worker wrote. A worker still running after ``timeout`` seconds is killed.
+        """
+        noise: list[str] = []
+        watchdog = threading.Timer(timeout, self.process.kill)
         watchdog.start()
         try:
-            for line in process.stdout:
+            if job is not None:
+                with contextlib.suppress(BrokenPipeError):  # it has ended: its status tells why
+                    self.process.stdin.write(json.dumps(job) + "\n")
+                    self.process.stdin.close()
+            for line in self.process.stdout:
                 if line.startswith(PREFIX):
                     yield json.loads(line[len(PREFIX) :])
                 else:
                     noise.append(line)
-            code = process.wait()
-        finally:
+            code = self.process.wait()
+            self.stderr.seek(0)
+            tail = "" if code == 0 else ("".join(noise[-5:]) + self.stderr.read())[-2000:].strip()
+        finally:  # the reader of this generator may have stopped early
             watchdog.cancel()
-            process.kill()  # the reader of this generator may have stopped early; nothing to do for one that ended
-            process.wait()
-        stderr.seek(0)
-        tail = "" if code == 0 else ("".join(noise[-5:]) + stderr.read())[-2000:].strip()
-    yield {"kind": "exit", "code": code, "tail": tail}
+            self.stop()
+        yield {"kind": "exit", "code": code, "tail": tail}
+
+
+def run_worker(command: Sequence[str], timeout: float) -> Iterator[dict]:
+    """Run ``command`` and yield its messages; see ``Worker.messages``."""
+    yield from Worker(command).messages(timeout)
 
 
 def describe_software() -> dict:

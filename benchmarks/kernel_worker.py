@@ -1,5 +1,7 @@
 """One arm of the kernel benchmark: measures its shapes one after the other and emits a row for each."""
 
+import importlib
+import importlib.util
 import time
 from collections.abc import Callable
 
@@ -21,6 +23,13 @@ from benchmarks.measure import (
 
 # The check is coarse on purpose: it keeps a wrong kernel from winning; the tests judge precision.
 TOLERANCE = {"bfloat16": 0.05, "float16": 0.05, "float32": 2e-3}
+
+
+def stand_by(arm: str) -> None:
+    """Do the imports of ``arm`` that take long."""
+    for module in arms.IMPORTS.get(arm, ()):
+        if importlib.util.find_spec(module.split(".")[0]):
+            importlib.import_module(module)
 
 
 def main(job: dict) -> None:

@@ -50,7 +50,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--host", action="store_true", help="host microseconds per call instead of device time")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes on the CPU")
     parser.add_argument("--commit", help="what to record as the commit; default $LIGER_COMMIT, else git's")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--worker", metavar="ARM", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 
@@ -60,7 +60,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.worker:
         from benchmarks import kernel_worker
 
-        kernel_worker.main(json.loads(args.worker))
+        kernel_worker.stand_by(args.worker)
+        kernel_worker.main(json.loads(sys.stdin.readline()))
         return 0
     sets = ["smoke"] if args.smoke else ["host"] if args.host else args.shapes
     specs = shapes.select(sets, args.ops, args.ignored)
@@ -69,9 +70,13 @@ def main(argv: list[str] | None = None) -> int:
     end = time.monotonic() + (args.device_budget or 24 * 3600)
     results, failed, rows = None, False, []
     progress = common.Progress(len(specs) * len(args.arms))
+    ready = {}  # the next arm's worker imports while this one's measures; not so where the host is what is measured
     for index, arm in enumerate(args.arms):
         seconds = max(end - time.monotonic(), 0) / (len(args.arms) - index)
-        for message in measure_arm(arm, specs, modes, device, seconds):
+        worker = ready.pop(arm, None)
+        for following in args.arms[index + 1 : index + 2] if not args.host else []:
+            ready[following] = start_worker(following)
+        for message in measure_arm(arm, specs, modes, device, seconds, worker):
             if message["kind"] == "hello":
                 if results is None:
                     path = args.out / f"kernels-{common.slug(message['device'])}.json"
@@ -94,15 +99,22 @@ def main(argv: list[str] | None = None) -> int:
     return int(failed)
 
 
-def measure_arm(arm: str, specs: list[dict], modes: list[str], device: str, seconds: float):
+def start_worker(arm: str) -> common.Worker:
+    """A process that imports what ``arm`` needs, without touching the device, and waits for its job."""
+    return common.Worker([sys.executable, str(Path(__file__).resolve()), "--worker", arm], waits=True)
+
+
+def measure_arm(
+    arm: str, specs: list[dict], modes: list[str], device: str, seconds: float, worker: common.Worker | None = None
+):
     """Run one arm's worker; where it dies, record the shape it died on and go on with the rest in a new one."""
     end, left = time.monotonic() + seconds, list(specs)
     while left:
         available = max(end - time.monotonic(), 0)
         job = {"arm": arm, "shapes": left, "modes": modes, "device": device, "seconds": available}
-        command = [sys.executable, str(Path(__file__).resolve()), "--worker", json.dumps(job)]
+        worker, current = None, worker or start_worker(arm)
         started, rows = False, 0
-        for message in common.run_worker(command, timeout=min(available * 1.1 + 60, 1800)):
+        for message in current.messages(min(available * 1.1 + 60, 1800), job):
             if message["kind"] == "row":
                 rows += 1
                 left.remove(message["spec"])
