@@ -16,6 +16,9 @@ from .weight_sum import WeightSum, mm_into
 
 ROW_ALIGNMENT = 16  # elements: rows of the logits buffer start on 32 bytes whatever the vocabulary
 CHUNK_ALIGNMENT = 128  # tokens: a GEMM tile
+# Many large chunks are multiples of more: GEMMs of 1408 or 1664 tokens take 5 to 10 % longer a token than those of 1536
+# (benchmarks/NOTES.md), which outweighs a last chunk of another size.
+LARGE_CHUNK_ALIGNMENT, MANY_CHUNKS = 512, 4
 
 
 class ValidRows(NamedTuple):
@@ -58,9 +61,11 @@ def valid_rows(labels: Tensor, vocab_size: int, ignore_index: int) -> ValidRows:
 
 
 def rows_per_chunk(num_rows: int, vocab_size: int, itemsize: int, budget_mib: float) -> int:
-    """Tokens whose logits fit in ``budget_mib``, in equal chunks of whole GEMM tiles where the budget holds one."""
+    """Tokens whose logits fit in ``budget_mib``, in about equal chunks of sizes that GEMMs like."""
     row_bytes = cdiv(vocab_size, ROW_ALIGNMENT) * ROW_ALIGNMENT * itemsize
     limit = max(1, int(budget_mib * 2**20) // row_bytes)
+    if limit >= 2 * LARGE_CHUNK_ALIGNMENT and num_rows > MANY_CHUNKS * limit:
+        return equal_parts(num_rows, limit, LARGE_CHUNK_ALIGNMENT)
     return equal_parts(num_rows, limit, CHUNK_ALIGNMENT if limit >= CHUNK_ALIGNMENT else 1)
 
 

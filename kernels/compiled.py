@@ -23,10 +23,21 @@ from torch import Tensor
 
 
 def opaque_op(
-    name: str, run: Callable, fake: Callable, differentiate: Callable | None = None, save: Callable | None = None
+    name: str,
+    run: Callable,
+    fake: Callable,
+    differentiate: Callable | None = None,
+    save: Callable | None = None,
+    *,
+    waits: bool = False,
 ) -> Callable:
-    """Register ``liger_trainer::name``, which runs ``run`` and is seen by the compiler as ``fake``, and return it."""
-    op = torch.library.custom_op(f"liger_trainer::{name}", run, mutates_args=())
+    """Register ``liger_trainer::name``, which runs ``run`` and is seen by the compiler as ``fake``, and return it.
+
+    ``waits``: the host reads a number off the device in it, which a CUDA graph cannot hold; the compiler then makes
+    graphs of what is before and after.
+    """
+    tags = (torch.Tag.cudagraph_unsafe,) if waits else ()
+    op = torch.library.custom_op(f"liger_trainer::{name}", run, mutates_args=(), tags=tags)
     op.register_fake(fake)
     if differentiate is not None:
         op.register_autograd(differentiate, setup_context=save)

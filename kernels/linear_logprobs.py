@@ -251,8 +251,8 @@ def _differentiate(ctx, log_prob_grad, entropy_grad, *_):
     return *(g if want else None for g, want in zip(grads, wanted, strict=True)), *(None,) * 5
 
 
-_backward_op = opaque_op("linear_logprobs_backward", _opaque_backward, _fake_backward)
-_forward_op = opaque_op("linear_logprobs", _opaque_forward, _fake_forward, _differentiate, _save)
+_backward_op = opaque_op("linear_logprobs_backward", _opaque_backward, _fake_backward, waits=True)
+_forward_op = opaque_op("linear_logprobs", _opaque_forward, _fake_forward, _differentiate, _save, waits=True)
 
 
 def linear_logprobs(

@@ -128,8 +128,8 @@ def _backward(ctx, grad, *_):
 
 
 _scale_op = opaque_op("linear_cross_entropy_scale", _scale, _fake_scale)
-_recompute_op = opaque_op("linear_cross_entropy_recompute", _recompute, _fake_recompute)
-_forward_op = opaque_op("linear_cross_entropy", _forward, _fake_forward, _backward, _setup_context)
+_recompute_op = opaque_op("linear_cross_entropy_recompute", _recompute, _fake_recompute, waits=True)
+_forward_op = opaque_op("linear_cross_entropy", _forward, _fake_forward, _backward, _setup_context, waits=True)
 
 
 def compiled_loss(

@@ -44,3 +44,30 @@ def test_training_is_one_graph(model_type, checkpointing, monkeypatch):
     if not checkpointing:
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
         assert not torch._dynamo.utils.counters["graph_break"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_GPU, reason="no CUDA device")
+@pytest.mark.parametrize("model_type", ["llama", "gemma2"])
+def test_training_in_cuda_graphs(model_type):
+    """Everything but the fused loss, which reads the number of labels, is replayed from CUDA graphs."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    plain = tiny_model(model_type, use_cache=False).cuda().train()
+    model = copy.deepcopy(plain)
+    apply_liger(model, {"strict": True})
+    compiled = torch.compile(model, fullgraph=True, mode="reduce-overhead")
+    for seed in range(5):  # warm-up, recording, replay
+        inputs = {k: v.cuda() for k, v in batch(seed=seed).items()}
+        results = []
+        for each in (plain, compiled):
+            torch.compiler.cudagraph_mark_step_begin()
+            each.zero_grad()
+            loss = each(**inputs).loss
+            loss.backward()
+            results.append(loss.detach().clone())
+        torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-6)
+        for (name, expected), actual in zip(plain.named_parameters(), model.parameters(), strict=True):
+            error = (actual.grad - expected.grad).norm() / expected.grad.norm().clamp(min=1e-12)
+            assert error < 1e-4, f"{name}: {error:.1e}"
+    assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == 0
