@@ -5,6 +5,9 @@ import torch
 import torch.nn.functional as F
 from liger_trainer.kernels.gated_linear import ACTIVATIONS, gated_linear
 from numerics import as_dtype, assert_no_worse_than_torch
+from torch.utils.checkpoint import checkpoint
+
+from liger_trainer.kernels import gated_linear as gated_linear_module
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -59,6 +62,36 @@ def test_product_is_not_kept():
         kept[function] = sum(t.numel() for pointer, t in sizes.items() if pointer not in known)
     assert kept[gated_linear] == 0
     assert kept[definition] >= 4 * 16 * 64
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("case", [{}, {"packed": True, "bias": False}, {"frozen": ("weight", "bias")}], ids=str)
+def test_checkpointing_projects_once(case, autocast, monkeypatch):
+    """The second forward, which only looks for saved tensors, stops before the GEMM; numbers stay the same."""
+    inputs = make(**case)
+    if autocast:
+        inputs[:2] = [None if t is None else t.detach().bfloat16().requires_grad_() for t in inputs[:2]]
+    computed = []
+    compute = gated_linear_module._compute
+    monkeypatch.setattr(gated_linear_module, "_compute", lambda *args: (computed.append(1), compute(*args)))
+
+    def layer(*inputs, activation):
+        with torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=autocast):
+            return gated_linear(*inputs, activation=activation).sin()
+
+    def plain_layer(*inputs, activation):
+        with torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=autocast):
+            return gated_linear(*inputs, activation=activation)
+
+    def checkpointed(function):
+        return lambda *inputs, activation: checkpoint(function, *inputs, activation=activation, use_reentrant=False)
+
+    for function, calls in ((plain_layer, 1), (layer, 2)):  # the sine saves what comes out of the projection
+        expected = run(function, inputs, "silu")
+        computed.clear()
+        actual = run(checkpointed(function), inputs, "silu")
+        assert len(computed) == calls
+        assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
 def test_autocast_and_backward_twice():

@@ -51,7 +51,7 @@ def test_gradients_are_as_good_as_the_unpatched_model_s(model_type, dtype):
     assert gradients(model, inputs)[0] == loss
 
 
-@pytest.mark.parametrize("precision", ["bf16 autocast", "bf16 weights", "fp16 autocast", "fp32"])
+@pytest.mark.parametrize("precision", ["bf16 autocast", "bf16 weights", "fp16 autocast", "fp32", "checkpointing"])
 @pytest.mark.parametrize("model_type", ["llama", "gemma2"])
 def test_trainer_on_a_gpu(model_type, precision, tmp_path):
     runs = []
@@ -61,7 +61,8 @@ def test_trainer_on_a_gpu(model_type, precision, tmp_path):
             model = model.to(torch.bfloat16)
         args = arguments(
             tmp_path, use_liger=flag, use_cpu=False, optim="sgd", learning_rate=0.1, max_steps=8,
-            bf16=precision == "bf16 autocast", fp16=precision == "fp16 autocast",
+            bf16=precision in ("bf16 autocast", "checkpointing"), fp16=precision == "fp16 autocast",
+            activation_checkpointing=precision == "checkpointing",
         )  # fmt: skip
         trainer = Trainer(model, args, train_dataset=Rows(valid=lambda i: (12, 3, 7, 0, 1, 9)[i % 6]))
         trainer.train()

@@ -42,8 +42,10 @@ def test_five_steps_are_the_same(model_type, tmp_path):
 
 
 @pytest.mark.triton
-def test_five_steps_with_the_triton_kernels(tmp_path):
-    assert_same_run(*(train(tmp_path, flag, "gemma2", dataset=Rows(valid=ragged), **SGD) for flag in (False, True)))
+@pytest.mark.parametrize(("model_type", "checkpointing"), [("gemma2", False), ("llama", True)])
+def test_five_steps_with_the_triton_kernels(model_type, checkpointing, tmp_path):
+    settings = {**SGD, "dataset": Rows(valid=ragged), "activation_checkpointing": checkpointing}
+    assert_same_run(*(train(tmp_path, flag, model_type, **settings) for flag in (False, True)))
 
 
 def test_adam_too(tmp_path):
