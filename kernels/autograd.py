@@ -1,6 +1,7 @@
 """The base class of the ops' autograd functions."""
 
 import torch
+from torch.autograd import forward_ad
 
 
 class _NoContext:
@@ -22,8 +23,8 @@ class Function(torch.autograd.Function):
     """``torch.autograd.Function`` whose ``apply`` costs less: a sixth of an op's host time, a third without gradients.
 
     What is left out binds default arguments and unwraps tensors that leaked out of a functorch transform; our functions
-    have no defaults and no ``setup_context``, and return no input as it is. Inside a transform torch's own ``apply``
-    answers, with its error.
+    have no defaults and no ``setup_context``. Inside a transform, and in forward-mode differentiation, torch's own
+    ``apply`` answers, with its error.
     """
 
     @classmethod
@@ -31,6 +32,6 @@ class Function(torch.autograd.Function):
         """Run ``forward`` and record ``backward``; positional arguments only."""
         if torch._C._are_functorch_transforms_active():
             return super().apply(*args)
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() and forward_ad._current_level < 0:
             return cls.forward(_NoContext(), *args)
         return super(torch.autograd.Function, cls).apply(*args)

@@ -9,15 +9,21 @@ from torch import nn
 
 
 class CountedOnce:
-    """Stands for ``num_parameters`` on one model; remembers the counts that do not depend on ``requires_grad``."""
+    """Stands for ``num_parameters`` on one model; remembers the counts that do not depend on ``requires_grad``.
 
-    def __init__(self, count):
-        self.count, self.known = count, {}
+    After training that ended in an exception it is still there: what it knows is forgotten when the embeddings change.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model, self.count, self.known, self.embeddings = model, model.num_parameters, {}, None
 
     def __call__(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """As the model's own method."""
         if only_trainable:
             return self.count(only_trainable=True, exclude_embeddings=exclude_embeddings)
+        weight = self.model.get_input_embeddings().weight
+        if self.embeddings is not weight:
+            self.embeddings, self.known = weight, {}
         if exclude_embeddings not in self.known:
             self.known[exclude_embeddings] = self.count(exclude_embeddings=exclude_embeddings)
         return self.known[exclude_embeddings]
@@ -26,8 +32,8 @@ class CountedOnce:
 def count_once(model: nn.Module) -> None:
     """Let ``model.num_parameters``, where there is one, remember its answers from now on."""
     forget_count(model)
-    if hasattr(model, "num_parameters"):
-        model.num_parameters = CountedOnce(model.num_parameters)
+    if hasattr(model, "num_parameters") and hasattr(model, "get_input_embeddings"):
+        model.num_parameters = CountedOnce(model)
 
 
 def forget_count(model: nn.Module) -> None:

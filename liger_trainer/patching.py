@@ -16,6 +16,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from .config import LigerConfig
 from .fused_head import FusedHead, HeadForward, head_linears
 from .head_probe import probe_head
+from .parameter_count import forget_count
 from .report import Applied, LigerReport, Skipped
 from .rules import verdicts
 from .verdicts import Refusal
@@ -140,6 +141,8 @@ def apply_with(model: nn.Module, config: LigerConfig, no_fused_loss: str | None 
 def revert_liger(model: nn.Module) -> None:
     """Put back every original; the model's outputs are bit-equal to before ``apply_liger``. Without it, a no-op."""
     core = core_model(model)
+    for each in {model, core}:
+        forget_count(each)
     state = vars(core).get(_STATE)
     if state is None:
         return

@@ -17,7 +17,7 @@ LAYERS = [
     {"kernels", "config", "report", "sharding", "verdicts", "environment"},
     {"probing", "norms", "rotary", "gated", "rules", "head_probe", "lazy_logits", "fused_head", "medusa_loss"},
     {"patching"},
-    {"arguments", "callbacks", "trl", "auto", "throughput", "parameter_count", "checkpoints", "medusa"},
+    {"arguments", "callbacks", "trl", "auto", "throughput", "checkpoints", "medusa"},
     {"failures"},
     {"data", "synthetic", "recipe", "train", "fit", "fit_trial"},
     {"cli"},

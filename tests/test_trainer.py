@@ -1,5 +1,6 @@
 """Stock Trainer with the flag: same losses and weights as without it, in every mode users train in."""
 
+import copy
 import json
 
 import numpy as np
@@ -10,7 +11,7 @@ from tiny_models import MODEL_TYPES, batch, tiny_model
 from training import Rows, arguments, assert_same_run, losses, train
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-from liger_trainer import LigerCallback, LigerTrainingArguments, apply_liger
+from liger_trainer import LigerCallback, LigerTrainingArguments, apply_liger, revert_liger
 from liger_trainer.kernels import launch
 from liger_trainer.patching import patch_state
 
@@ -140,6 +141,22 @@ def test_parameters_are_counted_once(tmp_path, monkeypatch):
         assert calls.count({"exclude_embeddings": True}) == (1 if flag else 3)
     assert trainers[True].state.total_flos == trainers[False].state.total_flos > 0
     assert set(counted) == {(0, sum(p.numel() for p in model.parameters()))}
+
+
+def test_the_count_is_right_after_training_that_broke_off(tmp_path):
+    class Break(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            raise KeyboardInterrupt
+
+    model = tiny_model("llama")
+    with pytest.raises(KeyboardInterrupt):
+        Trainer(model, arguments(tmp_path, use_liger=True), train_dataset=Rows(), callbacks=[Break()]).train()
+    copied = copy.deepcopy(model)
+    for each in (model, copied):
+        each.resize_token_embeddings(200)
+        assert each.num_parameters() == sum(p.numel() for p in each.parameters())
+    revert_liger(model)
+    assert "num_parameters" not in vars(model)
 
 
 def test_forward_called_past_the_hooks_is_noticed(caplog):
