@@ -8,6 +8,8 @@ from typing import NamedTuple
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from .errors import RecipeError
+
 FOLDER = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
 
 
@@ -35,16 +37,20 @@ def find_checkpoints(output_dir: str) -> Checkpoints:
 
 
 def is_complete(checkpoint: Path) -> bool:
-    """Whether the folder holds a readable state of the Trainer.
+    """Whether the folder holds a readable state of the Trainer, and the optimizer's state.
 
-    The Trainer writes that file last, when the weights and the state of the optimizer are on disk; under FSDP and
-    DeepSpeed the ranks have met by then, in the collectives that save these.
+    The Trainer writes its own state last, when the weights and the state of the optimizer are on disk; under FSDP and
+    DeepSpeed the ranks have met by then, in the collectives that save these. With ``save_only_model`` it leaves out the
+    optimizer's and would resume without a word: at the same step, but with a fresh optimizer and schedule.
     """
     try:
         state = json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+        names = [path.name for path in checkpoint.iterdir()]
     except (OSError, ValueError):
         return False
-    return "global_step" in state
+    # optimizer.pt; of FSDP optimizer.bin or the folder optimizer_0; of DeepSpeed the folder global_step<N>.
+    has_optimizer = any(name.startswith(("optimizer", "global_step")) for name in names)
+    return isinstance(state, dict) and "global_step" in state and has_optimizer
 
 
 def resume_path(value: str | None, output_dir: str) -> str | None:
@@ -56,7 +62,7 @@ def resume_path(value: str | None, output_dir: str) -> str | None:
         output_dir: the run's.
 
     Raises:
-        ValueError: there is none, or the one that was named is not complete.
+        RecipeError: there is none, or the one that was named is not complete.
     """
     if value is None or value.lower() == "false":
         return None
@@ -65,15 +71,15 @@ def resume_path(value: str | None, output_dir: str) -> str | None:
     if value.lower() == "true":
         if found.last is None:
             note = f" (not complete: {incomplete})" if incomplete else ""
-            raise ValueError(
+            raise RecipeError(
                 f"resume_from_checkpoint: no complete checkpoint in output_dir {output_dir!r}{note}; "
                 "without the key the run starts anew"
             )
         return str(found.last)
     if not is_complete(Path(value)):
         others = f"the last complete one is {str(found.last)!r}" if found.last else f"{output_dir!r} has none"
-        raise ValueError(
+        raise RecipeError(
             f"resume_from_checkpoint must be true, or the path of a complete checkpoint, which has a readable "
-            f"{TRAINER_STATE_NAME}; got {value!r}; {others}"
+            f"{TRAINER_STATE_NAME} and the optimizer's state (save_only_model leaves that out); got {value!r}; {others}"
         )
     return value

@@ -32,10 +32,18 @@ def main(argv: list[str] | None = None):
         allow_abbrev=False,
     )
     fit.add_argument("recipe", help="YAML file, such as recipes/quickstart.yaml")
-    fit.add_argument("--config_file", help="config for `accelerate launch`, such as configs/fsdp2.yaml")
-    fit.add_argument("--num_processes", type=int, help="for `accelerate launch`; default: the config's")
-    fit.add_argument("--use_liger", choices=["both", "true", "false"], default="both", help="what to try")
-    fit.add_argument("--max_batch", type=int, default=1024, help="largest batch to try (default: %(default)s)")
+    fit.add_argument(
+        "--config_file", "--config-file", help="config for `accelerate launch`, such as configs/fsdp2.yaml"
+    )
+    fit.add_argument(
+        "--num_processes", "--num-processes", type=int, help="for `accelerate launch`; default: the config's"
+    )
+    fit.add_argument(
+        "--use_liger", "--use-liger", choices=["both", "true", "false"], default="both", help="what to try"
+    )
+    fit.add_argument(
+        "--max_batch", "--max-batch", type=int, default=1024, help="largest batch to try (default: %(default)s)"
+    )
     fit.add_argument(
         "--resolution", type=float, default=1 / 16, help="how far below the largest to stop, as a share of it"
     )
@@ -102,17 +110,19 @@ def model_config(source: str):
     """The transformers config and the ``liger_config`` that ``source`` stands for.
 
     Args:
-        source: hub name or local path of a model, or a recipe ending in ``.yaml`` or ``.yml``.
+        source: hub name or local path of a model, or a recipe ending in ``.yaml`` or ``.yml``, whose ``model_config``
+            is taken where it has one: that needs no hub.
     """
     from transformers import AutoConfig
 
     if Path(source).suffix not in (".yaml", ".yml"):
         return AutoConfig.from_pretrained(source), None
-    from .recipe import parse_recipe
+    from .recipe import parse_recipe, peek
 
     recipe = parse_recipe([source])
-    if recipe.run.model_config is not None:
-        return AutoConfig.for_model(**recipe.run.model_config), recipe.training.liger_config
+    shape = peek([source], "model_config")  # which the parsed recipe no longer has beside a name
+    if shape is not None:
+        return AutoConfig.for_model(**json.loads(shape)), recipe.training.liger_config
     return AutoConfig.from_pretrained(recipe.model.model_name_or_path), recipe.training.liger_config
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
+from .errors import RecipeError
+
 EMBEDDED = "embedded"
 READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 # The standard library is always there; the others add pairs where they are installed.
@@ -92,17 +94,17 @@ def load(source: str, config: str | None = None, split: str = "train"):
         split: split or slice, such as ``train[:1%]``.
 
     Raises:
-        ValueError: the file does not exist, or its format is not one of those above.
+        RecipeError: the file does not exist, or its format is not one of those above.
     """
     from datasets import load_dataset
 
     path = Path(source)
     if path.suffix in READERS:
         if not path.is_file():
-            raise ValueError(f"dataset: no such file: {source!r}")
+            raise RecipeError(f"dataset: no such file: {source!r}")
         return load_dataset(READERS[path.suffix], data_files=str(path), split=split)
     if path.exists():
-        raise ValueError(f"dataset: {source!r} is not one of the formats read: {', '.join(READERS)}")
+        raise RecipeError(f"dataset: {source!r} is not one of the formats read: {', '.join(READERS)}")
     return load_dataset(source, config, split=split)
 
 
@@ -110,14 +112,14 @@ def in_memory(pairs: list[dict[str, str]], split: str):
     """``pairs`` as a ``datasets.Dataset``, or a slice of it, such as ``train[:1000]`` or ``train[50%:]``.
 
     Raises:
-        ValueError: a split that is no slice of ``train``.
+        RecipeError: a split that is no slice of ``train``.
     """
     from datasets import Dataset, ReadInstruction
 
     try:
         (part,) = ReadInstruction.from_spec(split).to_absolute({"train": len(pairs)})
     except (ValueError, AssertionError) as error:
-        raise ValueError(f"dataset_split: {split!r} is not `train` or one slice of it: {error}") from error
+        raise RecipeError(f"dataset_split: {split!r} is not `train` or one slice of it: {error}") from error
     return Dataset.from_list(pairs[part.from_ : part.to])
 
 
@@ -127,14 +129,14 @@ def select_columns(dataset, text_column: str | None, prompt_column: str | None, 
     Columns not named are looked for under their standard names, in this order.
 
     Raises:
-        ValueError: a named column that is not there, half a pair, both forms, or no form to be found.
+        RecipeError: a named column that is not there, half a pair, both forms, or no form to be found.
     """
     if (prompt_column is None) != (completion_column is None):
-        raise ValueError(
+        raise RecipeError(
             f"prompt_column and completion_column go together, got {prompt_column!r} and {completion_column!r}"
         )
     if text_column is not None and prompt_column is not None:
-        raise ValueError(
+        raise RecipeError(
             f"give text_column or prompt_column and completion_column, not both: got {text_column!r}, {prompt_column!r}"
         )
     columns = dataset.column_names
@@ -147,12 +149,12 @@ def select_columns(dataset, text_column: str | None, prompt_column: str | None, 
     elif standard := [name for name in ("text", "messages") if name in columns]:
         names = {standard[0]: standard[0]}
     else:
-        raise ValueError(
+        raise RecipeError(
             f"dataset has the columns {columns}, but not prompt and completion, text, or messages: "
             "name them with prompt_column and completion_column, or text_column"
         )
     if missing := [name for name in names if name not in columns]:
-        raise ValueError(f"dataset has no column {missing[0]!r}: its columns are {columns}")
+        raise RecipeError(f"dataset has no column {missing[0]!r}: its columns are {columns}")
     dataset = dataset.select_columns(list(names))
     return dataset.rename_columns({old: new for old, new in names.items() if old != new})
 
@@ -175,14 +177,14 @@ def train_tokenizer(corpus: Iterator[str], vocab_size: int):
         A ``PreTrainedTokenizerFast``.
 
     Raises:
-        ValueError: ``vocab_size`` below the 256 bytes and 5 special tokens.
+        RecipeError: ``vocab_size`` below the 256 bytes and 5 special tokens.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     special = ["<|begin|>", "<|end|>", "<|pad|>", "<|user|>", "<|assistant|>"]
     if vocab_size < 256 + len(special):
-        raise ValueError(f"vocab_size must be at least {256 + len(special)}, got {vocab_size}")
+        raise RecipeError(f"vocab_size must be at least {256 + len(special)}, got {vocab_size}")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -208,11 +210,11 @@ def split_at(example: dict, marker: str) -> dict[str, str]:
     """``text`` as a prompt, up to and with the first ``marker``, and the answer after it.
 
     Raises:
-        ValueError: a text without ``marker``.
+        RecipeError: a text without ``marker``.
     """
     before, found, after = example["text"].partition(marker)
     if not found:
-        raise ValueError(f"response_marker: {marker!r} is not in every text, such as {example['text'][:200]!r}")
+        raise RecipeError(f"response_marker: {marker!r} is not in every text, such as {example['text'][:200]!r}")
     return {"prompt": before + found, "completion": after}
 
 
@@ -236,11 +238,11 @@ def encode(example: dict, tokenizer, max_length: int) -> dict[str, list[int]]:
         ``input_ids``, ``attention_mask`` and ``labels``; the prompt's labels are -100, so the loss is the answer's.
 
     Raises:
-        ValueError: the example is one of ``messages``; the chat template gives the prompt alone other tokens than the
+        RecipeError: the example is one of ``messages``; the chat template gives the prompt alone other tokens than the
             prompt before its answer.
     """
     if "messages" in example:
-        raise ValueError("a dataset of messages needs trainer: sft, or prompt_column and completion_column")
+        raise RecipeError("a dataset of messages needs trainer: sft, or prompt_column and completion_column")
     if "text" in example:
         ids, start = [*tokenizer(example["text"])["input_ids"], tokenizer.eos_token_id], 0
     elif isinstance(example["prompt"], str):
@@ -252,7 +254,7 @@ def encode(example: dict, tokenizer, max_length: int) -> dict[str, list[int]]:
         ids = tokenizer.apply_chat_template(example["prompt"] + example["completion"])["input_ids"]
         start = len(prompt)
         if ids[:start] != prompt:
-            raise ValueError(
+            raise RecipeError(
                 "the tokenizer's chat template renders a prompt differently before an answer than alone, so the "
                 "prompt cannot be masked: use trainer: sft, or a text_column"
             )

@@ -13,12 +13,15 @@ import sys
 import threading
 import time
 import traceback
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 from transformers import Trainer, TrainingArguments
 
 from .checkpoints import find_checkpoints
+from .config import LigerConfig
+from .errors import RecipeError
 
 # Exit statuses, in docs/troubleshooting.md as well. A process that a signal ends has 128 + its number, as in a shell.
 ERROR = 1
@@ -32,6 +35,10 @@ LAUNCHER_SECONDS = 10
 GIB = 2**30
 
 
+class MainProcessError(Exception):
+    """The main process failed, and says why itself: raised in the others, which waited for it."""
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out, of a GPU or of the host: PyTorch has no single exception for it."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
@@ -41,16 +48,19 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def is_lost_peer(error: BaseException) -> bool:
-    """Whether a collective failed, which mostly means that another process of the run has ended."""
-    return isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+    """Whether another process of the run has failed, or a collective has, which mostly means the same."""
+    if isinstance(error, torch.distributed.DistError | MainProcessError):
+        return True
+    return isinstance(error, RuntimeError) and "gloo" in str(error)
 
 
 class FailureGuard:
     """Context of a run: an exception inside of it, or SIGTERM to a launched process, ends the process with a message.
 
-    In a run of several processes, one process of a machine prints: the first to fail. It exits without waiting for
-    others or taking down the process group, the launcher then ends the rest. ``KeyboardInterrupt`` and ``SystemExit``
-    pass through in a run of one process.
+    That is a ``RecipeError``'s own, or says what happened where and how to go on. In a run of several processes, one
+    process of a machine prints: the first to fail. It exits without waiting for others or taking down the process
+    group, the launcher then ends the rest. ``KeyboardInterrupt`` and ``SystemExit`` pass through in a run of one
+    process.
     """
 
     def __init__(self):
@@ -68,31 +78,48 @@ class FailureGuard:
         if self.launched and not args.enable_jit_checkpoint:  # which saves on SIGTERM by itself
             _on_sigterm(self._stopped)
 
-    def wrong_recipe(self, error: Exception):
-        """End a run that cannot start: every process finds the same error, one prints it."""
-        self._end(f"liger-trainer: error: {error}", [], WRONG_RECIPE)
-
     def __exit__(self, kind, error, trace):
         if error is None or isinstance(error, SystemExit):
             return
-        if isinstance(error, KeyboardInterrupt):
-            if self.launched:
-                self._end(self._headline("interrupted"), self._checkpoint_lines(), INTERRUPTED)
+        if isinstance(error, KeyboardInterrupt) and not self.launched:
             return
+        with self._certain_end(ERROR):
+            self._fail(error)
+
+    def _fail(self, error: BaseException):
+        if isinstance(error, RecipeError):
+            self._end(f"liger-trainer: error: {error}", [], WRONG_RECIPE)
+        if isinstance(error, KeyboardInterrupt):
+            self._end(self._headline("interrupted"), self._checkpoint_lines(), INTERRUPTED)
         if is_out_of_memory(error):
             lines = [*out_of_memory_lines(error, self.args), *self._checkpoint_lines()]
             self._end(self._headline("out of memory"), lines, OUT_OF_MEMORY)
         if self.launched and is_lost_peer(error):
             time.sleep(LAUNCHER_SECONDS)  # SIGTERM ends the process meanwhile, and its message is the better one
         print_first = "".join(traceback.format_exception(error))
-        self._end(self._headline(f"stopped by {kind.__name__}"), self._checkpoint_lines(), ERROR, print_first)
+        self._end(self._headline(f"stopped by {type(error).__name__}"), self._checkpoint_lines(), ERROR, print_first)
+
+    @contextmanager
+    def _certain_end(self, status: int):
+        """In a launched process: exit inside of it, or with ``status`` and a traceback if the message fails itself."""
+        try:
+            yield
+        except Exception:
+            if not self.launched:
+                raise
+            with suppress(Exception):  # stderr may be what has failed
+                traceback.print_exc()
+        finally:
+            if self.launched:
+                os._exit(status)
 
     def _stopped(self):
         reason = (
             "the launcher ended this process (SIGTERM): another process of the run was killed or has failed, or the "
             "job was cancelled; the launcher names the process that ended first"
         )
-        self._end(self._headline("stopped"), [reason, *self._checkpoint_lines()], STOPPED)
+        with self._certain_end(STOPPED):
+            self._end(self._headline("stopped"), [reason, *self._checkpoint_lines()], STOPPED)
 
     def _headline(self, what: str) -> str:
         text = f"liger-trainer: {what}"
@@ -105,9 +132,13 @@ class FailureGuard:
     def _checkpoint_lines(self) -> list[str]:
         if self.args is None:
             return []
-        found = find_checkpoints(self.args.output_dir)
+        try:
+            found = find_checkpoints(self.args.output_dir)
+        except OSError as error:
+            return [f"the checkpoints cannot be read: {error}"]
         if found.last is None:
-            return [f"no complete checkpoint in {self.args.output_dir}: the next run starts anew"]
+            note = f" (not complete: {', '.join(path.name for path in found.incomplete)})" if found.incomplete else ""
+            return [f"no complete checkpoint in {self.args.output_dir}{note}: the next run starts anew"]
         return [
             f"last complete checkpoint: {found.last}",
             f"to go on from it, add: --resume_from_checkpoint {shlex.quote(str(found.last))}",
@@ -121,13 +152,17 @@ class FailureGuard:
             sys.exit(status)
         # Of the main thread and the one that answers SIGTERM, the first ends the process: nobody gives the lock back.
         self._ending.acquire()
-        if _claim():
-            sys.stdout.flush()
-            print(message, file=sys.stderr, flush=True)
-            if status != STOPPED:  # then the launcher knows the cause better
-                _tell_launcher(headline)
         # No sys.exit: the teardown of Python and NCCL may wait for processes that are gone.
-        os._exit(status)
+        with self._certain_end(status):
+            if not _claim():
+                return
+            with suppress(OSError, ValueError):  # a pipe that is closed
+                sys.stdout.flush()
+            try:
+                print(message, file=sys.stderr, flush=True)
+            finally:
+                if status != STOPPED:  # then the launcher knows the cause better
+                    _tell_launcher(headline)
 
 
 def out_of_memory_lines(error: BaseException, args: TrainingArguments | None) -> list[str]:
@@ -149,16 +184,20 @@ def out_of_memory_lines(error: BaseException, args: TrainingArguments | None) ->
     advice = []
     batch, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
     if batch > 1:
+        parts = next(n for n in range(2, batch + 1) if batch % n == 0)  # a divisor: a step keeps its rows
         advice.append(
-            f"--per_device_train_batch_size {(batch + 1) // 2} --gradient_accumulation_steps {2 * accumulation} "
+            f"--per_device_train_batch_size {batch // parts} --gradient_accumulation_steps {parts * accumulation} "
             f"(now {batch} and {accumulation})"
         )
     if not (args.activation_checkpointing or args.gradient_checkpointing):
         advice.append("--activation_checkpointing true")
     if not getattr(args, "use_liger", False):
         advice.append("--use_liger true")
-    else:
-        advice.append("""--liger_config '{"low_memory": true}'""")
+    elif not (config := LigerConfig.parse(args.liger_config)).low_memory and config.fused_loss:
+        # The key replaces the recipe's as a whole, so what that says has to be said again.
+        defaults = LigerConfig().to_dict()
+        options = {name: value for name, value in config.to_dict().items() if value != defaults[name]}
+        advice.append(f"--liger_config {shlex.quote(json.dumps({**options, 'low_memory': True}))}")
     advice.append("a smaller max_length, or sharding over more GPUs (configs/fsdp2.yaml, zero3.yaml)")
     return [*lines, "to need less: " + "; ".join(advice)]
 
@@ -199,7 +238,12 @@ def _on_sigterm(act):
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    signal.signal(signal.SIGTERM, lambda *_: None)  # without a handler in Python, nothing would be written
+
+    def tell(number, frame):  # without a handler in Python, the interpreter would write nothing
+        with suppress(BlockingIOError):  # the pipe is full, so the thread has something to read
+            os.write(writer, bytes([number]))  # once more: the wakeup fd may have been replaced since (asyncio does so)
+
+    signal.signal(signal.SIGTERM, tell)
     # The workers of a data loader are ended by SIGTERM: theirs must not be taken for this process's.
     os.register_at_fork(before=_hold_sigterm, after_in_parent=_release_sigterm, after_in_child=_forget_sigterm)
 

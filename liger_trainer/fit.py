@@ -7,9 +7,11 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from argparse import ArgumentTypeError
 from collections.abc import Callable
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,13 +21,17 @@ import yaml
 from transformers.hf_argparser import string_to_bool
 
 from .environment import environment
+from .errors import RecipeError
 from .recipe import peek
 
 FITS, OUT_OF_MEMORY, WRONG_RECIPE, LOST_PEER, ERROR = "fits", "out of memory", "wrong recipe", "lost peer", "error"
 LOG_CHARACTERS = 6000
+# What a trial has to end in once it is told to: torch's launcher gives its own processes 30 s.
+GRACE_SECONDS = 40
+TRIAL_FAILED = "liger-trainer: the search ended with this error of a trial"
 
 
-class TrialError(RuntimeError):
+class TrialError(Exception):
     """A trial that failed for another reason than memory: it says nothing about the batch."""
 
 
@@ -101,7 +107,7 @@ def fit(
         max_batch, resolution: as ``limit`` and ``resolution`` of ``search``.
 
     Raises:
-        ValueError: a recipe that cannot run.
+        RecipeError: a recipe that cannot run.
         TrialError: a trial that failed for another reason than memory.
     """
     start, accumulation = recipe_batch(argv)
@@ -133,11 +139,11 @@ def with_largest_batch(argv: list[str]) -> list[str]:
     rate and schedule stay right: only their divisors are tried. The recipe's ``use_liger`` stands.
 
     Raises:
-        ValueError: several processes; not one row fits; or as in ``fit``.
+        RecipeError: several processes; not one row fits; or as in ``fit``.
         TrialError: as in ``fit``.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError(
+        raise RecipeError(
             "auto_batch_size is for one process; for several, `liger-trainer fit RECIPE.yaml --config_file "
             "CONFIG.yaml` finds the batch, to be given as --per_device_train_batch_size"
         )
@@ -152,7 +158,7 @@ def with_largest_batch(argv: list[str]) -> list[str]:
 
     number = search(fits, sizes.index(batch) + 1, len(sizes))
     if number == 0:
-        raise ValueError("auto_batch_size: not even a batch of one row fits the device; see docs/troubleshooting.md")
+        raise RecipeError("auto_batch_size: not even a batch of one row fits the device; see docs/troubleshooting.md")
     size = sizes[number - 1]
     print(
         f"auto_batch_size: {size} x {rows // size} rows a step in place of {batch} x {accumulation} "
@@ -170,7 +176,7 @@ def recipe_batch(argv: list[str]) -> tuple[int, int]:
     for key, default in (("per_device_train_batch_size", "8"), ("gradient_accumulation_steps", "1")):
         value = peek(argv, key) or default
         if not value.isdecimal() or int(value) < 1:
-            raise ValueError(f"{key} must be a whole number of at least 1, got {value!r}")
+            raise RecipeError(f"{key} must be a whole number of at least 1, got {value!r}")
         values.append(int(value))
     return values[0], values[1]
 
@@ -190,18 +196,22 @@ def peak_text(outcome: Outcome) -> str:
 
 
 def run_trial(trial: Trial, launch: Launch) -> Outcome:
-    """Train a few steps in fresh processes (``fit_trial``), and gather what each of them wrote down."""
+    """Train a few steps in fresh processes (``fit_trial``), and gather what each of them wrote down.
+
+    Raises:
+        RecipeError, TrialError: as in ``fit``.
+        SystemExit: on SIGTERM or SIGHUP, when the trial has been ended.
+    """
     start = time.perf_counter()
-    with tempfile.TemporaryDirectory(prefix="liger_trainer_fit_") as folder:
+    with _signals_as_exit(), tempfile.TemporaryDirectory(prefix="liger_trainer_fit_") as folder:
         job = json.dumps({"folder": folder, **trial._asdict()})
         with open(Path(folder) / "log", "w+", encoding="utf-8", errors="replace") as log:
             command = trial_command(launch, job)
             process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
             try:
                 process.wait()
-            except BaseException:  # Ctrl-C: the trial's session does not get it
-                os.killpg(process.pid, signal.SIGTERM)
-                process.wait()
+            except BaseException:  # Ctrl-C, SIGTERM: the trial's session does not get it
+                _end(process)
                 raise
             log.seek(0)
             text = log.read()
@@ -212,13 +222,47 @@ def run_trial(trial: Trial, launch: Launch) -> Outcome:
         return Outcome(False, device=by_status[OUT_OF_MEMORY]["device"], seconds=seconds)
     for status in (WRONG_RECIPE, ERROR):
         if status in by_status:
-            raise (ValueError if status == WRONG_RECIPE else TrialError)(by_status[status]["message"])
+            raise (RecipeError if status == WRONG_RECIPE else TrialError)(by_status[status]["message"])
     if by_status.keys() != {FITS} or len(results) != results[0]["world_size"]:
         raise TrialError(
             f"a trial with batch {trial.batch} ended with status {process.returncode}, and not all of its processes "
             f"said why: killed for the host's memory? The end of what it printed:\n{text[-LOG_CHARACTERS:]}"
         )
     return Outcome(True, results[0]["peak_gib"], results[0]["device"], seconds)
+
+
+@contextmanager
+def _signals_as_exit():
+    """SIGTERM and SIGHUP raise SystemExit inside, unless they are handled or ignored (``nohup``) already.
+
+    By default they would end this process at once and leave the trial on the device.
+    """
+
+    def leave(number, frame):
+        sys.exit(128 + number)
+
+    in_main = threading.current_thread() is threading.main_thread()  # Python allows handlers nowhere else
+    names = [s for s in (signal.SIGTERM, signal.SIGHUP) if in_main and signal.getsignal(s) is signal.SIG_DFL]
+    for name in names:
+        signal.signal(name, leave)
+    try:
+        yield
+    finally:
+        for name in names:
+            signal.signal(name, signal.SIG_DFL)
+
+
+def _end(process: subprocess.Popen):
+    """End a trial; a launcher, which has put its processes into sessions of their own, ends these meanwhile."""
+    try:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(GRACE_SECONDS)
+    except (ProcessLookupError, subprocess.TimeoutExpired):
+        pass
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def trial_command(launch: Launch, job: str) -> list[str]:
@@ -233,16 +277,16 @@ def trial_command(launch: Launch, job: str) -> list[str]:
 
 
 def check_launch(launch: Launch):
-    """Raise ValueError for a launch that ``fit`` cannot do."""
+    """Raise RecipeError for a launch that ``fit`` cannot do."""
     if launch.config_file is None:
         if launch.num_processes not in (None, 1):
-            raise ValueError(f"num_processes {launch.num_processes} needs a config_file, such as configs/fsdp2.yaml")
+            raise RecipeError(f"num_processes {launch.num_processes} needs a config_file, such as configs/fsdp2.yaml")
         return
     if not Path(launch.config_file).is_file():
-        raise ValueError(f"config_file: no such file: {launch.config_file!r}")
+        raise RecipeError(f"config_file: no such file: {launch.config_file!r}")
     machines = yaml.safe_load(Path(launch.config_file).read_text(encoding="utf-8")).get("num_machines", 1)
     if machines != 1:
-        raise ValueError(f"config_file must be for one machine, got num_machines {machines} in {launch.config_file!r}")
+        raise RecipeError(f"config_file must be for one machine, got num_machines {machines} in {launch.config_file!r}")
 
 
 def table(found: list[Found], max_batch: int) -> str:
@@ -267,15 +311,15 @@ def main(args) -> int:
     try:
         check_launch(launch)
         if args.max_batch < 1:
-            raise ValueError(f"max_batch must be at least 1, got {args.max_batch}")
+            raise RecipeError(f"max_batch must be at least 1, got {args.max_batch}")
         if not 0 <= args.resolution <= 1:
-            raise ValueError(f"resolution must be from 0 to 1, got {args.resolution}")
+            raise RecipeError(f"resolution must be from 0 to 1, got {args.resolution}")
         found = [fit(argv, use_liger, launch, args.max_batch, args.resolution) for use_liger in arms]
-    except ValueError as error:
+    except RecipeError as error:
         print(f"\nliger-trainer: error: {error}", file=sys.stderr)
         return 2
     except TrialError as error:
-        print(f"\n{error}\nliger-trainer: the search ended with this error of a trial", file=sys.stderr)
+        print(f"\n{error}\n{TRIAL_FAILED}", file=sys.stderr)
         return 1
     print(f"\n{table(found, args.max_batch)}")
     if args.json is not None:

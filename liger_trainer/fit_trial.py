@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from . import fit
+from .errors import RecipeError
 from .failures import is_lost_peer, is_out_of_memory
 from .recipe import Recipe, parse_recipe
 from .synthetic import SYNTHETIC
@@ -22,7 +23,7 @@ def trial_recipe(job: dict) -> Recipe:
     """The recipe for the trial: the same model and engine, few steps on full rows, nothing saved or evaluated.
 
     Raises:
-        ValueError, TypeError: as in ``parse_recipe``.
+        RecipeError: as in ``parse_recipe``.
     """
     settings = {
         "per_device_train_batch_size": job["batch"],
@@ -50,14 +51,14 @@ def trial_recipe(job: dict) -> Recipe:
 
 def outcome(job: dict) -> dict:
     """The process's part in the trial: ``status``, and ``message`` or ``peak_gib``, ``world_size`` and ``device``."""
+    facts = {"device": ""}
     try:
         recipe = trial_recipe(job)
-    except (ValueError, TypeError) as error:
-        return {"status": fit.WRONG_RECIPE, "message": str(error)}
-    device = recipe.training.device
-    facts = {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type}
-    try:
+        device = recipe.training.device
+        facts["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         build_trainer(recipe).train()
+    except RecipeError as error:
+        return {"status": fit.WRONG_RECIPE, "message": str(error)}
     except Exception as error:
         if is_out_of_memory(error):
             return {"status": fit.OUT_OF_MEMORY, **facts}

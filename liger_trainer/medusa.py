@@ -8,75 +8,22 @@ the coefficient is its ``lambda_0``). Stage 1 (Medusa-1) freezes the LM and trai
 both and adds the LM's own loss.
 """
 
-import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.configuration_utils import SubConfigSpec
 from transformers.utils import ModelOutput
 
-from .medusa_loss import (
-    IGNORE_INDEX,
-    HeadCall,
-    HeadLoss,
-    HiddenGradient,
-    fused_head_loss,
-    open_gate,
-    plain_head_loss,
-    residual_blocks,
-    tie_empty,
-)
+from .head_probe import HeadForm, probe_head
+from .medusa_heads import MedusaConfig, MedusaHeads
+from .medusa_loss import IGNORE_INDEX, HeadLoss, plain_head_loss
 from .patching import PatchState, patch_state
 from .sharding import check_materialized, gathered
-
-
-@dataclass(frozen=True)
-class MedusaConfig:
-    """Shape and loss of the heads.
-
-    Args:
-        heads: number K of heads, at least 1.
-        layers: residual blocks of a head, at least 1.
-        coefficient: factor of all heads' losses, above 0.
-        decay: factor from one head to the next, in (0, 1].
-        stage: 1 trains the heads on a frozen LM, 2 both.
-
-    Raises:
-        TypeError, ValueError: an argument of another type or out of range; names it, its value and what is allowed.
-    """
-
-    heads: int = 5
-    layers: int = 1
-    coefficient: float = 0.2
-    decay: float = 0.8
-    stage: int = 1
-
-    def __post_init__(self):
-        for name in ("heads", "layers", "stage"):
-            if type(getattr(self, name)) is not int:
-                raise TypeError(f"{name} must be an int, got {getattr(self, name)!r}")
-        for name in ("coefficient", "decay"):
-            if type(getattr(self, name)) not in (int, float):
-                raise TypeError(f"{name} must be a float, got {getattr(self, name)!r}")
-        for name in ("heads", "layers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not 0 < self.coefficient < math.inf:
-            raise ValueError(f"coefficient must be above 0 and finite, got {self.coefficient}")
-        if not 0 < self.decay <= 1:
-            raise ValueError(f"decay must be above 0 and at most 1, got {self.decay}")
-        if self.stage not in (1, 2):
-            raise ValueError(f"stage must be 1 (heads on a frozen LM) or 2 (both), got {self.stage}")
-
-    def weight(self, k: int) -> float:
-        """The factor of head ``k``'s loss, ``k`` from 1: ``coefficient * decay^k``."""
-        return self.coefficient * self.decay**k
 
 
 class MedusaModelConfig(PreTrainedConfig):
@@ -109,81 +56,6 @@ class MedusaOutput(ModelOutput):
     head_losses: Tensor | None = None
 
 
-class MedusaHead(nn.Module):
-    """One head. Its parameters are its own, not those of submodules, so that sharded engines gather them at its call.
-
-    Args:
-        embedding: the LM's output embedding ``[V, H]``, which the head's projection starts as.
-        layers: number of residual blocks.
-    """
-
-    def __init__(self, embedding: Tensor, layers: int):
-        super().__init__()
-        rows = layers * embedding.shape[1]
-        self.residual_weight = nn.Parameter(embedding.new_zeros(rows, embedding.shape[1]))
-        self.residual_bias = nn.Parameter(embedding.new_zeros(rows))
-        self.weight = nn.Parameter(embedding.detach().clone())
-
-    def forward(self, hidden: Tensor, gate: Tensor | None, call: HeadCall) -> Tensor:
-        """Put this head's share of the loss in ``call.loss``; returns the empty tensor of ``tie_empty``.
-
-        ``hidden`` is ``[B, T, H]``; ``gate`` that of ``fused_head_loss``.
-        """
-        parameters = [self.residual_weight, self.residual_bias, self.weight]
-        if call.head_loss is None:
-            for name, parameter in self.named_parameters():
-                check_materialized(f"{type(self).__name__}.{name}", parameter)
-            loss = fused_head_loss(hidden, gate, call, parameters)
-        else:
-            x = residual_blocks(hidden, *parameters[:2])
-            loss = call.head_loss(x.flatten(0, -2), self.weight, call.labels.flatten()) / call.num_items
-        call.loss, empty = tie_empty(loss, hidden.dtype)
-        return empty
-
-
-class MedusaHeads(nn.ModuleList):
-    """The ``config.heads`` heads of an LM with the output embedding ``embedding`` ``[V, H]``."""
-
-    def __init__(self, embedding: Tensor, config: MedusaConfig):
-        super().__init__(MedusaHead(embedding, config.layers) for _ in range(config.heads))
-        self.config = config
-
-    def forward(
-        self, hidden: Tensor, labels: Tensor, num_items: Tensor | float, head_loss: HeadLoss | None, options: dict
-    ) -> tuple[Tensor, Tensor]:
-        """The weighted sum of the heads' losses, and each head's loss.
-
-        Args:
-            hidden: ``[B, T, H]``, the backbone's last hidden states.
-            labels: ``[B, T]``, not shifted, -100 where a token bears no loss. Head ``k`` at ``t`` is compared with
-                ``labels[:, t + 1 + k]``; a row too short for a head adds nothing to its loss.
-            num_items: what each head's sum of cross-entropies is divided by.
-            head_loss, options: as in ``HeadCall``.
-
-        Returns:
-            fp32, 0-d and detached ``[K]``.
-        """
-        gate = shared = None
-        if head_loss is None and torch.is_grad_enabled() and hidden.requires_grad:
-            shared = HiddenGradient(hidden)
-            gate = open_gate(hidden, shared)
-        hidden = hidden.detach() if head_loss is None else hidden
-        total, losses = 0.0, []
-        for k, head in enumerate(self, 1):
-            weight = self.config.weight(k)
-            call = HeadCall(shifted_labels(labels, k), num_items / weight, head_loss, options, shared)
-            empty = head(hidden, gate, call)
-            total = total + call.loss + empty.sum()
-            losses.append(call.loss.detach() / weight)
-        return total, torch.stack(losses)
-
-
-def shifted_labels(labels: Tensor, k: int) -> Tensor:
-    """``labels`` ``[B, T]`` aligned with head ``k``: position t holds label ``t + 1 + k``, or -100 past the end."""
-    kept = labels[:, 1 + k :]
-    return F.pad(kept, (0, labels.shape[1] - kept.shape[1]), value=IGNORE_INDEX)
-
-
 class MedusaModel(PreTrainedModel):
     """A causal LM (``lm``) with Medusa heads (``medusa_heads``), trained by the stock Trainer.
 
@@ -194,15 +66,20 @@ class MedusaModel(PreTrainedModel):
     row has a slightly smaller loss than its own mean would be.
 
     The heads see rows as they are: in packed rows the last k positions of a text learn from the text after it.
+    Logit scale and soft-cap of the LM are the heads' too. PEFT's ``modules_to_save`` takes no list of modules, so name
+    the heads one by one there: ``["medusa_heads.0", "medusa_heads.1"]``.
 
     Args:
         config: with ``text_config`` and ``medusa``.
         lm: the causal LM. ``None``: random weights from ``config.text_config``.
         head_loss: sum of cross-entropies from ``(hidden [N, H], weight [V, H], labels [N])``, by ordinary autograd,
-            in the place of the choice above: ``plain_head_loss``, or another package's op to compare with.
+            in the place of the choice above: another package's op to compare with, say. Not for an LM with a logit
+            scale or soft-cap, of which it is not told.
 
     Raises:
-        ValueError: an ``lm`` without output embeddings, or whose backbone cannot be told from its head.
+        ValueError: a ``config`` that is no Medusa model's; an ``lm`` without output embeddings, with a bias there,
+            or whose backbone cannot be told from its head; in ``forward``, ``from_causal_lm`` and
+            ``from_pretrained`` also one that does more to its logits than to scale and soft-cap them.
     """
 
     config_class = MedusaModelConfig
@@ -215,13 +92,23 @@ class MedusaModel(PreTrainedModel):
 
     def __init__(self, config: MedusaModelConfig, lm: PreTrainedModel | None = None, head_loss: HeadLoss | None = None):
         super().__init__(config)
+        if config.medusa is None:
+            raise ValueError(
+                f"config.medusa must be the settings of Medusa heads, got None: {config.name_or_path or 'the config'} "
+                "has none. If it is a causal LM's, make heads for it: "
+                "MedusaModel.from_causal_lm(AutoModelForCausalLM.from_pretrained(...), MedusaConfig(...))"
+            )
         self.medusa = MedusaConfig(**config.medusa)
         self.head_loss = head_loss
         self.loss_type = "ForCausalLM"  # the Trainer counts labels[..., 1:]
         self.lm = AutoModelForCausalLM.from_config(config.text_config) if lm is None else lm
-        if self.lm.get_output_embeddings() is None or self.lm.base_model is self.lm:
+        self._form: HeadForm | None = None
+        head = self.lm.get_output_embeddings()
+        if head is None or self.lm.base_model is self.lm:
             raise ValueError(f"lm must be a causal LM with a backbone and output embeddings, got {type(lm).__name__}")
-        with gathered(self.lm.get_output_embeddings().weight) as (embedding,):
+        if getattr(head, "bias", None) is not None:
+            raise ValueError(f"lm: output embeddings must have no bias, as heads have none, got {type(lm).__name__}'s")
+        with gathered(head.weight) as (embedding,):
             self.medusa_heads = MedusaHeads(embedding, self.medusa)
         self._freeze()
         self.post_init()
@@ -234,7 +121,9 @@ class MedusaModel(PreTrainedModel):
     def from_pretrained(cls, *args, **kwargs) -> "MedusaModel":
         """As in transformers, from what ``save_model`` or ``save_pretrained`` wrote."""
         made = super().from_pretrained(*args, **kwargs)
-        (made[0] if isinstance(made, tuple) else made)._freeze()  # loading makes new parameters
+        model = made[0] if isinstance(made, tuple) else made
+        model._freeze()  # loading makes new parameters
+        model._find_form()
         return made
 
     @classmethod
@@ -256,7 +145,9 @@ class MedusaModel(PreTrainedModel):
             attn_implementation={"text_config": lm.config._attn_implementation},  # or these two would unset the LM's
             experts_implementation={"text_config": lm.config._experts_implementation},
         )
-        return cls(config, lm, head_loss).train(lm.training)
+        model = cls(config, lm, head_loss).train(lm.training)
+        model._find_form()
+        return model
 
     def init_weights(self):
         """Tie what the LM ties: its weights and the heads' have been made by now."""
@@ -270,6 +161,13 @@ class MedusaModel(PreTrainedModel):
         """The LM's; accelerate puts tied embeddings in one FSDP2 unit by these two."""
         return self.lm.get_output_embeddings()
 
+    def resize_token_embeddings(self, *args, **kwargs):
+        """Not supported: resize the LM's before heads are made of them."""
+        raise NotImplementedError(
+            "MedusaModel: heads keep the size of the embeddings that they were made of; "
+            "call lm.resize_token_embeddings before MedusaModel.from_causal_lm(lm, ...)"
+        )
+
     def train(self, mode: bool = True) -> "MedusaModel":
         """Training or evaluation mode; a frozen LM stays in the latter, without dropout and checkpointing."""
         super().train(mode)
@@ -281,6 +179,8 @@ class MedusaModel(PreTrainedModel):
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         **kwargs,
@@ -288,19 +188,24 @@ class MedusaModel(PreTrainedModel):
         """The training loss of heads and, in stage 2, LM.
 
         Args:
-            input_ids, attention_mask: ``[B, T]``, as the LM takes them.
+            input_ids, attention_mask, position_ids: ``[B, T]``, as the LM takes them.
+            inputs_embeds: ``[B, T, H]``, in the place of ``input_ids``.
             labels: ``[B, T]``, not shifted, -100 where a token bears no loss.
             num_items_in_batch: divisor of the losses' sums: the labels that count in all micro-batches of all ranks.
-            kwargs: for the LM.
+            kwargs: for the LM. The Trainer drops a dataset's columns that are no named arguments here: with others
+                that the LM takes, set ``remove_unused_columns=False``.
 
         Raises:
-            ValueError: no ``labels``, or ``shift_labels``, of which no head's labels can be made.
+            ValueError: no ``labels``, or ``shift_labels``, of which no head's labels can be made; an LM or
+                ``head_loss`` as in the class.
         """
         if labels is None:
             raise ValueError("labels: MedusaModel computes training losses and needs them; for logits, call its `lm`")
         if kwargs.get("shift_labels") is not None:
             raise ValueError("shift_labels: each head shifts the labels differently, so pass `labels` alone")
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False, **kwargs}
+        optional = {"position_ids": position_ids, "inputs_embeds": inputs_embeds}  # not of every LM
+        inputs |= {name: tensor for name, tensor in optional.items() if tensor is not None}
         if self.medusa.stage == 1:
             with torch.no_grad():
                 hidden, lm_output = self.lm.base_model(**inputs).last_hidden_state, None
@@ -311,6 +216,8 @@ class MedusaModel(PreTrainedModel):
         labels = labels.to(hidden.device)
         head_loss, options = self._how()
         loss, head_losses = self.medusa_heads(hidden, labels, _divisor(num_items_in_batch, labels), head_loss, options)
+        if head_loss is None and self.medusa.stage == 1 and (fused := patch_state(self).fused) is not None:
+            fused.calls_fused += 1  # or a callback would report that no fused loss was used: lm_head does not run
         if lm_output is None:
             return MedusaOutput(loss=loss, head_losses=head_losses)
         return MedusaOutput(
@@ -331,15 +238,34 @@ class MedusaModel(PreTrainedModel):
         return caught[0], output
 
     def _how(self) -> tuple[HeadLoss | None, dict]:
-        """The heads' loss, ``None`` for the fused one, and the latter's options."""
-        state: PatchState | None = patch_state(self)
+        """The heads' loss, ``None`` for the fused one, and its options."""
+        if self._form is None:
+            self._find_form()
+        transform = {"logit_scale": self._form.logit_scale, "softcap": self._form.softcap}
         if self.head_loss is not None:
+            if transform != {"logit_scale": 1.0, "softcap": None}:
+                raise ValueError(f"head_loss must be None for {type(self.lm).__name__}: its logits have {transform}")
             return self.head_loss, {}
+        state: PatchState | None = patch_state(self)
         if state is None or not state.config.fused_loss:
-            return plain_head_loss, {}
-        if state.fused is not None and self.medusa.stage == 1:
-            state.fused.calls_fused += 1  # or a callback would report that no fused loss was used: lm_head does not run
-        return None, {"logits_budget_mib": state.config.logits_budget_mib, "low_memory": state.config.low_memory}
+            return plain_head_loss, transform
+        budget = {"logits_budget_mib": state.config.logits_budget_mib, "low_memory": state.config.low_memory}
+        return None, transform | budget
+
+    @torch.compiler.disable
+    def _find_form(self):
+        """Find out what the LM does to its logits. Not in ``__init__``, where engines may change how tensors are made.
+
+        Raises:
+            ValueError: more than a scale and a soft-cap, or it cannot be found out.
+        """
+        head = self.lm.get_output_embeddings()
+        name = next(name for name, module in self.lm.named_modules() if module is head)
+        with torch.device("cpu"):
+            form = probe_head(self.lm, name, head)
+        if isinstance(form, str):
+            raise ValueError(f"lm: Medusa heads cannot treat their logits as {type(self.lm).__name__} does: {form}")
+        self._form = form
 
     def export(self, directory: str | Path) -> None:
         """Write the LM as plain transformers loads it, and the heads beside it as ``medusa_lm_head.safetensors``.

@@ -15,6 +15,7 @@ from trl import ModelConfig
 from . import arguments, synthetic
 from .config import nearest
 from .data import EMBEDDED, READERS
+from .errors import RecipeError
 from .medusa import MedusaConfig
 
 TRAINERS = {"trainer": "LigerTrainingArguments", "sft": "LigerSFTConfig"}
@@ -134,7 +135,7 @@ class MedusaArguments:
                 self.medusa_heads, self.medusa_layers, self.medusa_coefficient, self.medusa_decay, self.medusa_stage
             )
         except ValueError as error:  # its message begins with the argument's name
-            raise ValueError(f"medusa_{error}") from error
+            raise RecipeError(f"medusa_{error}") from error
 
 
 class Recipe(NamedTuple):
@@ -156,7 +157,7 @@ class _Parser(HfArgumentParser):
     """Raises where argparse would print two hundred options and exit."""
 
     def error(self, message):
-        raise ValueError(message)
+        raise RecipeError(message)
 
 
 def parse_recipe(argv: list[str]) -> Recipe:
@@ -169,7 +170,7 @@ def parse_recipe(argv: list[str]) -> Recipe:
             ``--key null`` unsets what the recipe says.
 
     Raises:
-        ValueError: an unknown key (names the nearest), a value of the wrong type, a combination that cannot run, a
+        RecipeError: an unknown key (names the nearest), a value of the wrong type, a combination that cannot run, a
             recipe that does not exist or is no YAML mapping.
     """
     path = argv[0]
@@ -181,7 +182,7 @@ def parse_recipe(argv: list[str]) -> Recipe:
     first.add_argument("--trainer", default="trainer")
     trainer = first.parse_known_args(flags)[0].trainer
     if trainer not in TRAINERS:
-        raise ValueError(f"trainer must be one of {', '.join(TRAINERS)}, got {trainer!r}{nearest(trainer, TRAINERS)}")
+        raise RecipeError(f"trainer must be one of {', '.join(TRAINERS)}, got {trainer!r}{nearest(trainer, TRAINERS)}")
     classes = [RecipeArguments, ModelConfig, getattr(arguments, TRAINERS[trainer]), MedusaArguments]
     if trainer == "trainer":
         classes.append(TokenArguments)
@@ -194,10 +195,15 @@ def parse_recipe(argv: list[str]) -> Recipe:
     for key in [*content, *(flag.removeprefix("--").split("=")[0] for flag in overrides if flag.startswith("--"))]:
         if f"--{key}" not in options:
             source = path if key in content else "command line"
-            raise ValueError(f"{source}: unknown key {key!r}{nearest(str(key), valid)}")
-    *parsed, rest = parser.parse_args_into_dataclasses(flags, return_remaining_strings=True, look_for_args_file=False)
+            raise RecipeError(f"{source}: unknown key {key!r}{nearest(str(key), valid)}")
+    try:
+        *parsed, rest = parser.parse_args_into_dataclasses(
+            flags, return_remaining_strings=True, look_for_args_file=False
+        )
+    except (ValueError, TypeError) as error:  # how the dataclasses, transformers' as well, refuse what they are given
+        raise RecipeError(str(error)) from error
     if rest:
-        raise ValueError(f"{rest[0]!r} belongs to no key: overrides are written --key value, one value to most keys")
+        raise RecipeError(f"{rest[0]!r} belongs to no key: overrides are written --key value, one value to most keys")
     run, model, training, medusa = parsed[:4]
     tokens = parsed[4] if trainer == "trainer" else training
     recipe = Recipe(run, training, model, tokens.max_length, tokens.pad_to_multiple_of, medusa.config())
@@ -212,7 +218,7 @@ def peek(argv: list[str], key: str) -> str | None:
     ``parse_recipe`` may start the GPU and form the group of processes, this does not.
 
     Raises:
-        ValueError: a recipe that does not exist or is no YAML mapping.
+        RecipeError: a recipe that does not exist or is no YAML mapping.
     """
     content, overrides = _read(argv)
     parser = _Parser(allow_abbrev=False, add_help=False)
@@ -221,14 +227,29 @@ def peek(argv: list[str], key: str) -> str | None:
 
 
 def _read(argv: list[str]) -> tuple[dict, list[str]]:
-    """The recipe's content and the overrides, less what these set to ``null``."""
+    """The recipe's content and the overrides, less what these set to ``null``; keys as the fields are spelled.
+
+    Hugging Face's parser takes ``--use-liger`` as well as ``--use_liger``.
+    """
     path, *overrides = argv
     if not Path(path).is_file():
-        raise ValueError(f"recipe: no such file: {path!r}")
-    content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        raise RecipeError(f"recipe: no such file: {path!r}")
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise RecipeError(f"recipe: {path!r} is no valid YAML: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"recipe: {path!r} must hold a YAML mapping of keys to values, got {type(content).__name__}")
-    return _unset(content, overrides)
+        raise RecipeError(f"recipe: {path!r} must hold a YAML mapping of keys to values, got {type(content).__name__}")
+    content = {str(key).replace("-", "_"): value for key, value in content.items()}
+    return _unset(content, [_underscored(word) for word in overrides])
+
+
+def _underscored(word: str) -> str:
+    """``word``, and if it is a flag, with its name as the field is spelled."""
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word.removeprefix("--").partition("=")
+    return f"--{name.replace('-', '_')}{equals}{value}"
 
 
 def _choose_model(recipe: Recipe, overrides: list[str]):
@@ -238,7 +259,7 @@ def _choose_model(recipe: Recipe, overrides: list[str]):
         model.model_name_or_path = None
     elif run.model_config is not None and model.model_name_or_path is not None:
         if any(word.split("=")[0] == "--model_config" for word in overrides):
-            raise ValueError(
+            raise RecipeError(
                 f"model_config: the model is {model.model_name_or_path!r}; for random weights, add --offline true "
                 "(synthetic rows in place of the hub's data) or --model_name_or_path null (the recipe's data)"
             )
@@ -248,43 +269,45 @@ def _choose_model(recipe: Recipe, overrides: list[str]):
 def _check(recipe: Recipe):
     run, model = recipe.run, recipe.model
     if run.model_config is None and model.model_name_or_path is None:
-        raise ValueError("give model_name_or_path, or model_config for random weights; got neither")
+        raise RecipeError("give model_name_or_path, or model_config for random weights; got neither")
     if run.dataset == synthetic.SYNTHETIC and run.sample_prompt is not None:
-        raise ValueError(
+        raise RecipeError(
             f"sample_prompt needs a tokenizer, and synthetic rows have none: add --sample_prompt null, or give a "
             f"dataset; got {run.sample_prompt!r}"
         )
     if run.model_config is not None and (model.load_in_4bit or model.load_in_8bit):
-        raise ValueError("load_in_4bit and load_in_8bit quantise pretrained weights, those of model_config are random")
+        raise RecipeError("load_in_4bit and load_in_8bit quantise pretrained weights, those of model_config are random")
     if run.trainer == "trainer" and (model.load_in_4bit or model.load_in_8bit):
-        raise ValueError("load_in_4bit and load_in_8bit need trainer: sft, which prepares the quantised model")
+        raise RecipeError("load_in_4bit and load_in_8bit need trainer: sft, which prepares the quantised model")
     if recipe.medusa is not None:
         _check_medusa(recipe)
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != recipe.training.world_size:  # accelerate forms no group of processes without GPUs by itself
-        raise ValueError(
+        raise RecipeError(
             f"launched as {launched} processes, which form a group of {recipe.training.world_size}: "
             "each would train alone; without GPUs, add --use_cpu true"
         )
     here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
     if recipe.training.device.type == "cuda" and here > gpus:  # accelerate would let two of them share a GPU
-        raise ValueError(f"launched {here} processes on a machine with {gpus} GPUs: launch with --num_processes {gpus}")
+        raise RecipeError(
+            f"launched {here} processes on a machine with {gpus} GPUs: launch with --num_processes {gpus}"
+        )
 
 
 def _check_medusa(recipe: Recipe):
     run, training = recipe.run, recipe.training
     heads = f"medusa_heads={recipe.medusa.heads}"
     if run.trainer != "trainer":
-        raise ValueError(f"{heads} needs trainer: trainer, got trainer: {run.trainer}, which computes its own loss")
+        raise RecipeError(f"{heads} needs trainer: trainer, got trainer: {run.trainer}, which computes its own loss")
     if recipe.model.use_peft:
-        raise ValueError(f"{heads} trains whole weights, so it needs use_peft: false, got true")
+        raise RecipeError(f"{heads} trains whole weights, so it needs use_peft: false, got true")
     if training.label_smoothing_factor > 0:
-        raise ValueError(
+        raise RecipeError(
             f"{heads} needs label_smoothing_factor: 0, got {training.label_smoothing_factor}: the Trainer would "
             "compute the smoothed loss from the model's logits, without the heads"
         )
     if run.sample_prompt is not None:
-        raise ValueError(
+        raise RecipeError(
             f"{heads} needs sample_prompt: null, got {run.sample_prompt!r}: a model with heads is loaded by "
             "MedusaModel.from_pretrained, and its `lm` generates"
         )

@@ -17,6 +17,8 @@ the other, though the logarithms of their lengths have a correlation of -0.18.
 
 import numpy as np
 
+from .errors import RecipeError
+
 SYNTHETIC = "synthetic"
 LENGTHS = ("full", "alpaca")
 IGNORED = -100
@@ -41,16 +43,16 @@ def rows(lengths: str, examples: int, max_length: int, config, seed: int):
         A ``datasets.Dataset`` in memory, with ``input_ids`` and ``labels``.
 
     Raises:
-        ValueError: ``lengths`` not one of those, ``max_length`` below 2 (the first token of a row bears no loss) or
+        RecipeError: ``lengths`` not one of those, ``max_length`` below 2 (the first token of a row bears no loss) or
             ``None``, or more tokens than an Arrow column can address.
     """
     import pyarrow
     from datasets import Dataset
 
     if lengths not in LENGTHS:
-        raise ValueError(f"synthetic_lengths must be one of {', '.join(LENGTHS)}, got {lengths!r}")
+        raise RecipeError(f"synthetic_lengths must be one of {', '.join(LENGTHS)}, got {lengths!r}")
     if max_length is None or max_length < 2:
-        raise ValueError(f"max_length must be at least 2 with dataset: {SYNTHETIC}, got {max_length}")
+        raise RecipeError(f"max_length must be at least 2 with dataset: {SYNTHETIC}, got {max_length}")
     generator = np.random.default_rng(seed)
     if lengths == "full":
         prompt, total = np.zeros(examples, np.int64), np.full(examples, max_length)
@@ -58,7 +60,7 @@ def rows(lengths: str, examples: int, max_length: int, config, seed: int):
         prompt, total = alpaca_lengths(examples, max_length, generator)
     ends = np.cumsum(total)
     if ends[-1] >= 2**31:
-        raise ValueError(
+        raise RecipeError(
             f"synthetic_examples: {examples} rows of {lengths} lengths with max_length {max_length} are {ends[-1]:,} "
             f"tokens, the limit is {2**31 - 1:,}"
         )

@@ -20,8 +20,9 @@ from trl import get_peft_config, get_quantization_config
 
 from . import data, synthetic
 from .checkpoints import resume_path
-from .failures import FailureGuard
-from .fit import wants_largest_batch, with_largest_batch
+from .errors import RecipeError
+from .failures import FailureGuard, MainProcessError
+from .fit import TRIAL_FAILED, TrialError, wants_largest_batch, with_largest_batch
 from .medusa import MedusaModel
 from .recipe import Recipe, parse_recipe
 from .throughput import ThroughputCallback
@@ -30,9 +31,27 @@ DEFAULT_VOCAB_SIZE = 8192
 
 
 def from_main_process(make: Callable[[], Any]) -> Any:
-    """What ``make`` returns on the main process, on every process: nodes may have different packages installed."""
-    box = [make() if PartialState().is_main_process else None]
-    return broadcast_object_list(box)[0]
+    """What ``make`` returns on the main process, on every process: nodes may have different packages installed.
+
+    Raises:
+        Exception: on the main process, what ``make`` raises.
+        RecipeError, MainProcessError: on the others, as it does so.
+    """
+    value = failure = None
+    if PartialState().is_main_process:
+        try:
+            value = make()
+        except Exception as error:  # the others wait for a word
+            failure = error
+    # As text: not every exception survives pickling.
+    told = None if failure is None else (isinstance(failure, RecipeError), str(failure) or type(failure).__name__)
+    value, told = broadcast_object_list([value, told])
+    if failure is not None:
+        raise failure
+    if told is not None:
+        is_recipe_error, text = told
+        raise RecipeError(text) if is_recipe_error else MainProcessError(f"the main process failed: {text}")
+    return value
 
 
 def model_config(recipe: Recipe):
@@ -62,7 +81,7 @@ def build_dataset(recipe: Recipe):
     if run.response_marker is None:
         return dataset
     if dataset.column_names != ["text"]:
-        raise ValueError(f"response_marker needs a text column, the dataset gives {', '.join(dataset.column_names)}")
+        raise RecipeError(f"response_marker needs a text column, the dataset gives {', '.join(dataset.column_names)}")
     return dataset.map(
         data.split_at, fn_kwargs={"marker": run.response_marker}, remove_columns="text", desc="Splitting"
     )
@@ -92,7 +111,7 @@ def build_model(recipe: Recipe, tokenizer):
     Unless the rows are synthetic, the model gets the tokenizer's special tokens, and its size as default.
 
     Raises:
-        ValueError: a ``vocab_size`` in ``model_config`` that is smaller than the tokenizer's.
+        RecipeError: a ``vocab_size`` in ``model_config`` that is smaller than the tokenizer's.
     """
     run, model = recipe.run, recipe.model
     options = {"dtype": model.dtype, "attn_implementation": model.attn_implementation}
@@ -108,7 +127,7 @@ def build_model(recipe: Recipe, tokenizer):
         special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         config = AutoConfig.for_model(**{"vocab_size": len(tokenizer), **special, **run.model_config})
         if config.vocab_size < len(tokenizer):
-            raise ValueError(f"model_config: vocab_size {config.vocab_size} is below the tokenizer's {len(tokenizer)}")
+            raise RecipeError(f"model_config: vocab_size {config.vocab_size} is below the tokenizer's {len(tokenizer)}")
     if model.dtype == "auto":
         del options["dtype"]
     # Random numbers for billions of weights take a CPU minutes. Under ZeRO-3 DeepSpeed chooses the device itself, as
@@ -222,16 +241,16 @@ def main(argv: list[str] | None = None):
     """
     argv = sys.argv[1:] if argv is None else argv
     with FailureGuard() as guard:
-        try:
-            if not argv or argv[0].startswith("-"):
-                raise ValueError("no recipe given; usage: liger-trainer train RECIPE.yaml [--key value ...]")
-            if wants_largest_batch(argv):  # in processes of their own, before this one takes memory of the device
+        if not argv or argv[0].startswith("-"):
+            raise RecipeError("no recipe given; usage: liger-trainer train RECIPE.yaml [--key value ...]")
+        if wants_largest_batch(argv):  # in processes of their own, before this one takes memory of the device
+            try:
                 argv = with_largest_batch(argv)
-            recipe = parse_recipe(argv)
-            args = recipe.training
-            checkpoint = from_main_process(lambda: resume_path(args.resume_from_checkpoint, args.output_dir))
-        except (ValueError, TypeError) as error:
-            guard.wrong_recipe(error)
+            except TrialError as error:  # which holds what the trial printed
+                sys.exit(f"\n{error}\n{TRIAL_FAILED}")
+        recipe = parse_recipe(argv)
+        args = recipe.training
+        checkpoint = from_main_process(lambda: resume_path(args.resume_from_checkpoint, args.output_dir))
         guard.watch(args)
         trainer = guard.trainer = build_trainer(recipe)
         if checkpoint is not None and trainer.is_world_process_zero():

@@ -1,34 +1,33 @@
 """`liger-trainer fit` and `auto_batch_size`: the search, what a trial's end means, and a run short of memory."""
 
 import json
+import os
+import signal
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
-import yaml
+from tiny_recipes import write_recipe
 
 from liger_trainer import fit, train
 from liger_trainer.cli import main
+from liger_trainer.errors import RecipeError
 from liger_trainer.fit_trial import STEPS, trial_recipe
 from liger_trainer.recipe import peek
 
 TESTS = Path(__file__).parent
-RECIPE = {
-    "model_config": {
-        "model_type": "llama", "vocab_size": 32000, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
-        "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64,
-    },
-    "max_length": 64, "use_liger": True, "liger_config": {"rope": False}, "use_cpu": True, "bf16": False,
-    "per_device_train_batch_size": 64, "report_to": "none", "dataloader_pin_memory": False,
+# A big vocabulary: most of the memory is logits.
+TRAINING = {
+    "vocab_size": 32000, "max_length": 64, "liger_config": {"rope": False}, "per_device_train_batch_size": 64,
     "sample_prompt": "Who?", "eval_examples": 2, "eval_strategy": "epoch",
 }  # fmt: skip
 
 
 @pytest.fixture
 def recipe(tmp_path):
-    path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump({**RECIPE, "output_dir": str(tmp_path / "out")}))
-    return str(path)
+    return write_recipe(tmp_path, **TRAINING)
 
 
 @pytest.mark.parametrize("largest", [*range(1, 20), 63, 64, 65, 100])
@@ -114,9 +113,40 @@ def test_what_the_processes_wrote_decides(results, expected, monkeypatch):
     if isinstance(expected, bool):
         assert fit.run_trial(trial, fit.Launch()).fits is expected
     else:
-        error = ValueError if "key" in expected else fit.TrialError
+        error = RecipeError if "key" in expected else fit.TrialError
         with pytest.raises(error, match=expected):
             fit.run_trial(trial, fit.Launch())
+
+
+@pytest.mark.parametrize(("number", "deaf"), [(signal.SIGTERM, False), (signal.SIGHUP, True)])
+def test_a_signal_ends_the_trial_too(number, deaf, tmp_path, monkeypatch):
+    """Also a trial that ignores SIGTERM; nothing of it is left, on the device or on the disk."""
+    code = (
+        "import json, os, pathlib, signal, sys, time\n"
+        f"signal.signal(signal.SIGTERM, signal.SIG_IGN if {deaf} else signal.SIG_DFL)\n"
+        "facts = f'{os.getpid()} ' + json.loads(sys.argv[1])['folder']\n"
+        "pathlib.Path(sys.argv[2]).write_text(facts + '.')\n"
+        "time.sleep(60)"
+    )
+    note = tmp_path / "note"
+    monkeypatch.setattr(fit, "trial_command", lambda launch, job: [sys.executable, "-c", code, job, str(note)])
+    monkeypatch.setattr(fit, "GRACE_SECONDS", 0.5)
+
+    def send():
+        while not (note.is_file() and note.read_text().endswith(".")):
+            time.sleep(0.02)
+        os.kill(os.getpid(), number)
+
+    sender = threading.Thread(target=send, daemon=True)
+    sender.start()
+    with pytest.raises(SystemExit, match=str(128 + number)):
+        fit.run_trial(fit.Trial(["recipe.yaml"], True, 4, 1), fit.Launch())
+    sender.join()
+    pid, folder = note.read_text().removesuffix(".").split()
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid), 0)
+    assert not Path(folder).exists()
+    assert signal.getsignal(number) is signal.SIG_DFL
 
 
 def test_the_launch_is_accelerates(tmp_path):
@@ -154,6 +184,13 @@ def test_auto_batch_size_keeps_the_rows_of_a_step(recipe, monkeypatch, capsys):
     assert (peek(parsed[0], "per_device_train_batch_size"), peek(parsed[0], "use_liger")) == ("4", "true")
     assert tried == [(2, 6, True), (4, 3, True), (12, 1, True), (6, 2, True)]
     assert "4 x 3 rows a step in place of 2 x 6" in capsys.readouterr().out
+
+    def failing(trial, launch):
+        raise fit.TrialError("what the trial printed: out of memory")
+
+    monkeypatch.setattr(fit, "run_trial", failing)
+    with pytest.raises(SystemExit, match=f"^\nwhat the trial printed: out of memory\n{fit.TRIAL_FAILED}$"):
+        train.main(argv)
 
     monkeypatch.setattr(fit, "run_trial", lambda trial, launch: fit.Outcome(False))
     with pytest.raises(SystemExit, match="2"):

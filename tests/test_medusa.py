@@ -1,5 +1,7 @@
 """Medusa heads: the formula in fp64, fused against plain, the stock Trainer, saving, and memory against head count."""
 
+from unittest import mock
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,9 +11,9 @@ from torch.profiler import ProfilerActivity, profile
 from training import Rows, arguments, assert_same_run, losses, train
 from transformers import AutoModelForCausalLM, Trainer
 
-from liger_trainer import MedusaConfig, MedusaModel, apply_liger, medusa
+from liger_trainer import MedusaConfig, MedusaModel, apply_liger, medusa_heads
 from liger_trainer.kernels import launch
-from liger_trainer.medusa_loss import plain_head_loss
+from liger_trainer.medusa_loss import plain_head_loss, residual_blocks
 from liger_trainer.patching import patch_state, revert_liger
 
 
@@ -190,7 +192,7 @@ def test_which_loss_the_heads_take(monkeypatch):
         if options is None:
             revert_liger(model)
         with monkeypatch.context() as patch:
-            patch.setattr(medusa, "fused_head_loss", lambda *args: pytest.fail("fused"))
+            patch.setattr(medusa_heads, "fused_head_loss", lambda *args: pytest.fail("fused"))
             assert_same_training(reference, loss_and_gradients(model, inputs))
 
 
@@ -198,7 +200,7 @@ def test_no_work_for_gradients_that_nobody_wants(monkeypatch):
     inputs = inputs_of("ragged")
     model = medusa_model(patched=True, stage=1)
     expected_loss = medusa_model(stage=1)(**inputs).loss
-    monkeypatch.setattr(medusa, "open_gate", lambda *args: pytest.fail("the hidden states are frozen"))
+    monkeypatch.setattr(medusa_heads, "open_gate", lambda *args: pytest.fail("the hidden states are frozen"))
     assert model(**inputs).loss.requires_grad
     assert not model.lm.training
     monkeypatch.setattr(torch.autograd, "grad", lambda *args, **kwargs: pytest.fail("no gradient is wanted"))
@@ -232,7 +234,7 @@ def test_memory_does_not_grow_with_the_number_of_heads(wanted):
     peaks = {}
     for name, head_loss in (("fused", None), ("plain", plain_head_loss)):
         for count in (1, 5):
-            heads = medusa.MedusaHeads(torch.randn(1500, 32), MedusaConfig(heads=count))
+            heads = medusa_heads.MedusaHeads(torch.randn(1500, 32), MedusaConfig(heads=count))
             heads.requires_grad_(wanted != "nothing")
             peak_bytes(heads, hidden, labels, head_loss)  # what is made once
             peaks[name, count] = peak_bytes(heads, hidden, labels, head_loss)
@@ -250,12 +252,15 @@ SGD = {"optim": "sgd", "learning_rate": 0.1}
 
 def run(directory, use_liger, stage=2, model_type="qwen2", valid=ragged, **settings):
     model = medusa_model(model_type, heads=3, stage=stage)
-    trainer = train(directory, use_liger, model=model, dataset=Rows(valid=valid), **{**SGD, **settings})
+    with mock.patch.object(medusa_heads, "fused_head_loss", wraps=medusa_heads.fused_head_loss) as fused:
+        trainer = train(directory, use_liger, model=model, dataset=Rows(valid=valid), **{**SGD, **settings})
     state = patch_state(model)
     assert (state is not None) == use_liger
+    forwards = 5 * settings.get("gradient_accumulation_steps", 1)
+    assert fused.call_count == 3 * forwards * use_liger
     if use_liger:
         assert not state.report.skipped
-        assert state.fused.calls_fused == 5 * settings.get("gradient_accumulation_steps", 1)
+        assert state.fused.calls_fused == forwards
     return trainer
 
 
@@ -321,7 +326,7 @@ def test_save_load_resume_and_export(model_type, stage, tmp_path):
     hidden = torch.randn(2, 64)
     block = hidden + F.silu(F.linear(hidden, heads["1.0.linear.weight"], heads["1.0.linear.bias"]))
     head = loaded.medusa_heads[1]
-    theirs = medusa.residual_blocks(hidden, head.residual_weight, head.residual_bias) @ head.weight.T
+    theirs = residual_blocks(hidden, head.residual_weight, head.residual_bias) @ head.weight.T
     torch.testing.assert_close(F.linear(block, heads["1.1.weight"]), theirs.detach())
 
 
@@ -334,7 +339,7 @@ def test_new_heads_are_the_lms_own_and_leave_it_as_it_is():
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     hidden = torch.randn(3, 64, dtype=torch.bfloat16)
     for head in model.medusa_heads:
-        assert torch.equal(medusa.residual_blocks(hidden, head.residual_weight, head.residual_bias), hidden)
+        assert torch.equal(residual_blocks(hidden, head.residual_weight, head.residual_bias), hidden)
         assert torch.equal(head.weight, lm.lm_head.weight)
         assert head.weight is not lm.lm_head.weight
 

@@ -1,4 +1,4 @@
-"""Medusa models on two CPU processes under the sharded engines, against a single process with plain heads."""
+"""Medusa models on two CPU processes under the distributed engines, against a single process with plain heads."""
 
 import json
 import subprocess
@@ -14,13 +14,17 @@ from test_medusa import medusa_model
 from liger_trainer import MedusaModel
 from liger_trainer.kernels import launch
 
-JOB = [["fsdp2", 1, False], ["fsdp2", 2, False], ["fsdp2", 2, True], ["zero3", 1, False], ["zero3", 2, False]]
+JOB = [
+    ["ddp", 1, "fp32"], ["ddp", 2, "fp32"], ["fsdp2", 1, "fp32"], ["fsdp2", 2, "fp32"], ["fsdp2", 2, "bf16"],
+    ["fsdp2", 2, "checkpointed"], ["zero3", 1, "fp32"], ["zero3", 2, "fp32"],
+]  # fmt: skip
 
 
 def test_two_ranks_train_as_one_process_does(tmp_path, monkeypatch):
     """Sharded engines gather each head for its own call; losses, gradients and weights are those of plain heads.
 
-    In bf16, FSDP2 casts what goes in and out of each head, which has to leave the divisor of its loss alone.
+    In bf16, FSDP2 casts what goes in and out of each head, which has to leave the divisor of its loss alone. Where it
+    checkpoints activations, each head runs again in backward.
     """
     monkeypatch.setattr(launch, "INTERPRET", False)
     for stage in (1, 2):
@@ -38,8 +42,8 @@ def test_two_ranks_train_as_one_process_does(tmp_path, monkeypatch):
             worker.kill()
         log.seek(0)
         assert status == 0, log.read()[-6000:]
-    for engine, stage, bf16 in JOB:
-        name, theirs = f"{engine}-{stage}-{'bf16' if bf16 else 'fp32'}", single[stage]
+    for engine, stage, variant in JOB:
+        name, theirs, bf16 = f"{engine}-{stage}-{variant}", single[stage], variant == "bf16"
         tolerance = 2e-2 if bf16 else 1e-5
         ours = torch.load(tmp_path / f"{name}.pt")
         assert (ours["engine"], ours["fused"]) == (engine, 4)

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from liger_trainer import MedusaConfig, medusa
+from liger_trainer import MedusaConfig, medusa_heads
 from liger_trainer.medusa_loss import plain_head_loss
 
 
@@ -18,7 +18,7 @@ def test_heads_on_a_gpu():
     states = torch.randn(4, 512, 512, device="cuda").bfloat16()
 
     def run(count, dtype, head_loss):
-        heads = medusa.MedusaHeads(embedding.to(dtype), MedusaConfig(heads=count))
+        heads = medusa_heads.MedusaHeads(embedding.to(dtype), MedusaConfig(heads=count))
         hidden = states.to(dtype, copy=True).requires_grad_()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()

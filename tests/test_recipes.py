@@ -12,7 +12,8 @@ import torch
 import yaml
 
 from liger_trainer.cli import main
-from liger_trainer.recipe import parse_recipe
+from liger_trainer.errors import RecipeError
+from liger_trainer.recipe import parse_recipe, peek
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("**/*.yaml"))
@@ -61,6 +62,21 @@ def test_command_line_overrides_yaml_overrides_defaults(tmp_path, trainer):
     assert parse_recipe([path, "--max_length", "null", "--seed=null"]).training.seed == 42
 
 
+def test_keys_may_be_spelled_with_dashes(tmp_path):
+    """As the parser allows it; what is read without it, and what is unset, does not differ."""
+    path = write(tmp_path, **{"max-steps": 7, "seed": 5, "learning_rate": 1.0, "run_name": "a"})
+    argv = [path, "--use-liger", "--auto-batch-size=true", "--per-device-train-batch-size", "3"]
+    argv += ["--learning-rate", "null", "--max-steps=9", "--run-name", "x-y", '--liger-config={"low_memory": true}']
+    recipe = parse_recipe(argv)
+    args = recipe.training
+    assert (recipe.run.auto_batch_size, args.use_liger, args.per_device_train_batch_size) == (True, True, 3)
+    assert (args.max_steps, args.learning_rate, args.run_name) == (9, 5e-5, "x-y")
+    assert args.liger_config["low_memory"] is True
+    assert [peek(argv, key) for key in ("use_liger", "auto_batch_size", "learning_rate")] == ["true", "true", None]
+    assert (peek(argv, "per_device_train_batch_size"), peek(argv, "max_steps")) == ("3", "9")
+    assert peek([path], "max_steps") == "7"
+
+
 @pytest.mark.parametrize(
     ("content", "overrides", "message"),
     [
@@ -84,7 +100,7 @@ def test_command_line_overrides_yaml_overrides_defaults(tmp_path, trainer):
     ],
 )
 def test_mistakes_are_named(tmp_path, content, overrides, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(RecipeError, match=message):
         parse_recipe([write(tmp_path, **content), *overrides])
 
 
@@ -111,8 +127,11 @@ def test_processes_without_a_group(tmp_path, monkeypatch):
 
 def test_files_that_are_no_recipes(tmp_path, capsys):
     (tmp_path / "list.yaml").write_text("- 1\n")
-    with pytest.raises(ValueError, match="YAML mapping"):
+    with pytest.raises(RecipeError, match="YAML mapping"):
         parse_recipe([str(tmp_path / "list.yaml")])
+    (tmp_path / "broken.yaml").write_text("a: [1\n")
+    with pytest.raises(RecipeError, match=r"recipe: '.*broken\.yaml' is no valid YAML: .*\n.*line 1"):
+        parse_recipe([str(tmp_path / "broken.yaml")])
     with pytest.raises(SystemExit) as exit_:
         main(["train", str(tmp_path / "missing.yaml"), "--seed", "1"])
     assert exit_.value.code == 2
@@ -152,11 +171,21 @@ def test_quickstart_with_sft_on_two_processes(tmp_path):
     check_run(output, tmp_path, 2)
 
 
-def test_report_of_a_recipe(capsys):
-    with pytest.raises(SystemExit) as exit_:
-        main(["report", QUICKSTART])
-    assert not exit_.value.code
-    assert "rms_norm" in capsys.readouterr().out
+def test_report_of_a_recipe_needs_no_hub_where_it_names_the_shape(tmp_path, monkeypatch, capsys):
+    shape = yaml.safe_load(Path(QUICKSTART).read_text())["model_config"]
+    both = write(tmp_path, model_name_or_path="some/model", model_config=shape, use_liger=True)
+
+    def refuse(*args, **kwargs):
+        raise OSError("asked the hub")
+
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", refuse)
+    for recipe in (QUICKSTART, both):
+        with pytest.raises(SystemExit) as exit_:
+            main(["report", recipe])
+        assert not exit_.value.code
+        assert "rms_norm" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="liger-trainer: error: asked the hub"):
+        main(["report", "some/model"])
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)

@@ -1,6 +1,7 @@
 """One rank of a process group that trains Medusa models: ``torchrun ... -m distributed.medusa_worker DIRECTORY JOB``.
 
-``JOB`` is JSON, a list of [engine, stage, bf16]; the directory holds ``medusa-STAGE`` as ``save_pretrained`` writes it.
+``JOB`` is JSON, a list of [engine, stage, variant], where the variant is one of ``VARIANTS``; the directory holds
+``medusa-STAGE`` as ``save_pretrained`` writes it.
 """
 
 import json
@@ -18,6 +19,8 @@ from liger_trainer import MedusaModel
 from liger_trainer.kernels import launch
 from liger_trainer.patching import patch_state
 
+VARIANTS = ("fp32", "bf16", "checkpointed")  # the last in fp32, with activation checkpointing by the engine
+
 
 def run(directory, stage: int, use_liger: bool, world_size: int, output_dir, **overrides) -> dict:
     """Train by the rows and settings of the other distributed cases, two micro-batches to a step."""
@@ -34,8 +37,8 @@ def run(directory, stage: int, use_liger: bool, world_size: int, output_dir, **o
     trainer.train()
     result = {
         "losses": losses(trainer),
-        "weights": recorder.weights,
-        "gradients": recorder.gradients,
+        "weights": [without_wrappers(tensors) for tensors in recorder.weights],
+        "gradients": [without_wrappers(tensors) for tensors in recorder.gradients],
         "engine": engine_of(trainer),
         "fused": use_liger and patch_state(model).fused.calls_fused,
     }
@@ -44,14 +47,23 @@ def run(directory, stage: int, use_liger: bool, world_size: int, output_dir, **o
     return result
 
 
+def without_wrappers(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors by the names that the model has without activation checkpointing."""
+    return {name.replace("_checkpoint_wrapped_module.", ""): tensor for name, tensor in tensors.items()}
+
+
 def main(directory: str, job: str):
     job = json.loads(job)
     launch.INTERPRET = False
     if any(engine.startswith("zero") for engine, _, _ in job):
         init_deepspeed()
-    for engine, stage, bf16 in job:
-        name = f"{engine}-{stage}-{'bf16' if bf16 else 'fp32'}"
-        result = run(directory, stage, True, 2, f"{directory}/{name}", bf16=bf16, **settings(engine))
+    for engine, stage, variant in job:
+        assert variant in VARIANTS
+        name = f"{engine}-{stage}-{variant}"
+        options = settings(engine) | {"bf16": variant == "bf16"}
+        if variant == "checkpointed":
+            options["fsdp_config"]["activation_checkpointing"] = True
+        result = run(directory, stage, True, 2, f"{directory}/{name}", **options)
         reset()
         if torch.distributed.get_rank() == 0:
             torch.save(result, Path(directory) / f"{name}.pt")
