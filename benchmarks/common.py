@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -24,6 +25,8 @@ PACKAGES = (
     "transformers",
     "trl",
     "accelerate",
+    "deepspeed",
+    "peft",
     "liger-trainer",
     "liger-kernel",
     "cut-cross-entropy",
@@ -36,10 +39,13 @@ def emit(message: dict) -> None:
 
 
 class Worker:
-    """A started process whose messages are read later; with ``waits``, it gets its job as a line of its stdin."""
+    """A started process whose messages are read later; with ``waits``, it gets its job as a line of its stdin.
 
-    def __init__(self, command: Sequence[str], waits: bool = False):
-        env = {"CUDA_VISIBLE_DEVICES": "0"} | os.environ  # the Trainer would spread over all GPUs it sees
+    It sees one device, unless the environment says which ones or it is to see ``all_devices``.
+    """
+
+    def __init__(self, command: Sequence[str], waits: bool = False, all_devices: bool = False):
+        env = ({} if all_devices else {"CUDA_VISIBLE_DEVICES": "0"}) | os.environ
         env |= {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
         self.stderr = tempfile.TemporaryFile(mode="w+", errors="replace")  # noqa: SIM115 - closed by messages or stop
         self.process = subprocess.Popen(
@@ -81,9 +87,9 @@ class Worker:
         yield {"kind": "exit", "code": code, "tail": tail}
 
 
-def run_worker(command: Sequence[str], timeout: float) -> Iterator[dict]:
-    """Run ``command`` and yield its messages; see ``Worker.messages``."""
-    yield from Worker(command).messages(timeout)
+def run_worker(command: Sequence[str], timeout: float, all_devices: bool = False) -> Iterator[dict]:
+    """Run ``command`` and yield its messages; see ``Worker``."""
+    yield from Worker(command, all_devices=all_devices).messages(timeout)
 
 
 def describe_software() -> dict:
@@ -170,8 +176,14 @@ def _renumbered(row: dict, used: list[int]) -> dict:
 
 
 def provenance(hello: dict, commit: str | None) -> dict:
-    """What a worker said of its device and software, with the commit, the date and the command of this process."""
-    command = " ".join(["python", *(os.path.relpath(a, ROOT) if a.startswith(str(ROOT)) else a for a in sys.argv)])
+    """What a worker said of its device and software, with the commit, the date and the command of this process.
+
+    In the command, ``OUT`` stands for the folder given as ``--out``.
+    """
+    words = [os.path.relpath(a, ROOT) if a.startswith(str(ROOT)) else a for a in sys.argv]
+    words = ["OUT" if before == "--out" else re.sub("^--out=.*", "--out=OUT", word)
+             for before, word in zip(["", *words], words, strict=False)]  # fmt: skip
+    command = shlex.join(["python", *words])
     about = {k: v for k, v in hello.items() if k != "kind"}
     return about | {
         "commit": current_commit(commit),

@@ -22,15 +22,25 @@ MARKER = re.compile(r"(<!-- table:(\S+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
 
 def provenance_line(data: dict) -> str:
-    """Where the numbers come from."""
-    run = data["runs"][-1]
-    packages = ", ".join(f"{name} {version}" for name, version in run["packages"].items() if version)
-    dates = sorted(r["date"][:10] for r in data["runs"])
-    commits = sorted({r["commit"][:12] + ("+uncommitted" if "+" in r["commit"] else "") for r in data["runs"]})
+    """Where the numbers come from; where runs differ, all there is."""
+    runs = data["runs"]
+    names = dict.fromkeys(name for run in runs for name in run["packages"])
+    found = {name: _differing([run["packages"][name] for run in runs if name in run["packages"]]) for name in names}
+    packages = ", ".join(f"{name} {version}" for name, version in found.items() if version)
+    dates = sorted(r["date"][:10] for r in runs)
+    commits = sorted({r["commit"][:12] + ("+uncommitted" if "+" in r["commit"] else "") for r in runs})
     when = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
     most = max((row.get("processes", 1) for row in data["results"]), default=1)
-    device = run["device"] if most == 1 else f"up to {most} x {run['device']}"
-    return f"{device}, driver {run['driver']}, {packages}; {when}; commit {', '.join(commits)}"
+    device = _differing([run["device"] for run in runs])
+    device = device if most == 1 else f"up to {most} x {device}"
+    driver = _differing([run["driver"] for run in runs])
+    return f"{device}, driver {driver}, {packages}; {when}; commit {', '.join(commits)}"
+
+
+def _differing(values: list[str | None]) -> str | None:
+    """All different values as a text; None where there is none but None."""
+    values = list(dict.fromkeys(values))
+    return None if values == [None] else " and ".join(value or "none" for value in values)
 
 
 def update(path: Path, made: dict[str, str]) -> None:

@@ -1,5 +1,5 @@
-"""What is read off a Trainer while it trains: step times, losses, tokens, memory. None of it waits for the device
-inside a window of timed steps."""
+"""What is read off a Trainer while it trains: step times, losses, gradient norms, tokens, memory. None of it waits for
+the device inside a window of timed steps."""
 
 import time
 from itertools import pairwise
@@ -7,7 +7,7 @@ from itertools import pairwise
 import torch
 from transformers import Trainer, TrainerCallback
 
-from benchmarks.measure import synchronize
+from benchmarks.measure import release_memory, synchronize
 
 GIB = 1 << 30
 
@@ -20,7 +20,8 @@ class StepTimes(TrainerCallback):
     """
 
     def __init__(self, device: str, warmup: int, window: int):
-        self.device, self.warmup, self.window, self.ends, self.losses = device, warmup, window, [], []
+        self.device, self.warmup, self.window, self.ends = device, warmup, window, []
+        self.logged: dict[str, list[float]] = {"loss": [], "grad_norm": []}
 
     def on_step_end(self, args, state, control, **kwargs):
         """Take the time where a window ends."""
@@ -30,9 +31,19 @@ class StepTimes(TrainerCallback):
             self.ends.append(time.perf_counter())
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        """Keep the mean loss of each window."""
-        if "loss" in (logs or {}):
-            self.losses.append(float(logs["loss"]))
+        """Keep the mean loss of each window, and the gradient norm before clipping of its last step."""
+        for name, values in self.logged.items():
+            if name in (logs or {}):
+                values.append(float(logs[name]))
+
+    def first_and_last(self) -> dict[str, float | None]:
+        """``first_loss``, ``last_loss``, ``first_grad_norm`` and ``last_grad_norm``; None for what was not logged."""
+        windows = {"first": 0, "last": -1}
+        return {
+            f"{at}_{name}": values[i] if values else None
+            for name, values in self.logged.items()
+            for at, i in windows.items()
+        }
 
     def step_ms(self) -> list[float]:
         """One mean for each window after the warm-up."""
@@ -69,7 +80,11 @@ class Memory(TrainerCallback):
     """
 
     def __init__(self, device: str, steps: int):
-        self.on_gpu, self.steps, self.static = device == "cuda", steps, 0
+        self.device, self.on_gpu, self.steps, self.static = device, device == "cuda", steps, 0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Give back what making and sharding the model has left in the cache, or it would count as reserved."""
+        release_memory(self.device)
 
     def on_step_end(self, args, state, control, **kwargs):
         """Forget the peak of the first step; after the last, gradients freed, note what is left."""
@@ -91,13 +106,17 @@ class Memory(TrainerCallback):
 
 
 def gradient_bytes(trainer: Trainer) -> int:
-    """This rank's gradients of all trained parameters; 0 under DeepSpeed, whose gradient buffers are never freed and
-    so are part of what stays."""
-    if trainer.is_deepspeed_enabled:
+    """This rank's gradients of all trained parameters.
+
+    Under DeepSpeed: its shard in ZeRO-1 and ZeRO-2, which free it after the step; 0 in ZeRO-3, whose gradient buffers
+    are never freed and so are part of what stays.
+    """
+    stage = trainer.model_wrapped.zero_optimization_stage() if trainer.is_deepspeed_enabled else 0
+    if stage == 3:
         return 0
     total = 0
     for parameter in trainer.model_wrapped.parameters():
         if parameter.requires_grad:
             local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
             total += local.numel() * local.element_size()
-    return total
+    return total // trainer.args.world_size if stage else total

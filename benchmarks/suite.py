@@ -15,9 +15,9 @@
     points: [{name: ..., recipe: ..., overrides: {...}, vary: {max_length: [1024, 2048]}}, ...]
     smoke: {overrides: {...}, model: {...}, vary: {max_length: [16, 32]}}
 
-``vary`` makes one point of each value of its one key. With ``--smoke`` every recipe's ``model_config`` is shrunk
-(``SMOKE_MODEL``, then the suite's ``model``), ``SMOKE_OVERRIDES`` and the suite's ``overrides`` apply, and ``vary``
-there replaces the values of that key.
+``vary`` makes one point of each value of its one key, named like "Llama-3-8B at sequence length 1024". With ``--smoke``
+every recipe's ``model_config`` is shrunk (``SMOKE_MODEL``, then the suite's ``model``), ``SMOKE_OVERRIDES`` and the
+suite's ``overrides`` apply, and ``vary`` there replaces the values of that key.
 """
 
 from collections.abc import Iterable
@@ -128,8 +128,10 @@ def load(path: Path, smoke: bool = False) -> Suite:
     launches = tuple(_launch(entry, path) for entry in content["launch"])
     _unique(((launch.name, launch.num_processes) for launch in launches), f"{path}: launch")
     about = {"name": path.stem, **{key: content[key] for key in ("title", "figure", "x")}}
+    about["arms"] = _arms(content["arms"], path)
+    about["recipes"] = sorted({point.recipe for point in points})
     about["places"] = [[point.name, launch.name, launch.num_processes] for point in points for launch in launches]
-    return Suite(path.stem, about, tuple(_arms(content["arms"], path)), **times, launches=launches, points=points,
+    return Suite(path.stem, about, tuple(about["arms"]), **times, launches=launches, points=points,
                  smoke=smoke)  # fmt: skip
 
 
@@ -176,6 +178,8 @@ def _points(entry: dict, content: dict, smoke: bool, path: Path) -> list[Point]:
     """The points of one entry: one, or one for each value of ``vary``."""
     _check_keys(entry, ("name", "recipe", "overrides", "vary"), f"{path}: points", ("name", "recipe"))
     where = f"{path}: point {entry['name']!r}"
+    if "," in entry["name"]:
+        raise ValueError(f"{where}: a name must have no comma, which parts the names that --points takes")
     if not (ROOT / entry["recipe"]).is_file():
         raise ValueError(f"{where}: recipe: no such file: {entry['recipe']!r}")
     settings = (content.get("smoke") or {}) if smoke else {}
@@ -191,7 +195,7 @@ def _points(entry: dict, content: dict, smoke: bool, path: Path) -> list[Point]:
     for varied, values in vary.items():
         for value in (settings.get("vary") or {}).get(varied, values):
             label = content["x"]["label"] if varied == key else varied
-            made.append((f"{entry['name']}, {label} {value}", {**overrides, varied: value}))
+            made.append((f"{entry['name']} at {label} {value}", {**overrides, varied: value}))
     made = made or [(entry["name"], overrides)]
     for _, chosen in made:
         if key not in chosen and key not in NOT_OVERRIDES:

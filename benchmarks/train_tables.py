@@ -2,9 +2,10 @@
 
 import statistics
 
-from benchmarks.common import text_table
+from benchmarks.common import format_number, text_table
 from benchmarks.tables import LABELS
 from benchmarks.train_arms import ARMS
+from benchmarks.train_rows import GRAD_NORM_TOLERANCE, counts_text, place_of
 
 # What the averages over points are of, and how they are called.
 COMPARED = {
@@ -23,11 +24,6 @@ def columns_of(rows: list[dict], about: dict) -> dict[str, str]:
     if len({row["launch"] for row in rows}) > 1:
         columns |= {"launch": "launch"}
     return columns
-
-
-def place_of(row: dict) -> tuple:
-    """All that an arm's row shares with those of the other arms."""
-    return row["point"], row["launch"], row["processes"]
 
 
 def in_order(rows: list[dict], about: dict) -> list[dict]:
@@ -57,7 +53,9 @@ def gib(value: float | None) -> str | None:
 
 def efficiency(row: dict, rows: list[dict]) -> str:
     """Tokens per second and process over those of the same arm on the fewest processes that it ran on."""
-    same = [r for r in rows if r["status"] == "ok" and all(r[k] == row[k] for k in ("group", "launch", "arm"))]
+    same = [
+        r for r in rows if r["status"] in ("ok", "inexact") and all(r[k] == row[k] for k in ("group", "launch", "arm"))
+    ]
     fewest = min(same, key=lambda r: r["processes"])
     return f"{row['tokens_per_s'] / row['processes'] / (fewest['tokens_per_s'] / fewest['processes']):.1%}"
 
@@ -79,49 +77,90 @@ def train_text(rows: list[dict], about: dict, markdown: bool = False) -> str:
     padding = any(row.get("padded_tokens_per_s") != row.get("tokens_per_s") for row in shown)
     speed = ["tokens/s", "vs HF", "spread", *(["with padding"] if padding else [])]
     scaling = about["x"]["key"] == "num_processes"
-    memory = ["peak GiB", "vs HF", "above state GiB", "vs HF", "reserved GiB"]
+    memory = ["peak GiB", "vs HF", "above static GiB", "above state GiB", "vs HF", "reserved GiB"]
     header = [*places.values(), "arm", *speed, *(["scaling"] if scaling else []), *memory]
-    header += ["first loss", "last loss", "rounds"]
+    header += ["first loss", "last loss", "last grad norm", "rounds"]
     base, lines = bases(shown), []
     for row in shown:
         hf = base.get(place_of(row))
         line = [*(row[key] for key in places), LABELS[row["arm"]] if markdown else row["arm"]]
-        if row["status"] != "ok":
-            lines.append([*line, row["status"].upper(), *[None] * (len(header) - len(line) - 1)])
+        if row["status"] not in ("ok", "inexact"):
+            lines.append([*line, row["status"].upper(), *[None] * (len(header) - len(line) - 2), counts_text(row)])
             continue
-        line += [row["tokens_per_s"], percent(change(row, hf, "tokens_per_s")), f"{row['spread']:.1%}"]
+        mark = "~" if row["status"] == "inexact" else ""
+        line += [format_number(row["tokens_per_s"]) + mark, percent(change(row, hf, "tokens_per_s"))]
+        line += [f"{row['spread']:.1%}" if row["spread"] is not None and len(row["rounds"]) > 1 else None]
         line += [row["padded_tokens_per_s"]] if padding else []
         line += [efficiency(row, shown)] if scaling else []
-        for metric in ("peak_allocated_gib", "above_static_gib"):
-            line += [gib(row[metric]), percent(change(row, hf, metric))]
+        line += [gib(row["peak_allocated_gib"]), percent(change(row, hf, "peak_allocated_gib"))]
+        line += [gib(above_static(row))]
+        line += [gib(row["above_static_gib"]), percent(change(row, hf, "above_static_gib"))]
         losses = [f"{row[key]:.4f}" for key in ("first_loss", "last_loss")]
-        lines.append([*line, gib(row["peak_reserved_gib"]), *losses, sum(r["status"] == "ok" for r in row["rounds"])])
+        lines.append([*line, gib(row["peak_reserved_gib"]), *losses, row.get("last_grad_norm"), counts_text(row)])
     absent = sorted({row["arm"] for row in rows if row["status"] == "absent"})
-    parts = [text_table(header, lines, markdown), f"absent: {', '.join(absent)}" if absent else ""]
+    inexact = any(row["status"] == "inexact" for row in shown)
+    parts = [
+        text_table(header, lines, markdown),
+        f"absent: {', '.join(absent)}" if absent else "",
+        f"~: first gradient norm more than {GRAD_NORM_TOLERANCE:.0%} from HF's" if inexact else "",
+        not_measured(rows, about, markdown),
+    ]
     return "\n\n".join(part for part in parts if part)
 
 
-def average_text(rows: list[dict], about: dict, markdown: bool = False) -> str:
-    """Mean changes of each arm against HF, and of ours against liger-kernel, over the places where both ran.
+def above_static(row: dict) -> float | None:
+    """Peak over weights and optimizer state, GiB."""
+    return None if row["static_gib"] is None else row["peak_allocated_gib"] - row["static_gib"]
 
-    An empty text where no two arms ran at the same place.
+
+def not_measured(rows: list[dict], about: dict, markdown: bool = False) -> str:
+    """What of the suite has no row: arms that are at no place, places without any arm, arms at the other places."""
+    arms, places = about.get("arms", []), [tuple(place) for place in about["places"]]
+    measured = {(place_of(row), row["arm"]) for row in rows}
+    never = [arm for arm in arms if not any((place, arm) in measured for place in places)]
+    parts = [LABELS[arm] if markdown else arm for arm in never]
+    several = len({place[1:] for place in places}) > 1
+    for place in places:
+        point, launch, processes = place
+        where = f"{point}, {launch} x {processes}" if several else point
+        lacking = [arm for arm in arms if arm not in never and (place, arm) not in measured]
+        if not any(place == other for other, _ in measured):
+            parts.append(where)
+        elif lacking:
+            parts.append(f"{where}: {', '.join(LABELS[arm] if markdown else arm for arm in lacking)}")
+    return f"not measured: {'; '.join(parts)}" if parts else ""
+
+
+def average_text(rows: list[dict], about: dict, markdown: bool = False) -> str:
+    """Mean changes of each arm against HF, and of ours against liger-kernel, a launch at a time.
+
+    They are over the places where every arm that ran at all has a result, so that all lines are of the same places. An
+    empty text where no two arms have one in common. Launches are apart because what counts as state differs between
+    engines.
     """
-    rows = in_order(rows, about)
+    good = [row for row in in_order(rows, about) if row["status"] == "ok"]
+    launches = list(dict.fromkeys(row["launch"] for row in good))
+    several = len({launch for _, launch, _ in about["places"]}) > 1
     lines = []
-    for arm in dict.fromkeys(row["arm"] for row in rows):
-        own = [row for row in rows if row["arm"] == arm and row["status"] == "ok"]
-        for other in ("hf", "liger") if arm.startswith("ours") else ("hf",):
-            base = bases(rows, other)
-            pairs = [(row, base[place_of(row)]) for row in own if place_of(row) in base]
-            if arm == other or not pairs:
+    for launch in launches:
+        here = [row for row in good if row["launch"] == launch]
+        arms = list(dict.fromkeys(row["arm"] for row in here))
+        common = set.intersection(*({place_of(row) for row in here if row["arm"] == arm} for arm in arms))
+        pairs = [(arm, other) for arm in arms for other in (("hf", "liger") if arm.startswith("ours") else ("hf",))]
+        for arm, other in pairs:
+            if other not in arms or arm == other or not common:
                 continue
+            own, theirs = (
+                {place: row for place, row in bases(here, one).items() if place in common} for one in (arm, other)
+            )
             means = []
             for metric in COMPARED:
-                changes = [c for row, theirs in pairs if (c := change(row, theirs, metric)) is not None]
+                changes = [c for place in own if (c := change(own[place], theirs[place], metric)) is not None]
                 means.append(percent(statistics.mean(changes)) if changes else None)
             names = [LABELS[name] if markdown else name for name in (arm, other)]
-            lines.append([*names, *means, len(pairs)])
-    return text_table(["arm", "against", *COMPARED.values(), "places"], lines, markdown) if lines else ""
+            lines.append([*([launch] if several else []), *names, *means, len(common)])
+    header = [*(["launch"] if several else []), "arm", "against", *COMPARED.values(), "places"]
+    return text_table(header, lines, markdown) if lines else ""
 
 
 def profile_text(rows: list[dict]) -> str:

@@ -74,7 +74,7 @@ def train(job: dict) -> dict:
             args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size * args.max_steps
         )
         trainer = build_trainer(recipe)
-        ARMS[job["arm"]].prepare(trainer)
+        evidence = ARMS[job["arm"]].prepare(trainer)
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ThroughputCallback)  # its log entries are device work and collectives of every arm
         device = args.device.type
@@ -89,8 +89,19 @@ def train(job: dict) -> dict:
             trainer.add_callback(callback)
         trainer.train()
     row = over_ranks(timer.step_ms(), tokens.after(warmup), memory.bytes(trainer), job["window"], args.device)
-    row |= {"status": "ok", "first_loss": timer.losses[0], "last_loss": timer.losses[-1]}
+    row |= {"status": "ok", **timer.first_and_last(), "evidence": shown(job["arm"], evidence())}
     return row | (callbacks[2].summary() if len(callbacks) == 3 else {})
+
+
+def shown(arm: str, evidence: dict) -> dict:
+    """``evidence`` that ``arm`` was active.
+
+    Raises:
+        RuntimeError: there is some that it was not, so that the numbers are those of another arm.
+    """
+    if not all(evidence.values()):
+        raise RuntimeError(f"arm {arm} was not active in this run: {evidence}")
+    return evidence
 
 
 def over_ranks(windows_ms: list[float], tokens: tuple[int, int], memory: dict | None, window: int, device) -> dict:
@@ -186,6 +197,6 @@ def end(status: int) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1] == "--hello":
-        emit(describe_device(sys.argv[2]))
+        emit(describe_device(sys.argv[2]) | {"devices": torch.cuda.device_count() if sys.argv[2] == "cuda" else None})
     else:
         run(json.loads(sys.argv[1]))

@@ -7,10 +7,10 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-import yaml
 from accelerate.state import AcceleratorState, GradientState
 
 from liger_trainer.kernels import launch
@@ -19,7 +19,7 @@ from liger_trainer.recipe import parse_recipe
 ROOT = Path(__file__).parents[1]
 with pytest.MonkeyPatch.context() as patch:  # a checkout's folder, not installed
     patch.syspath_prepend(str(ROOT))
-    from benchmarks import common, plot, profile_step, relay, suite, train, train_arms, train_rows, train_worker
+    from benchmarks import relay, step_meter, suite, train_arms, train_rows, train_worker
 
 SUITES = sorted(file.stem for file in (ROOT / "benchmarks" / "suites").glob("*.yaml"))
 EXTRA = {"device": "cpu", "profile": False}
@@ -43,9 +43,9 @@ def fresh_state(monkeypatch):
         del os.environ[name]
 
 
-def first_job(name, arm, smoke=True):
+def first_job(name, arm):
     """The first job of a suite, as a rank gets it."""
-    chosen = replace(suite.load(Path(name), smoke), arms=(arm,))
+    chosen = replace(suite.load(Path(name), smoke=True), arms=(arm,))
     return train_rows.plan(chosen)[0] | EXTRA
 
 
@@ -76,7 +76,11 @@ def test_every_point_of_a_suite_parses_and_trains_when_shrunk(name, fresh_state,
         assert row["status"] == "ok", job["point"]
         assert len(row["windows_ms"]) == 2
         assert row["tokens_per_s"] > 0
-        assert (row["tokens"] < row["padded_tokens"]) == (recipe.run.synthetic_lengths == "alpaca"), job["point"]
+        assert row["evidence"]["replaced"], job["point"]
+        assert row["first_grad_norm"] > 0
+        overrides = train_worker.overrides_of(job | EXTRA, str(tmp_path))
+        lengths = parse_recipe([job["recipe"], *train_worker.flags(overrides)]).run.synthetic_lengths
+        assert (row["tokens"] < row["padded_tokens"]) == (lengths == "alpaca"), job["point"]
 
 
 def test_tokens_are_those_of_the_timed_steps(fresh_state, monkeypatch):
@@ -95,24 +99,78 @@ def test_tokens_are_those_of_the_timed_steps(fresh_state, monkeypatch):
     assert row["peak_allocated_gib"] is None
 
 
-def test_the_head_of_trl_computes_the_same_loss(fresh_state):
-    rows = []
-    for arm in ("hf", "trl_head"):
-        rows.append(train_worker.train(first_job("paper_models", arm)))
+def broken_backward(trainer):
+    """The embedding's gradient is twice what it should be; the forward pass is right."""
+    trainer.model.get_input_embeddings().weight.register_hook(lambda gradient: 2 * gradient)
+    return dict
+
+
+def test_gradient_norms_tell_a_wrong_backward_and_losses_do_not(fresh_state, monkeypatch):
+    monkeypatch.setitem(train_arms.ARMS, "liger", train_arms.Arm({"use_liger": False}, prepare=broken_backward))
+    rows = {}
+    for arm in ("hf", "trl_head", "liger"):
+        job = first_job("paper_models", arm)
+        rows[arm] = train_rows.combine(job, [train_worker.train(job)])
         fresh_state()
-    for loss in ("first_loss", "last_loss"):
-        assert rows[1][loss] == pytest.approx(rows[0][loss], rel=1e-4)
+        for loss in ("first_loss", "last_loss"):
+            assert rows[arm][loss] == pytest.approx(rows["hf"][loss], rel=1e-3)
+    assert rows["trl_head"]["rounds"][0]["evidence"] == {"trl_head_calls": 3}
+    assert train_rows.judge(rows["trl_head"], rows["hf"])["status"] == "ok"
+    broken = train_rows.judge(rows["liger"], rows["hf"])
+    assert broken["status"] == "inexact"
+    assert "that of HF" in broken["note"]
+    assert train_rows.judge(broken, None)["status"] == "ok", "without HF there is nothing to compare with"
+    assert train_rows.judge(rows["hf"] | {"first_grad_norm": float("nan")}, rows["hf"])["status"] == "inexact"
+
+
+def test_an_arm_that_was_not_active_is_an_error(fresh_state, monkeypatch):
+    """What it measured would be another arm's."""
+    monkeypatch.setitem(train_arms.ARMS, "ours", replace(train_arms.ARMS["ours"], overrides={"use_liger": False}))
+    with pytest.raises(RuntimeError, match=r"arm ours was not active in this run: \{'replaced': \{\}\}"):
+        train_worker.train(first_job("step_1b", "ours"))
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    assert train_arms.modules_of_liger_kernel(model) == {}
+
+    def forward(self, x):
+        return x
+
+    forward.__module__ = "liger_kernel.transformers.rms_norm"
+    model[1].forward = forward.__get__(model[1])
+    assert train_arms.modules_of_liger_kernel(model) == {"Linear": 1}
+    trainer = SimpleNamespace(model=model, model_wrapped=model)
+    assert not train_arms.compiled(trainer)()["compiled_model"]
+    trainer.model_wrapped = torch.compile(model)
+    assert train_arms.compiled(trainer)()["compiled_model"]
+
+
+def test_bytes_of_gradients_follow_the_engine():
+    """ZeRO-3 keeps its buffers, ZeRO-1 and 2 free a shard."""
+    model = torch.nn.Linear(3, 4, bias=False)
+    trainer = SimpleNamespace(model_wrapped=model, is_deepspeed_enabled=False, args=SimpleNamespace(world_size=2))
+    assert step_meter.gradient_bytes(trainer) == 48
+    trainer.is_deepspeed_enabled = True
+    for stage, expected in ((0, 48), (1, 24), (2, 24), (3, 0)):
+        model.zero_optimization_stage = lambda stage=stage: stage
+        assert step_meter.gradient_bytes(trainer) == expected
+    model.weight.requires_grad = False
+    model.zero_optimization_stage = lambda: 2
+    assert step_meter.gradient_bytes(trainer) == 0
 
 
 @pytest.mark.gpu
-def test_memory_above_the_state_is_what_activations_take(fresh_state):
+def test_memory_is_told_apart(fresh_state):
+    """A model large enough that the libraries' workspaces hardly count, a batch so small that gradients do."""
     job = first_job("step_1b", "hf")
-    job["overrides"] = job["overrides"] | {"use_cpu": False}
+    sizes = {"vocab_size": 32000, "hidden_size": 1024, "intermediate_size": 4096}
+    job["overrides"] |= {"use_cpu": False, "model_config": job["overrides"]["model_config"] | sizes}
     row = train_worker.train(job)
-    parameters = sum(p.numel() for p in small_model(job).parameters())
-    assert row["gradients_gib"] * 2**30 == 4 * parameters
-    assert row["static_gib"] * 2**30 >= 3 * 4 * parameters  # weights and AdamW's two moments
-    assert 0 < row["above_static_gib"] < row["peak_allocated_gib"]
+    parameters = 4 * sum(p.numel() for p in small_model(job).parameters())
+    gradients, static, peak = (row[f"{name}_gib"] * 2**30 for name in ("gradients", "static", "peak_allocated"))
+    assert gradients == parameters
+    assert 3 * parameters <= static <= 3 * parameters + (128 << 20)  # weights and AdamW's two moments
+    assert row["above_static_gib"] * 2**30 == pytest.approx(peak - static - gradients)
+    assert gradients <= peak - static < 2 * gradients, "after backward all gradients are alive"
+    assert row["peak_allocated_gib"] <= row["peak_reserved_gib"]
 
 
 def small_model(job):
@@ -123,22 +181,31 @@ def small_model(job):
 
 
 def test_arms_launched_on_one_device_compute_the_same_and_are_not_measured_twice(tmp_path):
-    args = ("step_1b", "--smoke", "--points", "llama-3.2-1b 8x", "--arms", "hf,ours", "--out", str(tmp_path))
-    bench(*args, "--commit", "abc")
+    args = ("step_1b", "--smoke", "--points", "llama-3.2-1b 8x1024", "--arms", "hf,ours", "--out", str(tmp_path))
+    printed = bench(*args, "--commit", "abc")
+    assert "not measured" not in printed, "what the command line leaves out"
     data = json.loads((tmp_path / "train-step_1b-cpu.json").read_text())
     rows = {row["arm"]: row for row in data["results"]}
     assert {arm: row["status"] for arm, row in rows.items()} == {"hf": "ok", "ours": "ok"}
-    for loss in ("first_loss", "last_loss"):
-        assert rows["ours"][loss] == pytest.approx(rows["hf"][loss], rel=1e-4)
+    for same in train_rows.SAME:
+        assert rows["ours"][same] == pytest.approx(rows["hf"][same], rel=1e-4)
     (run,) = data["runs"]
     assert (run["commit"], run["device"]) == ("abc", "cpu")
-    assert run["command"].startswith("python benchmarks/train.py step_1b --smoke")
-    assert "2 of 2 rounds" in bench(*args, "--commit", "def")
-    assert json.loads((tmp_path / "train-step_1b-cpu.json").read_text()) == data
+    assert run["command"] == (
+        "python benchmarks/train.py step_1b --smoke --points 'llama-3.2-1b 8x1024' --arms hf,ours "
+        "--out OUT --commit abc"
+    )
+    assert data["suite"]["arms"] == list(suite.load(Path("step_1b")).arms)
+    hf, ours = rows["hf"]["rounds"][0], rows["ours"]["rounds"][0]
+    assert hf["evidence"] == {}
+    assert ours["evidence"]["replaced"]["rms_norm"] == 5
+    assert ours["evidence"]["fused_loss_calls"] == 3
+    assert len({hf["fingerprint"], ours["fingerprint"]}) == 2
 
 
 def test_two_ranks_are_launched_and_their_tokens_added(tmp_path):
-    bench("paper_two_gpus", "--smoke", "--launches", "fsdp2", "--arms", "ours", "--out", str(tmp_path))
+    printed = bench("paper_two_gpus", "--smoke", "--launches", "fsdp2", "--arms", "ours", "--out", str(tmp_path))
+    assert f"written: {tmp_path}" in printed
     (row,) = json.loads((tmp_path / "train-paper_two_gpus-cpu-x2.json").read_text())["results"]
     assert (row["status"], row["processes"], row["config_file"]) == ("ok", 2, "configs/fsdp2.yaml")
     (round_,) = row["rounds"]
@@ -159,181 +226,3 @@ def test_memory_short_on_one_rank_is_a_result_and_a_hang_ends(monkeypatch):
     assert hung["status"] == "error"
     assert "still running after 2 s" in hung["note"]
     assert time.monotonic() - start < 55, "somebody waited for a rank that had ended"
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"arm": ["hf"]}, r"unknown key 'arm' \(did you mean 'arms'\?\)"),
-        ({"arms": ["hf", "our"]}, r"arms: 'our' is none \(did you mean 'ours'\?\)"),
-        ({"x": {"key": "name"}}, "x: label is missing"),
-        ({"x": {"key": "max_length", "label": "l"}}, "'max_length', which is no key of its overrides or vary"),
-        ({"steps": 3, "window": 2}, "warmup and steps must be multiples of window"),
-        ({"rounds": 0}, "rounds must be an integer of at least 1, got 0"),
-        (
-            {"launch": [{"name": "a", "config_file": "configs/no.yaml", "num_processes": 1}]},
-            "no such file: 'configs/no",
-        ),
-        ({"points": [{"name": "a", "recipe": "recipes/no.yaml"}]}, "point 'a': recipe: no such file"),
-        ({"points": [{"name": "a", "recipe": "recipes/shapes/llama3.2_1b.yaml", "varry": {}}]}, "did you mean 'vary'"),
-        ({"points": 2 * [{"name": "a", "recipe": "recipes/shapes/llama3.2_1b.yaml"}]}, "'a' is there twice"),
-    ],
-)
-def test_a_bad_suite_is_refused(change, message, tmp_path):
-    content = yaml.safe_load((ROOT / "benchmarks" / "suites" / "step_1b.yaml").read_text())
-    path = tmp_path / "bad.yaml"
-    path.write_text(yaml.safe_dump(content | change))
-    with pytest.raises(ValueError, match=message):
-        suite.load(path)
-
-
-def test_what_the_command_line_selects(capsys):
-    chosen = train.parse_args(["paper_llama3_batch", "--points", "48,96", "--arms", "compile", "--rounds", "2"]).chosen
-    assert [point.x for point in chosen.points] == [48, 96]
-    assert (chosen.arms, chosen.rounds) == (("compile",), 2)
-    for bad, message in (
-        (["paper"], "no such file: 'paper'"),
-        (["step_1b", "--points", "gpt"], "--points: 'gpt' is in no name"),
-        (["step_1b", "--arms", "us"], "allowed are hf, ours"),
-        (["step_1b", "--rounds", "0"], "at least 1, got 0"),
-    ):
-        with pytest.raises(SystemExit):
-            train.parse_args(bad)
-        assert message in capsys.readouterr().err
-
-
-GOOD = {
-    "status": "ok", "tokens_per_s": 100.0, "padded_tokens_per_s": 120.0, "step_ms": 2.0, "peak_allocated_gib": 20.0,
-    "peak_reserved_gib": 22.0, "static_gib": 8.0, "gradients_gib": 2.0, "above_static_gib": 10.0, "first_loss": 5.0,
-    "last_loss": 4.0,
-}  # fmt: skip
-OOM = {"status": "oom", "note": "no"}
-
-
-def test_rounds_are_interleaved_and_combined():
-    two = replace(suite.load(Path("paper_two_gpus")), arms=("hf", "ours"), rounds=2)
-    jobs = train_rows.plan(two)
-    assert [(j["round"], j["x"], j["launch"], j["arm"]) for j in jobs[:5]] == [
-        (0, 32, "FSDP2", "hf"),
-        (0, 32, "FSDP2", "ours"),
-        (0, 32, "ZeRO-3", "hf"),
-        (0, 32, "ZeRO-3", "ours"),
-        (0, 64, "FSDP2", "hf"),
-    ]
-    assert [j["round"] for j in jobs] == [0] * 8 + [1] * 8
-    row = train_rows.combine(jobs[0], [GOOD, GOOD | {"tokens_per_s": 110.0}, GOOD | {"tokens_per_s": 102.0}])
-    assert (row["status"], row["tokens_per_s"], len(row["rounds"])) == ("ok", 102.0, 3)
-    assert row["spread"] == pytest.approx(10 / 102)
-    assert train_rows.combine(jobs[0], [GOOD, OOM])["tokens_per_s"] == 100.0
-    assert train_rows.combine(jobs[0], [OOM])["status"] == "oom"
-
-
-def test_what_a_result_file_knows_is_kept_and_what_it_does_not_is_run(tmp_path):
-    job = first_job("step_1b", "hf", smoke=False)
-    key = train_rows.key_of(job)
-
-    def kept(rounds, **change):
-        return train_rows.kept_rounds(job, {key: train_rows.combine(job | change, rounds)})
-
-    assert kept([GOOD, OOM]) == [GOOD, OOM]
-    assert kept([GOOD, {"status": "error", "note": "x"}]) == [GOOD], "what failed is tried again"
-    assert kept([GOOD], steps=99) == [], "measured with other settings"
-    assert train_rows.is_settled([GOOD, OOM])
-    assert not train_rows.is_settled([GOOD])
-    # Each round keeps the provenance it was measured under.
-    path = tmp_path / "train.json"
-    for commit, rounds in (("a", [GOOD]), ("b", [GOOD | {"run": 0}, GOOD])):
-        common.ResultFile(path, train_rows.KEYS, {"commit": commit}).add(train_rows.combine(job, rounds))
-    data = json.loads(path.read_text())
-    (row,) = data["results"]
-    assert [data["runs"][r["run"]]["commit"] for r in row["rounds"]] == ["a", "b"]
-    common.ResultFile(path, train_rows.KEYS, {"commit": "c"}).add(train_rows.combine(job, [GOOD]))
-    assert json.loads(path.read_text())["runs"] == [{"commit": "c"}]
-
-
-def test_a_spent_budget_an_absent_package_and_a_known_oom_start_no_worker(tmp_path, monkeypatch):
-    arm = train_arms.Arm({}, ("a_package_nobody_has",))
-    monkeypatch.setitem(train_arms.ARMS, "liger", arm)
-    started = []
-    monkeypatch.setattr(relay.Relay, "start", lambda self, index: None)
-    monkeypatch.setattr(relay.Relay, "run", lambda self, index, next_: started.append(self.jobs[index]["arm"]) or
-                        (OOM if self.jobs[index]["arm"] == "hf" else GOOD) | {"seconds": 1.0})  # fmt: skip
-    hello = {"device": "gpu", "driver": "1", "packages": {"torch": "2"}}
-    options = ["step_1b", "--points", "llama-3.2-1b 8x", "--rounds", "2", "--out", str(tmp_path)]
-    run = train.Run(train.parse_args([*options, "--arms", "hf,ours,liger"]), hello)
-    assert run.work()
-    assert started == ["hf", "ours", "ours"]
-    assert {row["arm"]: row["status"] for row in run.results.rows} == {"hf": "oom", "ours": "ok", "liger": "absent"}
-    assert not train.Run(train.parse_args([*options, "--arms", "compile", "--device-budget", "-1"]), hello).work()
-    assert started == ["hf", "ours", "ours"]
-
-
-def train_data(name):
-    """A result file with made-up numbers: HF out of memory at the last x, and nothing measured for one arm."""
-    chosen = replace(suite.load(Path(name)), arms=("hf", "ours", "liger", "compile"))
-    run = {
-        "device": "NVIDIA Some GPU",
-        "driver": "1",
-        "packages": {"torch": "2"},
-        "date": "2026-01-02T",
-        "commit": "abc",
-    }
-    rows = []
-    for job in train_rows.plan(replace(chosen, rounds=1)):
-        factor = {"hf": 1.0, "ours": 1.3, "liger": 1.25, "compile": 0.0}[job["arm"]]
-        speed = 100.0 * factor * job["processes"] ** 0.5
-        good = GOOD | {"run": 0, "tokens_per_s": speed, "peak_allocated_gib": 20.0 / (factor or 1)}
-        rounds = [good, good | {"tokens_per_s": speed * 1.1}, good | {"tokens_per_s": speed * 0.9}]
-        if job["arm"] == "compile":
-            rounds = [{"status": "absent", "note": "", "run": 0}]
-        elif job["arm"] == "hf" and job["point"] == chosen.points[-1].name:
-            rounds = [OOM | {"run": 0}]
-        rows.append(train_rows.combine(job, rounds) | {"run": 0})
-    return {"suite": chosen.about, "runs": [run], "results": rows}
-
-
-@pytest.mark.parametrize("name", ["paper_models", "paper_lengths", "paper_four_gpus"])
-def test_plots_and_tables(name, tmp_path):
-    stem = f"train-{name}-gpu"
-    (tmp_path / f"{stem}.json").write_text(json.dumps(train_data(name)))
-    page = tmp_path / "page.md"
-    page.write_text(f"a\n<!-- table:{stem} -->\nold\n<!-- /table -->\n<!-- table:{stem}-average -->\n<!-- /table -->\n")
-    assert plot.main(["--results", str(tmp_path), "--update", str(page)]) == 0
-    assert (tmp_path / f"{stem}.png").read_bytes().startswith(b"\x89PNG")
-    text = page.read_text()
-    for part in ("+30.0%", "-23.1%", "20.0%", "OOM", "absent: compile", "Some GPU", "with padding"):
-        assert part in text, part
-    average = text[text.index(f"table:{stem}-average") :].splitlines()
-    assert any(line.startswith("| liger_trainer |     HF eager |   +30.0%") for line in average), average
-    assert any(line.startswith("| liger_trainer | liger-kernel |    +4.0%") for line in average), average
-    assert "old" not in text
-    if name == "paper_four_gpus":
-        assert "70.7%" in text, "scaling from one device to two by the square root"
-    assert plot.main(["--results", str(tmp_path), "--update", str(page)]) == 0
-    assert page.read_text() == text
-
-
-@pytest.mark.parametrize(
-    ("name", "group"),
-    [
-        ("nvjet_tst_256x128_64x4_2x1_v_bz_coopA_NNT", "GEMM"),
-        ("void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<64, cutlass::bfloat16_t>>", "attention"),
-        ("fmha_cutlassF_bf16_aligned_64x64_rf_sm80", "attention"),
-        ("void at::native::multi_tensor_apply_kernel<FusedAdamMathFunctor<c10::BFloat16>>", "optimizer"),
-        ("_rms_norm_bwd_kernel", "norm"),
-        ("_rope_kernel", "rope"),
-        ("_gated_fwd_kernel", "GLU"),
-        ("_loss_grad_rows_kernel", "CE"),
-        ("void at::native::cunn_SoftMaxForward<8, float>", "CE"),
-        ("Memcpy DtoD (Device -> Device)", "copy and fill"),
-        ("void at::native::reduce_kernel<512, 1>", "other"),
-    ],
-)
-def test_kernels_are_grouped(name, group):
-    assert profile_step.group_of(name) == group
-
-
-def test_the_command_line_needs_no_torch():
-    code = "import sys; sys.path.insert(0, sys.argv[1]); import benchmarks.train; print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code, str(ROOT)], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"

@@ -1,0 +1,86 @@
+"""A hash of all that decides what a round of the training benchmark measures, made from files: the benchmark also runs
+in trees without git. Imports no torch.
+
+Python sources count without comments, docstrings and layout.
+"""
+
+import ast
+import hashlib
+import inspect
+import json
+import textwrap
+from functools import cache
+from pathlib import Path
+
+import yaml
+
+from benchmarks.common import ROOT
+from benchmarks.train_arms import ARMS
+
+PACKAGES = ("torch", "triton", "transformers", "trl", "accelerate")  # in every run; TRL has the recipes' ModelConfig
+DISTRIBUTIONS = {"liger_kernel": "liger-kernel"}  # where the name of the package to install is another
+# What reads the recipe, builds the Trainer and takes the numbers, in every arm; names: these definitions alone.
+IN_EVERY_ARM = {
+    "liger_trainer/recipe.py": (),
+    "liger_trainer/synthetic.py": (),
+    "liger_trainer/train.py": ("model_config", "build_dataset", "build_tokenizer", "build_model", "build_trainer"),
+    "benchmarks/train_worker.py": ("overrides_of", "train", "over_ranks"),
+    "benchmarks/step_meter.py": (),
+}
+MEDUSA = ("liger_trainer/medusa.py", "liger_trainer/medusa_loss.py")
+
+
+def fingerprint(job: dict, packages: dict[str, str | None]) -> str:
+    """The hash of ``job``, 16 hexadecimal digits.
+
+    Args:
+        job: as ``train_rows.plan`` makes it, with ``device`` and ``profile``.
+        packages: installed versions, as ``common.describe_software`` gives them.
+    """
+    arm = ARMS[job["arm"]]
+    recipe = yaml.safe_load((ROOT / job["recipe"]).read_text()) | job["overrides"] | arm.overrides
+    recipe.pop("output_dir", None)
+    launch = (ROOT / job["config_file"]).read_text()
+    used = [*PACKAGES, *(DISTRIBUTIONS.get(name, name) for name in arm.packages)]
+    if yaml.safe_load(launch)["distributed_type"] == "DEEPSPEED":
+        used.append("deepspeed")
+    parts = {
+        "recipe": recipe,
+        "launch": [launch, job["processes"]],
+        "measured": [job[key] for key in ("warmup", "steps", "window", "device", "profile")],
+        "arm": [arm.packages, arm.arguments, _normal(textwrap.dedent(inspect.getsource(arm.prepare)))],
+        "packages": {name: packages.get(name) for name in used},
+        "sources": {path: _source(ROOT / path, names) for path, names in IN_EVERY_ARM.items()},
+    }
+    if recipe.get("medusa_heads"):
+        parts["medusa"] = [_source(ROOT / path) for path in MEDUSA]
+    if recipe.get("use_liger"):
+        parts["ours"] = our_sources()
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@cache
+def our_sources() -> str:
+    """A hash of the sources in ``kernels`` and ``liger_trainer``."""
+    files = sorted(path for folder in ("kernels", "liger_trainer") for path in (ROOT / folder).rglob("*.py"))
+    content = [(str(path.relative_to(ROOT)), _source(path)) for path in files]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+@cache
+def _source(path: Path, names: tuple[str, ...] = ()) -> str:
+    """A file's normal form, or that of its definitions ``names``."""
+    return _normal(path.read_text(encoding="utf-8"), names)
+
+
+def _normal(text: str, names: tuple[str, ...] = ()) -> str:
+    tree = ast.parse(text)
+    if names:
+        found = {getattr(node, "name", None): node for node in tree.body}
+        tree.body = [found[name] for name in names]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(
+            node, clean=False
+        ):
+            del node.body[0]
+    return ast.dump(tree)
