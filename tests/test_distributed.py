@@ -53,6 +53,7 @@ JOBS = {
             Case("zero2", model_type="qwen2", triton=True),
             Case("zero2", lora=True, accumulation=4),
             Case("zero2", "sft", accumulation=4),
+            Case("zero2", "sft", "qwen2", lora=True),
             Case("zero3", checkpoint=True),
             Case("zero3", triton=True),
             Case("zero3", model_type="qwen2", accumulation=4),
