@@ -149,10 +149,13 @@ class ResultFile:
     def _key(self, row: dict) -> str:
         return json.dumps([row.get(k) for k in self.keys], sort_keys=True)
 
-    def add(self, row: dict) -> None:
-        """Add or replace one row and write the file. A row, and a round of it, without a ``run`` is of this run."""
+    def add(self, row: dict, keep_run: bool = False) -> None:
+        """Add or replace one row and write the file. A row, and a round of it, without a ``run`` is of this run.
+
+        ``keep_run``: the row stays of the run that it names; only what is said of it has changed.
+        """
         current = {"run": len(self.runs) - 1}
-        row = row | current
+        row = row if keep_run else row | current
         if "rounds" in row:
             row["rounds"] = [current | each for each in row["rounds"]]
         self.rows = [r for r in self.rows if self._key(r) != self._key(row)] + [row]

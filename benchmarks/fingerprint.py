@@ -1,14 +1,16 @@
-"""A hash of all that decides what a round of the training benchmark measures, made from files: the benchmark also runs
-in trees without git. Imports no torch.
+"""A hash of all that decides what a round of the training benchmark measures.
 
-Python sources count without comments, docstrings and layout.
+It is made from files: the benchmark also runs in trees without git. Imports no torch.
+
+Python sources count without comments, docstrings and layout. How they are parsed depends on the version of Python, so
+that is a part of the hash, too.
 """
 
 import ast
 import hashlib
-import inspect
 import json
-import textwrap
+import os
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -24,10 +26,12 @@ IN_EVERY_ARM = {
     "liger_trainer/recipe.py": (),
     "liger_trainer/synthetic.py": (),
     "liger_trainer/train.py": ("model_config", "build_dataset", "build_tokenizer", "build_model", "build_trainer"),
-    "benchmarks/train_worker.py": ("overrides_of", "train", "over_ranks"),
+    "benchmarks/train_arms.py": (),
+    "benchmarks/train_worker.py": ("overrides_of", "train", "over_ranks", "shown", "failure"),
     "benchmarks/step_meter.py": (),
 }
-MEDUSA = ("liger_trainer/medusa.py", "liger_trainer/medusa_loss.py")
+MEDUSA = tuple(f"liger_trainer/{name}.py" for name in ("medusa", "medusa_heads", "medusa_loss", "head_probe"))
+ENVIRONMENT = ("PYTORCH_", "NCCL_", "CUBLAS_")  # what starts with these decides speed and memory
 
 
 def fingerprint(job: dict, packages: dict[str, str | None]) -> str:
@@ -40,15 +44,19 @@ def fingerprint(job: dict, packages: dict[str, str | None]) -> str:
     arm = ARMS[job["arm"]]
     recipe = yaml.safe_load((ROOT / job["recipe"]).read_text()) | job["overrides"] | arm.overrides
     recipe.pop("output_dir", None)
-    launch = (ROOT / job["config_file"]).read_text()
+    launch = yaml.safe_load((ROOT / job["config_file"]).read_text())
     used = [*PACKAGES, *(DISTRIBUTIONS.get(name, name) for name in arm.packages)]
-    if yaml.safe_load(launch)["distributed_type"] == "DEEPSPEED":
+    if launch["distributed_type"] == "DEEPSPEED":
         used.append("deepspeed")
+    if recipe.get("use_peft"):
+        used.append("peft")
     parts = {
         "recipe": recipe,
         "launch": [launch, job["processes"]],
         "measured": [job[key] for key in ("warmup", "steps", "window", "device", "profile")],
-        "arm": [arm.packages, arm.arguments, _normal(textwrap.dedent(inspect.getsource(arm.prepare)))],
+        "arm": job["arm"],
+        "python": sys.version_info[:2],
+        "environment": {name: value for name, value in os.environ.items() if name.startswith(ENVIRONMENT)},
         "packages": {name: packages.get(name) for name in used},
         "sources": {path: _source(ROOT / path, names) for path, names in IN_EVERY_ARM.items()},
     }

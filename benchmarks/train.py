@@ -180,7 +180,7 @@ class Run:
         for row in here.values():
             judged = train_rows.judge(row, here.get("hf"))
             if judged != row:
-                self.results.add(judged)
+                self.results.add(judged, keep_run=True)
 
     def rows(self) -> list[dict]:
         """The rows that this run is about."""

@@ -89,7 +89,6 @@ def is_settled(rounds: list[dict]) -> bool:
 def combine(job: dict, rounds: list[dict]) -> dict:
     """The row of one arm: medians over its good rounds, or what went wrong in the last one."""
     row = {k: v for k, v in job.items() if k not in ("round", "device", "profile", "fingerprint")}
-    row["counts"] = dict(Counter(r["status"] for r in rounds))
     good = [r for r in rounds if r["status"] == "ok"]
     if not good:
         return row | {"status": rounds[-1]["status"], "note": rounds[-1].get("note", ""), "rounds": rounds}
@@ -109,6 +108,8 @@ def judge(row: dict, hf: dict | None) -> dict:
         return row
     row = {k: v for k, v in row.items() if k != "note"} | {"status": "ok"}
     ours, theirs = (r.get("first_grad_norm") if r else None for r in (row, hf))
+    if hf is not None and any(row.get(k) != hf.get(k) for k in SETTINGS):
+        return row  # HF's row is of other settings: not the same work
     if ours is None or theirs is None or abs(ours - theirs) <= GRAD_NORM_TOLERANCE * theirs:
         return row
     return row | {"status": "inexact", "note": f"first gradient norm {ours:.4g}, that of HF {theirs:.4g}"}
@@ -116,9 +117,9 @@ def judge(row: dict, hf: dict | None) -> dict:
 
 def has_failed(row: dict) -> bool:
     """Whether a row of ours is not what it should be: an error, out of memory in some rounds only, inexact."""
-    counts = row["counts"]
+    counts = {round_["status"] for round_ in row["rounds"]}
     return row["arm"].startswith("ours") and (
-        row["status"] == "inexact" or "error" in counts or {"ok", "oom"} <= set(counts)
+        row["status"] == "inexact" or "error" in counts or {"ok", "oom"} <= counts
     )
 
 

@@ -284,7 +284,13 @@ def check_launch(launch: Launch):
         return
     if not Path(launch.config_file).is_file():
         raise RecipeError(f"config_file: no such file: {launch.config_file!r}")
-    machines = yaml.safe_load(Path(launch.config_file).read_text(encoding="utf-8")).get("num_machines", 1)
+    try:
+        settings = yaml.safe_load(Path(launch.config_file).read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise RecipeError(f"config_file: {launch.config_file!r} is no YAML: {error}") from error
+    if not isinstance(settings, dict):
+        raise RecipeError(f"config_file: {launch.config_file!r} must hold a mapping, got {type(settings).__name__}")
+    machines = settings.get("num_machines", 1)
     if machines != 1:
         raise RecipeError(f"config_file must be for one machine, got num_machines {machines} in {launch.config_file!r}")
 

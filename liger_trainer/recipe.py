@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 import yaml
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import CONFIG_MAPPING, HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import string_to_bool
 from trl import ModelConfig
 
@@ -84,8 +84,14 @@ class RecipeArguments:
                 self.model_config = json.loads(self.model_config)
             except json.JSONDecodeError as error:
                 raise ValueError(f"model_config must be a JSON object, got {self.model_config!r}: {error}") from error
-        if self.model_config is not None and "model_type" not in self.model_config:
-            raise ValueError(f"model_config needs a model_type, such as llama; got {self.model_config}")
+        if self.model_config is not None and not isinstance(self.model_config, dict):
+            raise ValueError(f"model_config must be a JSON object, got {self.model_config!r}")
+        if self.model_config is not None and self.model_config.get("model_type") not in CONFIG_MAPPING:
+            kind = self.model_config.get("model_type")
+            raise ValueError(
+                f"model_config needs a model_type that transformers has, such as llama; got {kind!r}"
+                f"{nearest(str(kind), list(CONFIG_MAPPING))}"
+            )
         if self.offline and self.model_config is None:
             raise ValueError("offline needs model_config, the shape of the model that gets random weights; got none")
         if self.offline and self.dataset != EMBEDDED and Path(self.dataset).suffix not in READERS:

@@ -159,6 +159,8 @@ def build_trainer(recipe: Recipe) -> Trainer:
             desc="Tokenizing",
         ).filter(has_loss, desc="Dropping examples cut before their answer")
     splits = {"train": dataset, "test": None}
+    if run.eval_examples >= len(dataset):
+        raise RecipeError(f"eval_examples must be fewer than the {len(dataset)} examples, got {run.eval_examples}")
     if run.eval_examples:
         splits = dataset.train_test_split(test_size=run.eval_examples, seed=args.seed)
     common = {
@@ -176,7 +178,10 @@ def build_trainer(recipe: Recipe) -> Trainer:
 
             model = get_peft_model(model, peft_config)
         if recipe.medusa is not None:
-            model = MedusaModel.from_causal_lm(model, recipe.medusa)
+            try:
+                model = MedusaModel.from_causal_lm(model, recipe.medusa)
+            except ValueError as error:
+                raise RecipeError(f"medusa_heads: {error}") from error
         collator = DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=recipe.pad_to_multiple_of)
         # The Trainer only saves it beside the model: one that stands in for synthetic rows is not worth that.
         saved = None if run.dataset == synthetic.SYNTHETIC else tokenizer

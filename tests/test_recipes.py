@@ -89,6 +89,8 @@ def test_keys_may_be_spelled_with_dashes(tmp_path):
         ({"trainer": "stf"}, [], r"trainer must be one of trainer, sft, got 'stf' \(did you mean 'sft'\?\)"),
         ({"model_config": None}, [], "give model_name_or_path, or model_config for random weights; got neither"),
         ({"model_config": {"hidden_size": 8}}, [], "model_config needs a model_type"),
+        ({}, ["--model_config", '{"model_type": "lama"}'], "got 'lama'.*llama"),
+        ({}, ["--model_config", "5"], "model_config must be a JSON object, got 5"),
         ({"model_config": "{"}, [], "model_config must be a JSON object"),
         ({"use_liger": True, "liger_config": {"rop": False}}, [], "unknown key 'rop'"),
         ({"use_liger": True, "use_liger_kernel": True}, [], "use_liger_kernel"),
