@@ -13,8 +13,9 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
+
+from liger_trainer.environment import versions
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -94,13 +95,7 @@ def run_worker(command: Sequence[str], timeout: float, all_devices: bool = False
 
 def describe_software() -> dict:
     """Python and the versions of the packages that matter; ``None`` where one is not installed."""
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = None
-    return {"python": platform.python_version(), "packages": versions}
+    return {"python": platform.python_version(), "packages": versions(PACKAGES)}
 
 
 def current_commit(explicit: str | None = None) -> str:

@@ -3,7 +3,6 @@
 import gc
 import math
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import describe_software
+from liger_trainer.environment import nvidia_driver
 
 WARMUP_MS, REP_MS, MIN_REPS, MAX_REPS = 25, 100, 7, 200
 FLUSH_BYTES = 1 << 28  # several times any L2 cache
@@ -24,12 +24,7 @@ def describe_device(device: str) -> dict:
     """The message with which a worker introduces itself: device, driver and package versions."""
     about = {"kind": "hello", "device": "cpu", "driver": None, "cuda": torch.version.cuda, **describe_software()}
     if device == "cuda":
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        try:
-            driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
-        except (OSError, subprocess.CalledProcessError, IndexError) as error:
-            driver = f"unknown: {type(error).__name__}"
-        about |= {"device": torch.cuda.get_device_name(), "driver": driver}
+        about |= {"device": torch.cuda.get_device_name(), "driver": nvidia_driver()}
     return about
 
 

@@ -22,22 +22,15 @@ from benchmarks.common import emit
 from benchmarks.measure import describe_device
 from benchmarks.train_arms import ARMS
 
-OUT_OF_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")  # in errors of other types: cuBLAS, NCCL, the driver
 # Needed to train, slow to import, and harmless to the device.
 SLOW_IMPORTS = ("liger_trainer.train", "transformers.models.auto.modeling_auto", "benchmarks.step_meter")
 
 
 def flags(overrides: dict) -> list[str]:
-    """Overrides as a recipe's command line."""
-    words = []
-    for key, value in overrides.items():
-        if isinstance(value, list):
-            words += [f"--{key}", *map(str, value)]
-        elif value is None:
-            words += [f"--{key}", "null"]
-        else:
-            words.append(f"--{key}={json.dumps(value) if isinstance(value, dict | bool) else value}")
-    return words
+    """Overrides as a recipe's command line, on which ``None`` unsets a key."""
+    from liger_trainer.recipe import as_flags
+
+    return [*as_flags(overrides), *(word for k, v in overrides.items() if v is None for word in (f"--{k}", "null"))]
 
 
 def overrides_of(job: dict, folder: str) -> dict:
@@ -166,9 +159,10 @@ def stand_by(job: dict) -> bool:
 
 def failure(error: Exception) -> dict:
     """The row of a run that failed: out of memory, which is a result, or anything else."""
-    text = f"{type(error).__name__}: {error}"
-    short_of_memory = isinstance(error, torch.OutOfMemoryError) or any(word in text for word in OUT_OF_MEMORY)
-    return {"status": "oom" if short_of_memory else "error", "note": text[:400]}
+    from liger_trainer.failures import is_out_of_memory
+
+    status = "oom" if is_out_of_memory(error) else "error"
+    return {"status": status, "note": f"{type(error).__name__}: {error}"[:400]}
 
 
 def run(job: dict) -> None:

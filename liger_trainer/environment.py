@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Iterable
 from importlib import metadata
 
 PACKAGES = ("liger-trainer", "torch", "triton", "transformers", "accelerate", "trl", "peft", "datasets", "deepspeed")
@@ -9,12 +10,7 @@ PACKAGES = ("liger-trainer", "torch", "triton", "transformers", "accelerate", "t
 
 def environment() -> dict[str, str | list[str] | None]:
     """Versions of what matters and the names of the GPUs; starts the first GPU if there is one."""
-    facts = {"python": sys.version.split()[0]}
-    for name in PACKAGES:
-        try:
-            facts[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            facts[name] = None
+    facts = {"python": sys.version.split()[0], **versions(PACKAGES)}
     import torch
 
     facts["cuda"] = torch.version.cuda
@@ -23,11 +19,22 @@ def environment() -> dict[str, str | list[str] | None]:
     return facts
 
 
+def versions(packages: Iterable[str]) -> dict[str, str | None]:
+    """The version of each package, ``None`` where it is not installed."""
+    found = {}
+    for name in packages:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
 def nvidia_driver() -> str | None:
     """Version of the NVIDIA driver, or ``None`` without one."""
     try:
         command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
-    except (FileNotFoundError, subprocess.CalledProcessError):
+    except (OSError, subprocess.CalledProcessError):
         return None
     return lines[0] if lines else None

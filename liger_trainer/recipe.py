@@ -182,7 +182,7 @@ def parse_recipe(argv: list[str]) -> Recipe:
     path = argv[0]
     content, overrides = _read(argv)
     # As flags before those of the command line, YAML values meet the same checks and lose against the latter.
-    flags = [*_flags(content), *overrides]
+    flags = [*as_flags(content), *overrides]
 
     first = _Parser(allow_abbrev=False, add_help=False)
     first.add_argument("--trainer", default="trainer")
@@ -229,7 +229,7 @@ def peek(argv: list[str], key: str) -> str | None:
     content, overrides = _read(argv)
     parser = _Parser(allow_abbrev=False, add_help=False)
     parser.add_argument(f"--{key}", nargs="?", const="true")
-    return getattr(parser.parse_known_args([*_flags(content), *overrides])[0], key)
+    return getattr(parser.parse_known_args([*as_flags(content), *overrides])[0], key)
 
 
 def _read(argv: list[str]) -> tuple[dict, list[str]]:
@@ -345,13 +345,14 @@ def _unset(content: dict, overrides: list[str]) -> tuple[dict, list[str]]:
     return content, rest
 
 
-def _flags(content: dict) -> list[str]:
-    flags = []
+def as_flags(content: dict) -> list[str]:
+    """A mapping of keys to values as a command line; ``None`` leaves a key alone."""
+    words = []
     for key, value in content.items():
         if value is None:  # `key:` with nothing after it leaves the default
             continue
         if isinstance(value, list):
-            flags += [f"--{key}", *map(str, value)]
+            words += [f"--{key}", *map(str, value)]
         else:
-            flags.append(f"--{key}={json.dumps(value) if isinstance(value, dict | bool) else value}")
-    return flags
+            words.append(f"--{key}={json.dumps(value) if isinstance(value, dict | bool) else value}")
+    return words
