@@ -1,4 +1,4 @@
-"""Starts the workers of the training benchmark, each a fresh ``accelerate launch``, one after another."""
+"""Starts the workers of the training benchmark, each a fresh ``accelerate launch``, and lets them run one by one."""
 
 import contextlib
 import json
@@ -9,12 +9,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 from benchmarks.common import PREFIX, ROOT
 
 WORKER = "benchmarks.train_worker"
 GRACE_S = 10  # for a launcher to end its ranks
+POLL_S = 0.02
+LARGEST_WAVE = 16  # ranks, of some 1 GB of memory each while they wait
 
 
 def free_port() -> int:
@@ -41,7 +44,7 @@ class Worker:
     """One launched job; its ranks do their imports and wait at the gate, a file that tells them to go or to stop."""
 
     def __init__(self, job: dict, folder: Path, module: str):
-        self.gate = folder / "gate"
+        self.gate, self.ready = folder / "gate", [folder / f"ready{rank}" for rank in range(job["processes"])]
         self.log = (folder / "log").open("w+", errors="replace")
         job = job | {"gate": str(self.gate), "owner": os.getpid()}
         command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / job["config_file"]),
@@ -50,6 +53,10 @@ class Worker:
         self.process = subprocess.Popen(
             command, cwd=ROOT, env=environment(job), stdout=self.log, stderr=subprocess.STDOUT, start_new_session=True
         )
+
+    def is_ready(self) -> bool:
+        """Whether all its ranks wait at the gate; also where it has ended, so that nobody waits for it."""
+        return self.process.poll() is not None or all(file.exists() for file in self.ready)
 
     def finish(self, timeout: float) -> dict:
         """Let it go and wait for its end: its row, with ``seconds``, or one that says how it failed."""
@@ -90,20 +97,22 @@ class Worker:
 
 
 class Relay:
-    """Runs jobs in order, the next one already started, with its imports done, while one runs.
+    """Runs jobs in order, each in a worker of its own that has done its imports before the first of them trains.
 
-    A waiting worker has not touched the device. Its imports, seconds of one core, overlap with the beginning of the job
-    that runs: mostly with the making of its model and its warm-up. To let that job wait for them would cost the device
-    as many idle seconds in every job, since they cannot begin earlier without overlapping with the job before it.
+    Imports take a worker up to 20 s and do not touch the device. Beside a job that is measured they would slow its host
+    down, by several percent of a step of 0.1 s (benchmarks/NOTES.md); one by one, the device would idle all that time.
+    So workers are started in waves, all of one at once, and the first trains when the last is ready.
 
     Args:
         jobs: all jobs that may run, in their order.
-        timeout: seconds a job may take, as the last resort against a hang.
+        timeout: seconds a job may take, and a wave to get ready, as the last resort against a hang.
         module: what the ranks run.
+        wave: ranks of a wave, at least those of one job; by default one for each processor, at most 16.
     """
 
-    def __init__(self, jobs: list[dict], timeout: float, module: str = WORKER):
+    def __init__(self, jobs: list[dict], timeout: float, module: str = WORKER, wave: int | None = None):
         self.jobs, self.timeout, self.module, self.started = jobs, timeout, module, {}
+        self.wave = wave or min(len(os.sched_getaffinity(0)), LARGEST_WAVE)
 
     def __enter__(self):
         self.folder = tempfile.TemporaryDirectory()
@@ -114,17 +123,24 @@ class Relay:
             worker.stop()
         self.folder.cleanup()
 
-    def start(self, index: int) -> None:
-        """Let the worker of ``jobs[index]`` get ready, where there is one and it has not been started."""
-        if index < len(self.jobs) and index not in self.started:
+    def start(self, indexes: Iterable[int]) -> None:
+        """Start the workers of a wave, the first ``jobs[i] for i in indexes``, and wait until they are ready."""
+        ranks = 0
+        for index in indexes:
+            ranks += self.jobs[index]["processes"]
+            if self.started and ranks > self.wave:
+                break
             folder = Path(self.folder.name) / str(index)
             folder.mkdir()
             self.started[index] = Worker(self.jobs[index], folder, self.module)
+        end = time.monotonic() + self.timeout
+        while time.monotonic() < end and not all(worker.is_ready() for worker in self.started.values()):
+            time.sleep(POLL_S)
 
-    def run(self, index: int, following: int) -> dict:
-        """The row of ``jobs[index]``; the worker of ``jobs[following]`` gets ready meanwhile."""
-        self.start(index)
-        self.start(following)
+    def run(self, index: int, later: Iterable[int]) -> dict:
+        """The row of ``jobs[index]``; where a new wave begins with it, jobs of ``later`` may be of that wave."""
+        if index not in self.started:
+            self.start([index, *later])
         row = self.started[index].finish(self.timeout)  # until then it is one of those that __exit__ ends
         del self.started[index]
         return row

@@ -215,7 +215,7 @@ class Run:
                 if missing:
                     round_ = {"status": "absent", "note": f"{', '.join(missing)} not installed"}
                 elif in_budget:
-                    round_ = relay.run(index, self.following(index))
+                    round_ = relay.run(index, self.later(index))
                     self.seconds.setdefault((job["point"], job["launch"]), []).append(round_["seconds"])
                 else:
                     relay.skip(index)
@@ -226,12 +226,10 @@ class Run:
         progress.close()
         return in_budget
 
-    def following(self, index: int) -> int:
-        """The next job that will need a worker, as far as is known now."""
-        for later in range(index + 1, len(self.jobs)):
-            if not self.is_done(self.jobs[later]) and not train_rows.missing_packages(self.jobs[later]):
-                return later
-        return len(self.jobs)
+    def later(self, index: int) -> list[int]:
+        """The jobs after ``index`` that will need a worker, as far as is known now."""
+        behind = range(index + 1, len(self.jobs))
+        return [i for i in behind if not self.is_done(self.jobs[i]) and not train_rows.missing_packages(self.jobs[i])]
 
 
 def check_same_suite(path: Path, chosen: suite.Suite) -> None:

@@ -145,13 +145,14 @@ def end_with(owner: int) -> None:
 
 
 def stand_by(job: dict) -> bool:
-    """Do the slow imports, then wait for the word: the worker before this one has the device until then."""
+    """Do the slow imports, say so, then wait for the word: the workers before this one have the device until then."""
     for name in SLOW_IMPORTS:
         importlib.import_module(name)
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         importlib.import_module("deepspeed")
     ARMS[job["arm"]].import_packages()
     gate = Path(job["gate"])
+    gate.with_name(f"ready{os.environ.get('RANK', '0')}").touch()
     while not gate.exists():
         time.sleep(0.02)
     return gate.read_text() == "go"

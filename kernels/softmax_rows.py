@@ -24,10 +24,12 @@ from .loss_args import LogitTransform
 
 NUM_STATS = 5
 ELEMENTS_PER_THREAD = 8  # a 16-byte load of bf16; two loads are in flight at a time
-STREAM_WARPS = 8  # several programs share an SM, where there are more rows than SMs
-# One program holds an SM, so that the 132 rows in work fit in the 50 MB L2 cache of an H100 until their second pass.
-RESIDENT_WARPS = 32
-RESIDENT_ALL_STATS_WARPS = 16  # five statistics' accumulators do not fit in the 64 registers that 32 warps leave
+# The fewer programs share an SM, the more warps each needs to keep loads in flight.
+STREAM_WARPS = 8  # several programs an SM: rows that are read once
+# Where a second pass follows, the rows in work should still be in the 50 MB L2 cache of an H100: two programs an SM
+# (264 rows of 128 KiB are 35 MB), or one where rows are larger.
+PAIR_WARPS, ALONE_WARPS, PAIR_ROW_BYTES = 16, 32, 128 * 1024
+ALL_STATS_WARPS = 16  # five statistics' accumulators do not fit in the 64 registers that 32 warps leave
 
 
 @triton.jit
@@ -245,6 +247,15 @@ def _block(num_cols: int, max_warps: int) -> tuple[int, tuple[tuple[str, int], .
     return lanes, (("num_warps", min(max_warps, max(4, lanes // (32 * ELEMENTS_PER_THREAD)))),)
 
 
+def _num_warps(logits: Tensor, two_passes: bool) -> int:
+    num_rows, num_cols = logits.shape
+    if num_rows <= sm_count(logits):
+        return ALONE_WARPS
+    if not two_passes:
+        return STREAM_WARPS
+    return PAIR_WARPS if num_cols * logits.element_size() <= PAIR_ROW_BYTES else ALONE_WARPS
+
+
 def loss_rows(
     logits: Tensor, labels: Tensor, loss: Tensor, lse: Tensor, transform: LogitTransform, *, ignore_index: int,
     label_smoothing: float = 0.0, z_loss: float = 0.0, token_weights: Tensor | None = None, stats: Tensor | None = None,
@@ -257,8 +268,8 @@ def loss_rows(
     """
     num_rows, num_cols = logits.shape
     level = 0 if stats is None else 1 + all_stats
-    warps = STREAM_WARPS if not write_grad and num_rows > sm_count(logits) else RESIDENT_WARPS
-    lanes, options = _block(num_cols, RESIDENT_ALL_STATS_WARPS if all_stats and warps == RESIDENT_WARPS else warps)
+    warps = _num_warps(logits, two_passes=write_grad)
+    lanes, options = _block(num_cols, min(warps, ALL_STATS_WARPS) if all_stats else warps)
     _launch_loss(
         (num_rows, 1, 1),
         (logits, labels, token_weights, num_items, loss, lse, stats),
@@ -282,7 +293,7 @@ def loss_grad_rows(
     ``grad`` is ``[num_rows]`` or one element for all rows; ``scale`` fp32, one element.
     """
     num_rows, num_cols = logits.shape
-    lanes, options = _block(num_cols, STREAM_WARPS if num_rows > sm_count(logits) else RESIDENT_WARPS)
+    lanes, options = _block(num_cols, _num_warps(logits, two_passes=False))
     _launch_loss_grad(
         (num_rows, 1, 1),
         (logits, dlogits, labels, lse, grad, token_weights, scale),

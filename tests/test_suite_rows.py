@@ -154,7 +154,7 @@ def test_a_spent_budget_an_absent_package_and_a_known_oom_start_no_worker(tmp_pa
     arm = train_arms.Arm({}, ("a_package_nobody_has",))
     monkeypatch.setitem(train_arms.ARMS, "liger", arm)
     started = []
-    monkeypatch.setattr(relay.Relay, "start", lambda self, index: None)
+    monkeypatch.setattr(relay.Relay, "start", lambda self, indexes: None)
     monkeypatch.setattr(relay.Relay, "run", lambda self, index, next_: started.append(self.jobs[index]["arm"]) or
                         (OOM if self.jobs[index]["arm"] == "hf" else GOOD) | {"seconds": 1.0})  # fmt: skip
     hello = {"device": "gpu", "driver": "1", "packages": {"torch": "2"}, "devices": 1}
@@ -177,7 +177,7 @@ def test_a_spent_budget_an_absent_package_and_a_known_oom_start_no_worker(tmp_pa
 def test_the_rows_of_a_place_are_held_against_hf_whichever_comes_first(tmp_path, monkeypatch):
     hello = {"device": "gpu", "driver": "1", "packages": {}, "devices": 2}
     norms = {"ours": 2.2, "hf": 2.0, "liger": 2.05}
-    monkeypatch.setattr(relay.Relay, "start", lambda self, index: None)
+    monkeypatch.setattr(relay.Relay, "start", lambda self, indexes: None)
     monkeypatch.setattr(relay.Relay, "run", lambda self, index, next_: GOOD | {"seconds": 1.0} |
                         {"first_grad_norm": norms[self.jobs[index]["arm"]]})  # fmt: skip
     monkeypatch.setattr(train_rows, "missing_packages", lambda job: [])

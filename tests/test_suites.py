@@ -218,9 +218,9 @@ def test_memory_short_on_one_rank_is_a_result_and_a_hang_ends(monkeypatch):
     jobs[1]["config_file"], jobs[1]["processes"] = "configs/single.yaml", 1
     start = time.monotonic()
     with relay.Relay(jobs, timeout=60, module="distributed.bench_rank") as running:
-        oom = running.run(0, 1)
+        oom = running.run(0, [1])
         running.timeout = 2
-        hung = running.run(1, 2)
+        hung = running.run(1, [])
         assert not running.started
     assert (oom["status"], "Tried to allocate" in oom["note"]) == ("oom", True)
     assert hung["status"] == "error"
