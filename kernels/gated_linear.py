@@ -3,7 +3,8 @@
 Forward: the gated kernel, then one GEMM. Saved: gate, up and the weight; a plain gated MLP saves the product as well,
 a third of its activations. Backward: ``dh = dout @ weight``; one kernel reads dh, gate and up and writes both their
 gradients and, on the way, ``h = act(gate) * up`` again; then ``dweight = dout^T h``. Against keeping h, that is one
-more write of h and no more reads.
+more write of h and no more reads. The gradients' memory serves h, too: dup stands in the place of dh, and where h is
+large it is made by column parts, each in the columns of dgate that are filled last.
 
 Under activation checkpointing the forward is run again only to find saved tensors, and torch stops it when it has the
 last one. A Function's tensors are taken when its forward has ended, which would be after a GEMM that nobody needs, 27 %
@@ -19,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from . import reference
 from .autograd import Function
 from .gated import GELU_ERF, GELU_TANH, SILU, check_gated, gated_bwd, gated_fwd
-from .launch import use_triton
+from .launch import cdiv, use_triton
 
 # name -> (the kernel's number, the definition)
 ACTIVATIONS = {
@@ -27,6 +28,11 @@ ACTIVATIONS = {
     "gelu_tanh": (GELU_TANH, lambda gate, up: reference.geglu(gate, up, approximate="tanh")),
     "gelu": (GELU_ERF, lambda gate, up: reference.geglu(gate, up, approximate="none")),
 }
+
+# h of this size or more gets no memory of its own; the launches of its parts would slow down smaller ones.
+PARTED_BYTES = 256 * 2**20
+# More parts mean fewer columns whose gate and up are read twice, and smaller GEMMs (benchmarks/NOTES.md).
+PARTS, PART_ALIGNMENT = 4, 256
 
 
 def _halves(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -43,6 +49,33 @@ def _compute(
         torch.mm(rows, weight.t(), out=out.view(-1, out.shape[-1]))
     else:
         torch.addmm(bias.to(hidden.dtype), rows, weight.t(), out=out.view(-1, out.shape[-1]))
+
+
+def _backward_by_parts(
+    rows: Tensor, dhidden: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, activation: int
+) -> Tensor:
+    """Fill ``dgate``, turn ``dhidden`` into dup, and return dweight ``[H, I]`` in the dtype of ``rows`` ``[N, H]``."""
+    width = gate.shape[-1]
+    part = min(cdiv(cdiv(width, PARTS), PART_ALIGNMENT) * PART_ALIGNMENT, width)
+    tail = width - part
+    dweight = rows.new_empty(rows.shape[1], width)
+
+    def add(span: slice, hidden: Tensor) -> None:
+        torch.mm(rows.t(), hidden.flatten(0, -2), out=dweight[:, span])
+
+    for start in range(0, tail, part):
+        span = slice(start, min(start + part, tail))
+        cut = dhidden[..., span]
+        hidden = dgate[..., tail : tail + cut.shape[-1]]
+        gated_bwd(cut, gate[..., span], up[..., span], dgate[..., span], cut, activation, hidden)
+        add(span, hidden)
+    # The last part's h has to be used before dgate takes its place, so these columns are read twice.
+    last = slice(tail, width)
+    cut, own = dhidden[..., last], dgate[..., last]
+    gated_bwd(cut, gate[..., last], up[..., last], None, None, activation, own)
+    add(last, own)
+    gated_bwd(cut, gate[..., last], up[..., last], own, cut, activation)
+    return dweight
 
 
 class GatedLinearFunction(Function):
@@ -66,15 +99,22 @@ class GatedLinearFunction(Function):
         rows = dout.reshape(-1, dout.shape[-1])
         first, second = _halves(gate, up)
         dhidden = (rows @ weight.to(dout.dtype)).view(first.shape)
-        hidden = torch.empty_like(dhidden) if needs_weight else None
+        dweight = hidden = None
         if up is None:
             dgate, dup = torch.empty_like(gate, memory_format=torch.contiguous_format), None
+            hidden = dhidden if needs_weight else None
             gated_bwd(dhidden, first, second, *dgate.chunk(2, dim=-1), ctx.activation, hidden)
         else:
             dgate = torch.empty_like(dhidden) if needs_gate else None
             dup = dhidden if needs_up else None
-            gated_bwd(dhidden, first, second, dgate, dup, ctx.activation, hidden)
-        dweight = (rows.t() @ hidden.view(-1, first.shape[-1])).to(weight.dtype) if needs_weight else None
+            if needs_gate and needs_up and needs_weight and dhidden.nbytes >= PARTED_BYTES:
+                dweight = _backward_by_parts(rows, dhidden, gate, up, dgate, ctx.activation)
+            else:
+                hidden = torch.empty_like(dhidden) if needs_weight else None
+                gated_bwd(dhidden, gate, up, dgate, dup, ctx.activation, hidden)
+        if hidden is not None:
+            dweight = rows.t() @ hidden.view(-1, first.shape[-1])
+        dweight = None if dweight is None else dweight.to(weight.dtype)
         dbias = rows.sum(0, dtype=torch.float32).to(weight.dtype) if needs_bias else None
         return dgate, dup, dweight, dbias, None
 

@@ -49,6 +49,27 @@ def test_outputs_and_gradients(case, activation, dtype):
         assert_no_worse_than_torch(*row, name=f"result {number}")
 
 
+@pytest.mark.parametrize(
+    ("parts", "widths"),  # of the kernel's calls, the last part's twice
+    [(4, [36, 36]), (4, [256, 88, 256, 256]), (4, [512, 6, 512, 512]), (2, [262, 768, 768])],
+    ids=str,
+)
+def test_gradients_of_a_large_product_come_in_parts(parts, widths, monkeypatch):
+    rounded = as_dtype(make(tokens=(3, 11), width=sum(widths[:-1])), torch.bfloat16)
+    whole = run(gated_linear, rounded, "silu")
+    monkeypatch.setattr(gated_linear_module, "PARTED_BYTES", 0)
+    monkeypatch.setattr(gated_linear_module, "PARTS", parts)
+    made, backward = [], gated_linear_module.gated_bwd
+    monkeypatch.setattr(gated_linear_module, "gated_bwd", lambda dout, *rest: made.append(dout.shape[-1]) or
+                        backward(dout, *rest))  # fmt: skip
+    exact = run(definition, as_dtype(rounded, torch.float64), "silu")
+    ours, same = run(gated_linear, rounded, "silu"), run(definition, rounded, "silu")
+    for number, row in enumerate(zip(ours, same, exact, strict=True)):
+        assert_no_worse_than_torch(*row, name=f"result {number}")
+    assert all(torch.equal(a, b) for a, b in zip(ours[:3], whole[:3], strict=True))  # element-wise
+    assert made == widths
+
+
 def test_product_is_not_kept():
     inputs = make(tokens=(4, 16), width=64, out=8)
     kept = {}
