@@ -1,6 +1,7 @@
 """What every benchmark shares: fresh worker processes, provenance, result files and tables. Imports no torch."""
 
 import contextlib
+import fcntl
 import json
 import os
 import platform
@@ -11,7 +12,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -127,6 +128,7 @@ class ResultFile:
 
     Rows with the same values of ``keys`` replace each other, also across runs: ``row["run"]`` is the index of the
     provenance it was measured under. Where a row has a list of ``rounds``, each of these has its own ``run`` as well.
+    In memory, ``run`` is the provenance itself. Several processes may add rows to one file at a time, each its own.
 
     Args:
         path: the file; rows that are in it stay.
@@ -136,40 +138,55 @@ class ResultFile:
     """
 
     def __init__(self, path: Path, keys: Sequence[str], provenance: dict, about: dict | None = None):
-        self.path, self.keys, self.about = path, keys, about or {}
-        old = json.loads(path.read_text()) if path.exists() else {"runs": [], "results": []}
-        self.runs, self.rows = [*old["runs"], provenance], old["results"]
-        self.new: list[dict] = []
+        self.path, self.keys, self.provenance, self.about = path, keys, provenance, about or {}
+        self.rows = self._read()
 
     def _key(self, row: dict) -> str:
         return json.dumps([row.get(k) for k in self.keys], sort_keys=True)
+
+    def _read(self) -> list[dict]:
+        if not self.path.exists():
+            return []
+        data = json.loads(self.path.read_text())
+        return [_with_runs(row, data["runs"].__getitem__) for row in data["results"]]
 
     def add(self, row: dict, keep_run: bool = False) -> None:
         """Add or replace one row and write the file. A row, and a round of it, without a ``run`` is of this run.
 
         ``keep_run``: the row stays of the run that it names; only what is said of it has changed.
         """
-        current = {"run": len(self.runs) - 1}
-        row = row if keep_run else row | current
+        row = row if keep_run else row | {"run": self.provenance}
         if "rounds" in row:
-            row["rounds"] = [current | each for each in row["rounds"]]
-        self.rows = [r for r in self.rows if self._key(r) != self._key(row)] + [row]
-        self.new = [r for r in self.new if self._key(r) != self._key(row)] + [row]
-        # runs whose every row was measured again are dropped
-        used = sorted({part["run"] for r in self.rows for part in (r, *r.get("rounds", []))})
-        rows = [_renumbered(r, used) for r in self.rows]
+            row["rounds"] = [{"run": self.provenance} | each for each in row["rounds"]]
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        part = self.path.with_suffix(".part")
-        content = self.about | {"runs": [self.runs[i] for i in used], "results": rows}
-        part.write_text(json.dumps(content, indent=1) + "\n")
-        part.replace(self.path)
+        with locked(self.path.parent):
+            self.rows = [r for r in self._read() if self._key(r) != self._key(row)] + [row]
+            runs = []  # those that a row is of
+            for part in (part for each in self.rows for part in (each, *each.get("rounds", []))):
+                if part["run"] not in runs:
+                    runs.append(part["run"])
+            content = self.about | {"runs": runs, "results": [_with_runs(each, runs.index) for each in self.rows]}
+            part = self.path.with_suffix(".part")
+            part.write_text(json.dumps(content, indent=1) + "\n")
+            part.replace(self.path)
 
 
-def _renumbered(row: dict, used: list[int]) -> dict:
-    """``row`` with its runs numbered by their places in ``used``."""
-    row = row | {"run": used.index(row["run"])}
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Until the end of the block, other processes that ask for the same lock wait."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _with_runs(row: dict, run_of: Callable) -> dict:
+    """``row`` with ``run_of(run)`` in the place of its run and of those of its rounds."""
+    row = row | {"run": run_of(row["run"])}
     if "rounds" in row:
-        row["rounds"] = [each | {"run": used.index(each["run"])} for each in row["rounds"]]
+        row["rounds"] = [each | {"run": run_of(each["run"])} for each in row["rounds"]]
     return row
 
 

@@ -83,7 +83,8 @@ def main(argv: list[str] | None = None) -> int:
             row = to_row(arm, message)
             failed |= arm.startswith("ours") and row["status"] in ("error", "oom", "inexact")
             progress.step(describe(row), quiet=row["status"] in ("absent", "unsupported"))
-            if results is not None and row["status"] != "unsupported":
+            # What the budget left out says nothing: an earlier run's row stays.
+            if results is not None and row["status"] not in ("unsupported", "dropped"):
                 if args.host:  # beside the device times of the same op, not in their place
                     row["shape"] += " host"
                 results.add(row)

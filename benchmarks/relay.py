@@ -17,7 +17,7 @@ from benchmarks.common import PREFIX, ROOT
 WORKER = "benchmarks.train_worker"
 GRACE_S = 10  # for a launcher to end its ranks
 POLL_S = 0.02
-LARGEST_WAVE = 16  # ranks, of some 1 GB of memory each while they wait
+LARGEST_WAVE = 32  # ranks, of some 1 GB of memory each while they wait
 
 
 def free_port() -> int:
@@ -107,7 +107,7 @@ class Relay:
         jobs: all jobs that may run, in their order.
         timeout: seconds a job may take, and a wave to get ready, as the last resort against a hang.
         module: what the ranks run.
-        wave: ranks of a wave, at least those of one job; by default one for each processor, at most 16.
+        wave: ranks of a wave, at least those of one job; by default one for each processor, at most 32.
     """
 
     def __init__(self, jobs: list[dict], timeout: float, module: str = WORKER, wave: int | None = None):

@@ -43,6 +43,7 @@ SMOKE_OVERRIDES = {
     "optim": "adamw_torch",
     "per_device_train_batch_size": 2,
     "max_length": 128,
+    "dataloader_num_workers": 0,
 }
 # Sizes that replace a recipe's own; what a model type does not have is left out.
 SMOKE_MODEL = {

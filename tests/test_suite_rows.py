@@ -141,7 +141,7 @@ def test_what_a_result_file_knows_is_kept_and_what_it_does_not_is_run(tmp_path):
         assert not any(train_rows.kept_rounds(job | row, rows, True) for row in before_suites)
     # Each round keeps the provenance it was measured under.
     path = tmp_path / "train.json"
-    for commit, rounds in (("a", [GOOD]), ("b", [GOOD | {"run": 0}, GOOD])):
+    for commit, rounds in (("a", [GOOD]), ("b", [GOOD | {"run": {"commit": "a"}}, GOOD])):
         common.ResultFile(path, train_rows.KEYS, {"commit": commit}).add(train_rows.combine(job, rounds))
     data = json.loads(path.read_text())
     (row,) = data["results"]
@@ -205,7 +205,8 @@ def test_a_result_file_of_a_namesake_and_launches_without_devices_are_refused(tm
     assert "more processes than the 2 devices here: FSDP2 x 4, ZeRO-3 x 4" in capsys.readouterr().out
     assert all(processes < 4 for _, _, processes in run.about()["places"])
     llama = {"recipe": "recipes/paper/llama3_8b.yaml", "point": "a", "launch": "b", "processes": 1, "arm": "hf"}
-    run.results.path.write_text(json.dumps({"suite": four.chosen.about, "runs": [], "results": [llama]}))
+    llama["run"] = 0
+    run.results.path.write_text(json.dumps({"suite": four.chosen.about, "runs": [{}], "results": [llama]}))
     train.Run(train.parse_args(["paper_four_gpus", "--points", "qwen2", "--out", str(tmp_path)]), hello)
     with pytest.raises(ValueError, match="paper_two_gpus: all launches have more processes than the 1 devices"):
         train.Run(train.parse_args(["paper_two_gpus"]), hello | {"devices": 1})
@@ -336,4 +337,17 @@ def test_judging_a_row_keeps_where_it_was_measured(tmp_path):
     later = common.ResultFile(path, ("a",), {"n": 1})
     later.add({"a": 2})
     later.add(later.rows[0] | {"status": "inexact"}, keep_run=True)
-    assert {row["a"]: row["run"] for row in later.rows} == {1: 0, 2: 1}
+    assert {row["a"]: row["run"] for row in later.rows} == {1: {"n": 0}, 2: {"n": 1}}
+
+
+def test_processes_share_a_result_file(tmp_path):
+    path = tmp_path / "x.json"
+    first, second = (common.ResultFile(path, ("a",), {"n": n}) for n in (0, 1))
+    for value in (1, 2, 3):
+        first.add({"a": "first", "v": value})
+        second.add({"a": "second", "v": value})
+    data = json.loads(path.read_text())
+    assert sorted((r["a"], r["v"], data["runs"][r["run"]]["n"]) for r in data["results"]) == [
+        ("first", 3, 0), ("second", 3, 1)
+    ]  # fmt: skip
+    assert [file.name for file in tmp_path.iterdir()] == ["x.json"]
