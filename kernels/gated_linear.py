@@ -78,17 +78,15 @@ def _backward_by_parts(
     return dweight
 
 
-class GatedLinearFunction(Function):
-    """``gated_linear``; all arguments are positional."""
+class _SaveInputs(Function):
+    """The node that saves: returns memory for the result and has the whole op's backward."""
 
     @staticmethod
     def forward(ctx, gate, up, weight, bias, activation):
-        """Save what the layers before and the parameters keep anyway."""
+        """Save what the layers before and the parameters keep anyway; compute nothing."""
         ctx.save_for_backward(gate, up, weight)
         ctx.activation = activation
-        out = gate.new_empty((*gate.shape[:-1], weight.shape[0]))
-        _compute(out, gate, up, weight, bias, activation)
-        return out
+        return gate.new_empty((*gate.shape[:-1], weight.shape[0]))
 
     @staticmethod
     @once_differentiable
@@ -119,15 +117,15 @@ class GatedLinearFunction(Function):
         return dgate, dup, dweight, dbias, None
 
 
-class _SaveInputs(GatedLinearFunction):
-    """The node that saves: returns memory for the result and has the whole op's backward."""
+class GatedLinearFunction(_SaveInputs):
+    """``gated_linear``; all arguments are positional."""
 
     @staticmethod
     def forward(ctx, gate, up, weight, bias, activation):
-        """Compute nothing."""
-        ctx.save_for_backward(gate, up, weight)
-        ctx.activation = activation
-        return gate.new_empty((*gate.shape[:-1], weight.shape[0]))
+        """Save and compute."""
+        out = _SaveInputs.forward(ctx, gate, up, weight, bias, activation)
+        _compute(out, gate, up, weight, bias, activation)
+        return out
 
 
 class _FillResult(Function):
