@@ -150,17 +150,17 @@ class ResultFile:
         data = json.loads(self.path.read_text())
         return [_with_runs(row, data["runs"].__getitem__) for row in data["results"]]
 
-    def add(self, row: dict, keep_run: bool = False) -> None:
-        """Add or replace one row and write the file. A row, and a round of it, without a ``run`` is of this run.
+    def add(self, row: dict, revise: Callable[[list[dict]], list[dict]] = lambda rows: rows) -> None:
+        """Add or replace one row and write the file. The row, and a round of it without a ``run``, is of this run.
 
-        ``keep_run``: the row stays of the run that it names; only what is said of it has changed.
+        ``revise``: takes all rows and returns them with what is to be said differently of them now; their runs stay.
         """
-        row = row if keep_run else row | {"run": self.provenance}
+        row = row | {"run": self.provenance}
         if "rounds" in row:
             row["rounds"] = [{"run": self.provenance} | each for each in row["rounds"]]
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with locked(self.path.parent):
-            self.rows = [r for r in self._read() if self._key(r) != self._key(row)] + [row]
+        with locked(self.path):
+            self.rows = revise([r for r in self._read() if self._key(r) != self._key(row)] + [row])
             runs = []  # those that a row is of
             for part in (part for each in self.rows for part in (each, *each.get("rounds", []))):
                 if part["run"] not in runs:
@@ -172,14 +172,11 @@ class ResultFile:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Until the end of the block, other processes that ask for the same lock wait."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+def locked(path: Path) -> Iterator[None]:
+    """Until the end of the block, other processes that ask for the same lock wait. Leaves ``.NAME.lock`` beside it."""
+    with path.with_name(f".{path.name}.lock").open("w") as lock:  # network file systems lock no folders
+        fcntl.flock(lock, fcntl.LOCK_EX)
         yield
-    finally:
-        os.close(descriptor)
 
 
 def _with_runs(row: dict, run_of: Callable) -> dict:

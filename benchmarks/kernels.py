@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
     ready = {} if args.host or args.smoke else {arm: start_worker(arm) for arm in args.arms}
     for index, arm in enumerate(args.arms):
         seconds = max(end - time.monotonic(), 0) / (len(args.arms) - index)
-        for message in measure_arm(arm, specs, modes, device, seconds, ready.get(arm)):
+        for message in measure_arm(arm, specs, modes, device, seconds, ready.pop(arm, None)):
             if message["kind"] == "hello":
                 if results is None:
                     path = args.out / f"kernels-{common.slug(message['device'])}.json"

@@ -16,15 +16,20 @@ from benchmarks.common import PREFIX, ROOT
 
 WORKER = "benchmarks.train_worker"
 GRACE_S = 10  # for a launcher to end its ranks
+STRAGGLERS_S = 1  # for what is killed to be gone; where nobody reaps the dead, they stay
 POLL_S = 0.02
 LARGEST_WAVE = 32  # ranks, of some 1 GB of memory each while they wait
 
 
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def free_port(taken: set[int]) -> int:
+    """A port that nobody listens on and that is not in ``taken``, to which it is added."""
+    while True:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        if port not in taken:
+            taken.add(port)
+            return port
 
 
 def environment(job: dict) -> dict[str, str]:
@@ -43,12 +48,12 @@ def environment(job: dict) -> dict[str, str]:
 class Worker:
     """One launched job; its ranks do their imports and wait at the gate, a file that tells them to go or to stop."""
 
-    def __init__(self, job: dict, folder: Path, module: str):
+    def __init__(self, job: dict, folder: Path, module: str, port: int):
         self.gate, self.ready = folder / "gate", [folder / f"ready{rank}" for rank in range(job["processes"])]
         self.log = (folder / "log").open("w+", errors="replace")
         job = job | {"gate": str(self.gate), "owner": os.getpid()}
         command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / job["config_file"]),
-                   "--num_processes", str(job["processes"]), "--main_process_port", str(free_port()),
+                   "--num_processes", str(job["processes"]), "--main_process_port", str(port),
                    "-m", module, json.dumps(job)]  # fmt: skip
         self.process = subprocess.Popen(
             command, cwd=ROOT, env=environment(job), stdout=self.log, stderr=subprocess.STDOUT, start_new_session=True
@@ -67,6 +72,7 @@ class Worker:
         except subprocess.TimeoutExpired:
             ending = f"was still running after {timeout:.0f} s"
             self.stop()
+        self._end_stragglers()
         with self.log:
             self.log.seek(0)
             text = self.log.read()
@@ -86,9 +92,24 @@ class Worker:
         self.process.terminate()  # torch's launcher ends its ranks; those of accelerate's are in its process group
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(GRACE_S)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
+        self._end_stragglers()
         self.process.wait()
+
+    def _end_stragglers(self) -> None:
+        """End what a rank has started and left, such as a data loader that still holds the device's files open.
+
+        Ranks of torch's launcher lead process groups of their own; accelerate's are in its group.
+        """
+        groups = {self.process.pid} | {int(file.read_text() or 0) for file in self.ready if file.exists()} - {0}
+        end = time.monotonic() + STRAGGLERS_S
+        while groups and time.monotonic() < end:
+            self.process.poll()  # or it would stay in its group, dead
+            for group in list(groups):
+                try:
+                    os.killpg(group, signal.SIGKILL)
+                except ProcessLookupError:
+                    groups.remove(group)
+            time.sleep(POLL_S)
 
     def _open(self, word: str) -> None:
         draft = self.gate.with_suffix(".draft")
@@ -111,8 +132,9 @@ class Relay:
     """
 
     def __init__(self, jobs: list[dict], timeout: float, module: str = WORKER, wave: int | None = None):
-        self.jobs, self.timeout, self.module, self.started = jobs, timeout, module, {}
+        self.jobs, self.timeout, self.module, self.started, self.ports = jobs, timeout, module, {}, set()
         self.wave = wave or min(len(os.sched_getaffinity(0)), LARGEST_WAVE)
+        self.wave_seconds = 0.0  # how long the last wave took to get ready
 
     def __enter__(self):
         self.folder = tempfile.TemporaryDirectory()
@@ -125,17 +147,17 @@ class Relay:
 
     def start(self, indexes: Iterable[int]) -> None:
         """Start the workers of a wave, the first ``jobs[i] for i in indexes``, and wait until they are ready."""
-        ranks = 0
+        ranks, begin = 0, time.monotonic()
         for index in indexes:
             ranks += self.jobs[index]["processes"]
             if self.started and ranks > self.wave:
                 break
             folder = Path(self.folder.name) / str(index)
             folder.mkdir()
-            self.started[index] = Worker(self.jobs[index], folder, self.module)
-        end = time.monotonic() + self.timeout
-        while time.monotonic() < end and not all(worker.is_ready() for worker in self.started.values()):
+            self.started[index] = Worker(self.jobs[index], folder, self.module, free_port(self.ports))
+        while time.monotonic() < begin + self.timeout and not all(w.is_ready() for w in self.started.values()):
             time.sleep(POLL_S)
+        self.wave_seconds = time.monotonic() - begin
 
     def run(self, index: int, later: Iterable[int]) -> dict:
         """The row of ``jobs[index]``; where a new wave begins with it, jobs of ``later`` may be of that wave."""

@@ -173,14 +173,14 @@ class Run:
 
     def record(self, job: dict, round_: dict) -> None:
         """Add a round to its row, hold the rows of its place against HF's, and write the file."""
-        key = train_rows.key_of(job)
+        key, place = train_rows.key_of(job), train_rows.place_of(job)
         self.rounds[key].append(round_ | {"fingerprint": job["fingerprint"]})
-        self.results.add(train_rows.combine(job, self.rounds[key]))
-        here = {row["arm"]: row for row in self.results.rows if train_rows.place_of(row) == train_rows.place_of(job)}
-        for row in here.values():
-            judged = train_rows.judge(row, here.get("hf"))
-            if judged != row:
-                self.results.add(judged, keep_run=True)
+
+        def judged(rows: list[dict]) -> list[dict]:
+            hf = next((r for r in rows if train_rows.place_of(r) == place and r["arm"] == "hf"), None)
+            return [train_rows.judge(r, hf) if train_rows.place_of(r) == place else r for r in rows]
+
+        self.results.add(train_rows.combine(job, self.rounds[key]), judged)
 
     def rows(self) -> list[dict]:
         """The rows that this run is about."""
@@ -211,7 +211,8 @@ class Run:
                     progress.step(f"{title}: {'skipped' if in_budget else 'device budget spent'}")
                     continue
                 missing = train_rows.missing_packages(job)
-                in_budget = time.monotonic() + self.expected_seconds(job) <= self.end
+                waiting = 0.0 if index in relay.started else relay.wave_seconds
+                in_budget = time.monotonic() + waiting + self.expected_seconds(job) <= self.end
                 if missing:
                     round_ = {"status": "absent", "note": f"{', '.join(missing)} not installed"}
                 elif in_budget:

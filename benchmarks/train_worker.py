@@ -152,7 +152,7 @@ def stand_by(job: dict) -> bool:
         importlib.import_module("deepspeed")
     ARMS[job["arm"]].import_packages()
     gate = Path(job["gate"])
-    gate.with_name(f"ready{os.environ.get('RANK', '0')}").touch()
+    gate.with_name(f"ready{os.environ.get('RANK', '0')}").write_text(str(os.getpid()))
     while not gate.exists():
         time.sleep(0.02)
     return gate.read_text() == "go"

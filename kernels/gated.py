@@ -204,7 +204,7 @@ def gated_bwd(
 ) -> None:
     """Fill ``dgate``, ``dup`` and ``out`` (the forward's result again), each unless None; they are viewable as rows.
 
-    ``dup`` may be ``dout`` itself.
+    ``dup`` or ``out`` may be ``dout`` itself.
     """
     if dout.numel() == 0:
         return

@@ -4,7 +4,7 @@ Forward: the gated kernel, then one GEMM. Saved: gate, up and the weight; a plai
 a third of its activations. Backward: ``dh = dout @ weight``; one kernel reads dh, gate and up and writes both their
 gradients and, on the way, ``h = act(gate) * up`` again; then ``dweight = dout^T h``. Against keeping h, that is one
 more write of h and no more reads. The gradients' memory serves h, too: dup stands in the place of dh, and where h is
-large it is made by column parts, each in the columns of dgate that are filled last.
+large it is made by column parts, each in the columns of dgate that are filled last; there gate and up are read twice.
 
 Under activation checkpointing the forward is run again only to find saved tensors, and torch stops it when it has the
 last one. A Function's tensors are taken when its forward has ended, which would be after a GEMM that nobody needs, 27 %
@@ -61,7 +61,7 @@ def _backward_by_parts(
     dweight = rows.new_empty(rows.shape[1], width)
 
     def add(span: slice, hidden: Tensor) -> None:
-        torch.mm(rows.t(), hidden.flatten(0, -2), out=dweight[:, span])
+        torch.mm(rows.t(), hidden.reshape(-1, hidden.shape[-1]), out=dweight[:, span])
 
     for start in range(0, tail, part):
         span = slice(start, min(start + part, tail))

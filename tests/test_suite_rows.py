@@ -1,6 +1,7 @@
 """What the training benchmark runs, keeps and shows: suites, command line, rows, fingerprints, tables. No training."""
 
 import json
+import multiprocessing
 import subprocess
 import sys
 from dataclasses import replace
@@ -335,19 +336,25 @@ def test_judging_a_row_keeps_where_it_was_measured(tmp_path):
     path = tmp_path / "x.json"
     common.ResultFile(path, ("a",), {"n": 0}).add({"a": 1})
     later = common.ResultFile(path, ("a",), {"n": 1})
-    later.add({"a": 2})
-    later.add(later.rows[0] | {"status": "inexact"}, keep_run=True)
-    assert {row["a"]: row["run"] for row in later.rows} == {1: {"n": 0}, 2: {"n": 1}}
+    later.add({"a": 2}, lambda rows: [row | {"status": "inexact"} for row in rows])
+    assert {row["a"]: (row["run"], row["status"]) for row in later.rows} == {
+        1: ({"n": 0}, "inexact"), 2: ({"n": 1}, "inexact")
+    }  # fmt: skip
+
+
+def add_rows(path, name):
+    results = common.ResultFile(path, ("a", "v"), {"name": name})
+    for value in range(40):
+        results.add({"a": name, "v": value})
 
 
 def test_processes_share_a_result_file(tmp_path):
     path = tmp_path / "x.json"
-    first, second = (common.ResultFile(path, ("a",), {"n": n}) for n in (0, 1))
-    for value in (1, 2, 3):
-        first.add({"a": "first", "v": value})
-        second.add({"a": "second", "v": value})
+    processes = [multiprocessing.Process(target=add_rows, args=(path, name)) for name in "abc"]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
     data = json.loads(path.read_text())
-    assert sorted((r["a"], r["v"], data["runs"][r["run"]]["n"]) for r in data["results"]) == [
-        ("first", 3, 0), ("second", 3, 1)
-    ]  # fmt: skip
-    assert [file.name for file in tmp_path.iterdir()] == ["x.json"]
+    assert sorted((row["a"], row["v"]) for row in data["results"]) == [(a, v) for a in "abc" for v in range(40)]
+    assert all(data["runs"][row["run"]] == {"name": row["a"]} for row in data["results"])

@@ -212,13 +212,26 @@ def test_two_ranks_are_launched_and_their_tokens_added(tmp_path):
     assert 2 * 2 * 2 * 39 < round_["tokens"] < round_["padded_tokens"]  # ranks, steps, batch; the shortest prompt
 
 
+def is_running(pid):
+    """Whether a process is there, and not only its entry."""
+    status = Path(f"/proc/{pid}/status")
+    return status.exists() and "State:\tZ" not in status.read_text()
+
+
 def test_memory_short_on_one_rank_is_a_result_and_a_hang_ends(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
     jobs = [first_job("paper_two_gpus", arm) for arm in ("ours", "hf")]
     jobs[1]["config_file"], jobs[1]["processes"] = "configs/single.yaml", 1
     start = time.monotonic()
-    with relay.Relay(jobs, timeout=60, module="distributed.bench_rank") as running:
+    with relay.Relay(jobs, timeout=60, module="distributed.bench_rank", wave=2) as running:
+        running.start([0, 1])
+        assert list(running.started) == [0], "a third rank is not of a wave of two"
+        assert running.started[0].is_ready()
+        assert running.wave_seconds > 0
         oom = running.run(0, [1])
+        loaders = [int(file.read_text()) for file in Path(running.folder.name).glob("0/loader*")]
+        assert len(loaders) == 2
+        assert not any(is_running(pid) for pid in loaders)
         running.timeout = 2
         hung = running.run(1, [])
         assert not running.started

@@ -20,6 +20,8 @@ import torch
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
+from liger_trainer.kernels.launch import register_limit
+
 from benchmarks.measure import median_ms
 
 SHAPES = {
@@ -98,7 +100,8 @@ def with_warps(function: Callable, warps: int) -> Callable:
     def changed(*args):
         if not hasattr(function, "compiled"):
             tiling = function(*args)
-            return tiling._replace(options=(("num_warps", warps), *tiling.options[1:]))
+            cap = register_limit(min(65536 // (32 * warps), 255)) if len(tiling.options) > 1 else ()
+            return tiling._replace(options=(("num_warps", warps), *cap))
         return function(*args[:-1], (("num_warps", warps), *args[-1][1:]))
 
     return changed

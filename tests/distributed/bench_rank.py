@@ -1,8 +1,11 @@
 """A rank of the training benchmark in which something goes wrong; ``job["arm"]`` says what."""
 
 import json
+import multiprocessing
+import os
 import sys
 import time
+from pathlib import Path
 
 import torch
 
@@ -10,7 +13,10 @@ from benchmarks import train_worker
 
 
 def short_of_memory_on_one_rank(job: dict) -> dict:
-    """The second rank runs out of memory while the first waits for it in a collective."""
+    """The second rank runs out of memory while the first waits for it in a collective; both have a data loader."""
+    loader = multiprocessing.Process(target=time.sleep, args=(600,), daemon=True)
+    loader.start()
+    Path(job["gate"]).with_name(f"loader{os.environ['RANK']}").write_text(str(loader.pid))
     torch.distributed.init_process_group("gloo")
     if torch.distributed.get_rank() == 1:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
