@@ -4,6 +4,7 @@ The function is probed; then the module's forward is rebound on the instance wit
 one name is our adapter. No source is rewritten and no module global changes, so other models keep the original.
 """
 
+import enum
 import functools
 import inspect
 import itertools
@@ -21,15 +22,24 @@ from .verdicts import Refusal, Replacement, Verdict
 BATCH, TOKENS, HEADS, KV_HEADS, HEAD_DIM = 2, 5, 4, 2, 16
 
 
+class Tables(enum.Enum):
+    """What is in ``cos`` and ``sin``."""
+
+    ELEMENTS = enum.auto()  # an entry for each element of the rotary part
+    PAIRS = enum.auto()  # an entry for each pair of elements
+    PAIRS_TWICE = enum.auto()  # an entry for each pair in the first half, and a second half that is not used
+
+
 class Form(NamedTuple):
     """What a rotary function does.
 
-    ``first_half_tables``: the first half of ``cos`` and ``sin`` holds one entry for each pair, the rest is unused.
-    ``promotes``: bf16 states with fp32 tables give fp32. ``unsqueeze_dim``: its default.
+    ``backwards``: it turns by the negative angle. ``promotes``: bf16 states with fp32 tables give fp32.
+    ``unsqueeze_dim``: its default.
     """
 
     interleaved: bool
-    first_half_tables: bool
+    tables: Tables
+    backwards: bool
     compute_in_fp32: bool
     promotes: bool
     unsqueeze_dim: int
@@ -40,8 +50,12 @@ class Form(NamedTuple):
     def __call__(self, op, q, k, cos, sin, unsqueeze_dim):
         """Compute with ``op``, ``rope`` or its reference, in this form."""
         rotary_dim = cos.shape[-1]
-        if self.first_half_tables:
+        if self.tables is Tables.PAIRS:
+            rotary_dim *= 2
+        elif self.tables is Tables.PAIRS_TWICE:
             cos, sin = cos[..., : rotary_dim // 2], sin[..., : rotary_dim // 2]
+        if self.backwards:
+            sin = -sin
         options = {"interleaved": self.interleaved, "rotary_dim": rotary_dim, "unsqueeze_dim": unsqueeze_dim}
         if self.promotes and cos.dtype != q.dtype:
             wide = torch.promote_types(cos.dtype, q.dtype)
@@ -108,21 +122,23 @@ def _probe_function(original) -> Form | str:
     names, num_states = layout
     tries = []  # (q, k, cos, sin, unsqueeze_dim, theirs)
     for unsqueeze_dim in (1, 2):
-        for width in (HEAD_DIM, HEAD_DIM // 2):
+        for width in (HEAD_DIM, HEAD_DIM // 2, HEAD_DIM // 4):  # narrow tables show which part of a head is turned
             for dtypes in ((torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16)):
                 inputs = _inputs(unsqueeze_dim, width, *dtypes)
                 out = _run(original, names, num_states, *inputs, unsqueeze_dim)
                 if out is not None:
                     tries.append((*inputs, unsqueeze_dim, out))
     if not tries:
-        return "it accepted no tables of head_dim or half of it"
+        return "it accepted no tables of head_dim, half or a quarter of it"
     first_dim, width = tries[0][4], tries[0][2].shape[-1]
     default = inspect.signature(original).parameters.get("unsqueeze_dim")
     mixed = _inputs(first_dim, width, torch.bfloat16, torch.float32)
     mixed_out = _run(original, names, num_states, *mixed, first_dim)
     promotes = mixed_out is not None and mixed_out[0].dtype == torch.float32
     best = None
-    for flags in itertools.product((False, True), repeat=3):
+    widest = max(cos.shape[-1] for _, _, cos, *_ in tries)
+    tables = [t for t in Tables if t is not Tables.PAIRS or 2 * widest <= HEAD_DIM]
+    for flags in itertools.product((False, True), tables, (False, True), (False, True)):
         form = Form(*flags, promotes, default.default if default else first_dim)
         error = 0.0
         for q, k, cos, sin, unsqueeze_dim, theirs in tries:

@@ -18,6 +18,7 @@ EXPECTED = {
     "llama": (5, 2, 2), "mistral": (5, 2, 2), "qwen2": (5, 2, 2), "qwen3": (9, 2, 2), "gemma": (5, 2, 2),
     "gemma2": (9, 2, 2), "gemma3_text": (13, 2, 2), "phi3": (5, 2, 2), "mixtral": (5, 2, 2), "olmo2": (9, 2, 2),
     "granite": (5, 2, 2), "cohere": (3, 2, 2), "glm4": (9, 2, 2), "gpt_neox": (5, 2, 0), "smollm3": (5, 2, 2),
+    "nanochat": (9, 2, 0), "gptj": (3, 2, 0), "codegen": (3, 2, 0),
 }  # fmt: skip
 
 
@@ -36,7 +37,7 @@ def instance_traces(model):
 # Every model on the ops' plain definitions; one for each variant of the kernels on Triton (interpreted on a CPU).
 @pytest.mark.parametrize(
     ("model_type", "triton"),
-    [(t, False) for t in MODEL_TYPES] + [(t, True) for t in ("llama", "gemma2", "olmo2", "glm4", "phi3", "gpt_neox")],
+    [(t, False) for t in MODEL_TYPES] + [(t, True) for t in ("llama", "gemma2", "olmo2", "glm4", "phi3", "gpt_neox", "nanochat", "gptj")],
 )
 def test_same_numbers_and_nothing_skipped(model_type, triton, monkeypatch):
     monkeypatch.setattr(launch, "INTERPRET", triton and launch.INTERPRET)
@@ -67,6 +68,23 @@ def test_same_numbers_and_nothing_skipped(model_type, triton, monkeypatch):
     assert instance_traces(model) == traces
     theirs_again = loss_and_gradients(model, inputs)
     assert torch.equal(theirs_again[0], theirs[0])
+
+
+@pytest.mark.parametrize(
+    ("model_type", "overrides", "ropes"),
+    [
+        ("gpt_oss", {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16}, 2),  # an entry for each pair
+        ("deepseek_v4", {}, 0),  # turns the end of a head, where the op turns its beginning
+    ],
+)
+def test_rotary_functions_are_taken_by_what_they_compute(model_type, overrides, ropes):
+    plain = tiny_model(model_type, **overrides)
+    model = copy.deepcopy(plain)
+    report = apply_liger(model)
+    assert report.counts.get("rope", 0) == ropes
+    assert ("rope" in {skipped.kind for skipped in report.skipped}) == (ropes == 0)
+    inputs = batch()
+    torch.testing.assert_close(model(**inputs).loss, plain(**inputs).loss, rtol=1e-5, atol=1e-7)
 
 
 def test_logits_and_generation_are_unchanged_without_labels():

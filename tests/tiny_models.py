@@ -33,6 +33,9 @@ _OWN = {
     "glm4": {"head_dim": 16},
     "gpt_neox": {},
     "smollm3": {},
+    "nanochat": {},  # turns heads the other way round
+    "gptj": {"rotary_dim": 8, "n_inner": 96},  # a table entry for each pair of neighbours
+    "codegen": {"rotary_dim": 8, "n_inner": 96},
 }
 MODEL_TYPES = tuple(_OWN)
 
