@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from . import reference
 from .autograd import Function
+from .compiled import opaque_op, or_empty
 from .gated import GELU_ERF, GELU_TANH, SILU, check_gated, gated_bwd, gated_fwd
 from .launch import cdiv, use_triton
 
@@ -78,6 +79,34 @@ def _backward_by_parts(
     return dweight
 
 
+def gated_linear_bwd(
+    dout: Tensor, gate: Tensor, up: Tensor | None, weight: Tensor, activation: int, needs_gate: bool, needs_up: bool,
+    needs_weight: bool, needs_bias: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """``(dgate, dup, dweight, dbias)``; ``h`` is made again only where the weight needs its gradient."""
+    rows = dout.reshape(-1, dout.shape[-1])
+    first, second = _halves(gate, up)
+    dhidden = (rows @ weight.to(dout.dtype)).view(first.shape)
+    dweight = hidden = None
+    if up is None:
+        dgate, dup = torch.empty_like(gate, memory_format=torch.contiguous_format), None
+        hidden = dhidden if needs_weight else None
+        gated_bwd(dhidden, first, second, *dgate.chunk(2, dim=-1), activation, hidden)
+    else:
+        dgate = torch.empty_like(dhidden) if needs_gate else None
+        dup = dhidden if needs_up else None
+        if needs_gate and needs_up and needs_weight and dhidden.nbytes >= PARTED_BYTES:
+            dweight = _backward_by_parts(rows, dhidden, gate, up, dgate, activation)
+        else:
+            hidden = torch.empty_like(dhidden) if needs_weight else None
+            gated_bwd(dhidden, gate, up, dgate, dup, activation, hidden)
+    if hidden is not None:
+        dweight = rows.t() @ hidden.view(-1, first.shape[-1])
+    dweight = None if dweight is None else dweight.to(weight.dtype)
+    dbias = rows.sum(0, dtype=torch.float32).to(weight.dtype) if needs_bias else None
+    return dgate, dup, dweight, dbias
+
+
 class _SaveInputs(Function):
     """The node that saves: returns memory for the result and has the whole op's backward."""
 
@@ -91,30 +120,8 @@ class _SaveInputs(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
-        """``h`` is made again only where the weight needs its gradient."""
-        gate, up, weight = ctx.saved_tensors
-        needs_gate, needs_up, needs_weight, needs_bias, _ = ctx.needs_input_grad
-        rows = dout.reshape(-1, dout.shape[-1])
-        first, second = _halves(gate, up)
-        dhidden = (rows @ weight.to(dout.dtype)).view(first.shape)
-        dweight = hidden = None
-        if up is None:
-            dgate, dup = torch.empty_like(gate, memory_format=torch.contiguous_format), None
-            hidden = dhidden if needs_weight else None
-            gated_bwd(dhidden, first, second, *dgate.chunk(2, dim=-1), ctx.activation, hidden)
-        else:
-            dgate = torch.empty_like(dhidden) if needs_gate else None
-            dup = dhidden if needs_up else None
-            if needs_gate and needs_up and needs_weight and dhidden.nbytes >= PARTED_BYTES:
-                dweight = _backward_by_parts(rows, dhidden, gate, up, dgate, ctx.activation)
-            else:
-                hidden = torch.empty_like(dhidden) if needs_weight else None
-                gated_bwd(dhidden, gate, up, dgate, dup, ctx.activation, hidden)
-        if hidden is not None:
-            dweight = rows.t() @ hidden.view(-1, first.shape[-1])
-        dweight = None if dweight is None else dweight.to(weight.dtype)
-        dbias = rows.sum(0, dtype=torch.float32).to(weight.dtype) if needs_bias else None
-        return dgate, dup, dweight, dbias, None
+        """Compute only the gradients that are needed."""
+        return *gated_linear_bwd(dout, *ctx.saved_tensors, ctx.activation, *ctx.needs_input_grad[:4]), None
 
 
 class GatedLinearFunction(_SaveInputs):
@@ -142,6 +149,48 @@ class _FillResult(Function):
     def backward(ctx, dout):
         """Pass on."""
         return dout, None, None, None, None, None
+
+
+def _fwd(gate: Tensor, up: Tensor | None, weight: Tensor, bias: Tensor | None, activation: int) -> Tensor:
+    out = _fake_fwd(gate, up, weight, bias, activation)
+    _compute(out, gate, up, weight, bias, activation)
+    return out
+
+
+def _fake_fwd(gate, up, weight, bias, activation):
+    return gate.new_empty((*gate.shape[:-1], weight.shape[0]))
+
+
+def _bwd(
+    dout: Tensor, gate: Tensor, up: Tensor | None, weight: Tensor, activation: int, needs_gate: bool, needs_up: bool,
+    needs_weight: bool, needs_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    needs = (needs_gate, needs_up, needs_weight, needs_bias)
+    return tuple(or_empty(grad, gate) for grad in gated_linear_bwd(dout, gate, up, weight, activation, *needs))
+
+
+def _fake_bwd(dout, gate, up, weight, activation, needs_gate, needs_up, needs_weight, needs_bias):
+    return (
+        gate.new_empty(gate.shape if needs_gate or up is None else 0),
+        gate.new_empty(gate.shape if needs_up and up is not None else 0),
+        weight.new_empty(weight.shape) if needs_weight else gate.new_empty(0),
+        weight.new_empty(weight.shape[:1]) if needs_bias else gate.new_empty(0),
+    )
+
+
+def _save(ctx, inputs, output):
+    gate, up, weight, _, ctx.activation = inputs
+    ctx.save_for_backward(gate, up, weight)
+
+
+def _differentiate(ctx, dout):
+    needs = ctx.needs_input_grad[:4]
+    grads = _gated_linear_bwd_op(dout, *ctx.saved_tensors, ctx.activation, *needs)
+    return *(grad if needed else None for grad, needed in zip(grads, needs, strict=True)), None
+
+
+_gated_linear_bwd_op = opaque_op("gated_linear_bwd", _bwd, _fake_bwd)
+_gated_linear_op = opaque_op("gated_linear", _fwd, _fake_fwd, _differentiate, _save)
 
 
 def _are_saved_tensors_hooked() -> bool:
@@ -183,9 +232,11 @@ def gated_linear(
             "without autocast they must be the same"
         )
     number, definition = ACTIVATIONS[activation]
-    if not use_triton(gate) or gate.dtype == torch.float64 or torch.compiler.is_compiling():
+    if not use_triton(gate) or gate.dtype == torch.float64:
         return F.linear(definition(gate, up), weight, bias)
     inputs = (gate, up, weight, bias)
+    if torch.compiler.is_compiling():
+        return _gated_linear_op(*inputs, number)
     if not _are_saved_tensors_hooked() or not torch.is_grad_enabled():
         return GatedLinearFunction.apply(*inputs, number)
     out = _SaveInputs.apply(*inputs, number)

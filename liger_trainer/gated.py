@@ -142,7 +142,7 @@ def _mlp_method(original, names, swapped, activation):
 def _is_bare(linear: nn.Module) -> bool:
     """Whether a call of ``linear`` is ``F.linear`` with its parameters: no subclass, adapter, hook or shard."""
     hooks = linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks
-    if hooks or torch.nn.modules.module._has_any_global_hook() or torch.compiler.is_compiling():
+    if hooks or torch.nn.modules.module._has_any_global_hook():
         return False
     return type(linear) is nn.Linear and "forward" not in vars(linear) and type(linear.weight) is nn.Parameter
 

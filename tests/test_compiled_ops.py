@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from liger_trainer.kernels import add_rms_norm, cross_entropy, geglu, layer_norm, rms_norm, rope, swiglu
+from liger_trainer.kernels import add_rms_norm, cross_entropy, gated_linear, geglu, layer_norm, rms_norm, rope, swiglu
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-MODULES = (rms_norm, add_rms_norm, layer_norm, rope, swiglu, geglu, cross_entropy)
+MODULES = (rms_norm, add_rms_norm, layer_norm, rope, swiglu, geglu, gated_linear, cross_entropy)
 WIDTH, HEAD, VOCAB = 32, 8, 19
 
 
@@ -28,6 +28,8 @@ def model(t, labels, num_items):
     h = (turned + k + rope.rope(q, None, cos, sin)).transpose(1, 2).reshape(x.shape) + total
     h = layer_norm.layer_norm(h, t["norm"], t["bias"]) + layer_norm.layer_norm(h, None, t["bias"])
     h = swiglu.swiglu(h @ t["up"], h) + geglu.geglu(torch.cat((h, x), -1), approximate="none")
+    h = h + gated_linear.gated_linear(h @ t["up"], x, t["up"], t["bias"])
+    h = h + gated_linear.gated_linear(torch.cat((h, x), -1), None, t["up"], activation="gelu")
     logits = h @ t["head"].T
     loss = cross_entropy.cross_entropy(logits, labels, num_items=num_items, softcap=30.0)
     return loss + cross_entropy.cross_entropy(logits, labels, reduction="none", label_smoothing=0.1).square().mean()
@@ -82,7 +84,7 @@ def test_ops_are_opaque():
     torch.compile(model, fullgraph=True, backend=backend)(tensors, labels, None)
     ours = [name.split(".")[1] for name in seen if name.startswith("liger_trainer.")]
     expected = ["rms_norm", "add_rms_norm", "rope", "rope", "layer_norm", "layer_norm", "gated", "gated"]
-    assert ours == [*expected, "cross_entropy", "cross_entropy"]
+    assert ours == [*expected, "gated_linear", "gated_linear", "cross_entropy", "cross_entropy"]
 
 
 def operators():
@@ -107,6 +109,11 @@ def operators():
     yield "rope_bwd", (None, strided, cos, sin, 8, True, 1)
     yield "gated", (x, r(3, 4, 16), 0)
     yield "gated_bwd", (r(3, 4, 8), x, None, 1, True, False)
+    yield "gated_linear", (x, r(3, 4, 16), r(5, 16), r(5), 0)
+    yield "gated_linear", (x, None, r(5, 8), None, 1)
+    yield "gated_linear_bwd", (r(3, 4, 5), x, r(3, 4, 16), r(5, 16), 0, True, True, True, True)
+    yield "gated_linear_bwd", (r(3, 4, 5), x, None, r(5, 8), 0, True, False, True, False)
+    yield "gated_linear_bwd", (r(3, 4, 5), x, r(3, 4, 16), r(5, 16), 0, False, True, False, False)
     yield "cross_entropy", (rows, labels, weights, None, 3.0, *entropy, "sum")
     yield "cross_entropy", (rows, labels, None, None, None, *entropy, "none")
     yield "cross_entropy_bwd", (r(()), rows, labels, r(12), r(1), None, *entropy)

@@ -37,7 +37,8 @@ def instance_traces(model):
 # Every model on the ops' plain definitions; one for each variant of the kernels on Triton (interpreted on a CPU).
 @pytest.mark.parametrize(
     ("model_type", "triton"),
-    [(t, False) for t in MODEL_TYPES] + [(t, True) for t in ("llama", "gemma2", "olmo2", "glm4", "phi3", "gpt_neox", "nanochat", "gptj")],
+    [(t, False) for t in MODEL_TYPES]
+    + [(t, True) for t in ("llama", "gemma2", "olmo2", "glm4", "phi3", "gpt_neox", "nanochat", "gptj")],
 )
 def test_same_numbers_and_nothing_skipped(model_type, triton, monkeypatch):
     monkeypatch.setattr(launch, "INTERPRET", triton and launch.INTERPRET)
