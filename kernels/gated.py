@@ -75,9 +75,10 @@ def _gated_fwd_block(gate_ptr, up_ptr, out_ptr, cols, num_cols, ACTIVATION: tl.c
 def _gated_fwd_kernel(
     gate_ptr,  # [num_rows, num_cols]
     up_ptr,  # [num_rows, num_cols]
-    out_ptr,  # [num_rows, num_cols], contiguous
+    out_ptr,  # [num_rows, num_cols]
     gate_row_stride,
     up_row_stride,
+    out_row_stride,
     num_cols,
     col_blocks,
     ACTIVATION: tl.constexpr,
@@ -88,7 +89,7 @@ def _gated_fwd_kernel(
     cols = start + tl.arange(0, BLOCK_COLS)
     gate_ptr += row * gate_row_stride
     up_ptr += row * up_row_stride
-    out_ptr += row * num_cols
+    out_ptr += row * out_row_stride
     if start + BLOCK_COLS <= num_cols:
         _gated_fwd_block(gate_ptr, up_ptr, out_ptr, cols, num_cols, ACTIVATION, False)
     else:
@@ -164,11 +165,14 @@ _launch_bwd = Launcher(_gated_bwd_kernel)
 
 
 def _shared_layout(*tensors: Tensor | None) -> tuple[int, int, list[Tensor | None], list[int]]:
-    """Rows, columns, the tensors and their row strides; one long row where all are contiguous."""
+    """Rows, columns, the tensors and their row strides; one long row where all are contiguous.
+
+    The stride of a single row is 0, which keeps 16-byte accesses: an odd one would say that rows are not aligned.
+    """
     present = [t for t in tensors if t is not None]
     numel = present[0].numel()
     if all(t.is_contiguous() for t in present):
-        return 1, numel, list(tensors), [numel] * len(tensors)
+        return 1, numel, list(tensors), [0] * len(tensors)
     num_cols = present[0].shape[-1]
     layouts = [(None, 0) if t is None else row_layout(t) for t in tensors]
     return numel // num_cols, num_cols, [t for t, _ in layouts], [stride for _, stride in layouts]
@@ -179,7 +183,7 @@ def gated_fwd(gate: Tensor, up: Tensor, activation: int) -> Tensor:
     dtype = gate.dtype if gate.dtype == up.dtype else torch.promote_types(gate.dtype, up.dtype)
     out = dense_like(gate, dtype)
     if out.numel():
-        num_rows, num_cols, (gate, up), strides = _shared_layout(gate, up)
+        num_rows, num_cols, (gate, up, out), strides = _shared_layout(gate, up, out)
         block = min(BLOCK_SIZE, next_power_of_2(num_cols))
         col_blocks = cdiv(num_cols, block)
         _launch_fwd(
