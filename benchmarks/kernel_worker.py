@@ -134,9 +134,7 @@ def times(call: Callable[[], tuple], case: cases.Case, modes: list[str], device:
 def host_times(call: Callable[[], tuple], case: cases.Case) -> dict:
     """Host microseconds of a call without gradients, with the graph recorded, and of the bare Triton launches."""
     with torch.no_grad():
-        row = {"host_us": host_us(call)}
         bare = captured_launches(call)
-        row["host_launch_us"] = None if bare is None else host_us(bare)
-    row["host_autograd_us"] = host_us(call)
-    row["host_full_us"] = host_us(lambda: forward_backward(call, case))
-    return row
+        row = dict(zip(("host_us", "host_launch_us"), host_us([call] if bare is None else [call, bare]), strict=False))
+    recorded, full = host_us([call, lambda: forward_backward(call, case)])
+    return {"host_launch_us": None, **row, "host_autograd_us": recorded, "host_full_us": full}

@@ -114,20 +114,22 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return error if math.isfinite(error) else HOPELESS
 
 
-def host_us(fn: Callable[[], object], calls: int = 200, rounds: int = 15) -> float:
-    """Host microseconds per call in the fastest round; the queue is drained between rounds, never inside one.
+def host_us(fns: Sequence[Callable[[], object]], calls: int = 100, rounds: int = 30) -> list[float]:
+    """Host microseconds per call of each of ``fns`` in its fastest round.
 
-    The slower rounds hold other work of the machine: their median differed by half from run to run.
+    The queue is drained between rounds, never inside one. The slower rounds hold other work of the machine: their
+    median differed by half from run to run. Rounds take turns, so that a slow spell does not hit one of ``fns`` alone.
     """
-    times = []
+    fastest = [math.inf] * len(fns)
     for _ in range(rounds):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(calls):
-            fn()
-        times.append((time.perf_counter() - start) / calls * 1e6)
+        for index, fn in enumerate(fns):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(calls):
+                fn()
+            fastest[index] = min(fastest[index], (time.perf_counter() - start) / calls * 1e6)
     torch.cuda.synchronize()
-    return min(times)
+    return fastest
 
 
 def captured_launches(fn: Callable[[], object]) -> Callable[[], None] | None:

@@ -12,10 +12,11 @@
     window: 2                        # steps between two readings of the clock; divides warmup and steps
     launch: [{name: ..., config_file: configs/single.yaml, num_processes: 1}, ...]
     overrides: {...}                 # of the recipe, for all points
-    points: [{name: ..., recipe: ..., overrides: {...}, vary: {max_length: [1024, 2048]}}, ...]
+    points: [{name: ..., recipe: ..., overrides: {...}, vary: {max_length: [1024, 2048]}, steps: 2}, ...]
     smoke: {overrides: {...}, model: {...}, vary: {max_length: [16, 32]}}
 
-``vary`` makes one point of each value of its one key, named like "Llama-3-8B at sequence length 1024". With ``--smoke``
+``vary`` makes one point of each value of its one key, named like "Llama-3-8B at sequence length 1024". A point may have
+``warmup``, ``steps`` and ``window`` of its own: where a step takes long, few are enough. With ``--smoke``
 every recipe's ``model_config`` is shrunk (``SMOKE_MODEL``, then the suite's ``model``), ``SMOKE_OVERRIDES`` and the
 suite's ``overrides`` apply, and ``vary`` there replaces the values of that key.
 """
@@ -34,9 +35,10 @@ from liger_trainer.config import nearest
 SUITES = ROOT / "benchmarks" / "suites"
 KEYS = ("title", "figure", "x", "arms", "rounds", "warmup", "steps", "window", "launch", "overrides", "points", "smoke")
 REQUIRED = ("title", "figure", "x", "arms", "launch", "points")
-DEFAULTS = {"rounds": 3, "warmup": 2, "steps": 4, "window": 2}
+ROUNDS = 3
+TIMES = {"warmup": 2, "steps": 4, "window": 2}
 NOT_OVERRIDES = ("name", "num_processes")  # what else x can be
-SMOKE_TIMES = {"rounds": 1, "warmup": 1, "steps": 2, "window": 1}
+SMOKE_TIMES = {"warmup": 1, "steps": 2, "window": 1}
 SMOKE_OVERRIDES = {
     "use_cpu": True,
     "dtype": "float32",
@@ -78,6 +80,9 @@ class Point:
     recipe: str
     overrides: dict
     x: Any
+    warmup: int
+    steps: int
+    window: int
 
 
 @dataclass(frozen=True)
@@ -88,9 +93,6 @@ class Suite:
     about: dict
     arms: tuple[str, ...]
     rounds: int
-    warmup: int
-    steps: int
-    window: int
     launches: tuple[Launch, ...]
     points: tuple[Point, ...]
     smoke: bool
@@ -118,13 +120,11 @@ def load(path: Path, smoke: bool = False) -> Suite:
     _check_keys(content["x"], ("key", "label"), f"{path}: x", ("key", "label"))
     settings = content.get("smoke") or {}
     _check_keys(settings, ("overrides", "model", "vary"), f"{path}: smoke")
-    times = {**DEFAULTS, **{k: content[k] for k in DEFAULTS if k in content}, **(SMOKE_TIMES if smoke else {})}
-    for key, value in times.items():
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{path}: {key} must be an integer of at least 1, got {value!r}")
-    if times["steps"] % times["window"] or times["warmup"] % times["window"]:
-        raise ValueError(f"{path}: warmup and steps must be multiples of window, got {times}")
+    rounds = 1 if smoke else content.get("rounds", ROUNDS)
+    _check_counts({"rounds": rounds}, str(path))
     points = tuple(point for entry in content["points"] for point in _points(entry, content, smoke, path))
+    if smoke:  # ``vary`` there makes the same points of all entries of one name
+        points = tuple({point.name: point for point in points}.values())
     _unique((point.name for point in points), f"{path}: points")
     launches = tuple(_launch(entry, path) for entry in content["launch"])
     _unique(((launch.name, launch.num_processes) for launch in launches), f"{path}: launch")
@@ -132,8 +132,13 @@ def load(path: Path, smoke: bool = False) -> Suite:
     about["arms"] = _arms(content["arms"], path)
     about["recipes"] = sorted({point.recipe for point in points})
     about["places"] = [[point.name, launch.name, launch.num_processes] for point in points for launch in launches]
-    return Suite(path.stem, about, tuple(about["arms"]), **times, launches=launches, points=points,
-                 smoke=smoke)  # fmt: skip
+    return Suite(path.stem, about, tuple(about["arms"]), rounds, launches, points, smoke)
+
+
+def _check_counts(counts: dict[str, Any], where: str) -> None:
+    for key, value in counts.items():
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{where}: {key} must be an integer of at least 1, got {value!r}")
 
 
 def _check_keys(mapping: Any, allowed: Iterable[str], where: str, required: Iterable[str] = ()) -> None:
@@ -177,8 +182,12 @@ def _launch(entry: dict, path: Path) -> Launch:
 
 def _points(entry: dict, content: dict, smoke: bool, path: Path) -> list[Point]:
     """The points of one entry: one, or one for each value of ``vary``."""
-    _check_keys(entry, ("name", "recipe", "overrides", "vary"), f"{path}: points", ("name", "recipe"))
+    _check_keys(entry, ("name", "recipe", "overrides", "vary", *TIMES), f"{path}: points", ("name", "recipe"))
     where = f"{path}: point {entry['name']!r}"
+    times = SMOKE_TIMES if smoke else {key: entry.get(key, content.get(key, TIMES[key])) for key in TIMES}
+    _check_counts(times, where)
+    if times["steps"] % times["window"] or times["warmup"] % times["window"]:
+        raise ValueError(f"{where}: warmup and steps must be multiples of window, got {times}")
     if "," in entry["name"]:
         raise ValueError(f"{where}: a name must have no comma, which parts the names that --points takes")
     if not (ROOT / entry["recipe"]).is_file():
@@ -202,7 +211,7 @@ def _points(entry: dict, content: dict, smoke: bool, path: Path) -> list[Point]:
         if key not in chosen and key not in NOT_OVERRIDES:
             raise ValueError(f"{where}: x is {key!r}, which is no key of its overrides or vary: {', '.join(chosen)}")
     return [
-        Point(name, entry["name"], entry["recipe"], chosen, None if key in NOT_OVERRIDES else chosen[key])
+        Point(name, entry["name"], entry["recipe"], chosen, None if key in NOT_OVERRIDES else chosen[key], **times)
         for name, chosen in made
     ]
 

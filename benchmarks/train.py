@@ -84,7 +84,8 @@ def select(whole: suite.Suite, args: argparse.Namespace) -> suite.Suite:
     }
     if args.profile:
         once = {"warmup": PROFILED_STEPS, "steps": PROFILED_STEPS, "window": PROFILED_STEPS}
-        changes |= {"arms": (args.profile,), "rounds": 1, **once}
+        points = tuple(replace(point, **once) for point in changes["points"])
+        changes |= {"arms": (args.profile,), "rounds": 1, "points": points}
     return replace(whole, **changes)
 
 

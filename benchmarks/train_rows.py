@@ -36,9 +36,9 @@ def plan(suite: Suite) -> list[dict]:
             "recipe": point.recipe,
             "overrides": point.overrides,
             "config_file": launch.config_file,
-            "warmup": suite.warmup,
-            "steps": suite.steps,
-            "window": suite.window,
+            "warmup": point.warmup,
+            "steps": point.steps,
+            "window": point.window,
             "round": number,
         }
         for number in range(suite.rounds)

@@ -27,14 +27,13 @@ from .softmax_rows import empty_rows, loss_grad_rows, loss_rows
 REDUCE_BLOCK = 4096
 
 
-@triton.jit
+@triton.jit(debug=True)  # keeps the assert; the interpreter has none, and labels on the CPU are checked before
 def _reduce_kernel(
-    loss_ptr, labels_ptr, num_items_ptr, out_ptr, scale_ptr, labels_ok_ptr, num_rows, num_cols, ignore_index, scale,
+    loss_ptr, labels_ptr, num_items_ptr, out_ptr, scale_ptr, num_rows, num_cols, ignore_index, scale,
     MEAN: tl.constexpr, HAS_NUM_ITEMS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
     total = tl.zeros([BLOCK_ROWS], tl.float32)
     count = tl.zeros([BLOCK_ROWS], tl.int32)
-    bad = tl.zeros([BLOCK_ROWS], tl.int32)
     for start in range(0, num_rows, BLOCK_ROWS):
         rows = start + tl.arange(0, BLOCK_ROWS)
         mask = rows < num_rows
@@ -42,14 +41,16 @@ def _reduce_kernel(
         label = tl.load(labels_ptr + rows, mask=mask, other=0)
         valid = mask & (label != ignore_index)
         count += valid.to(tl.int32)
-        bad |= (valid & ((label < 0) | (label >= num_cols))).to(tl.int32)
+        tl.device_assert(
+            ~valid | ((label >= 0) & (label < num_cols)),
+            "cross_entropy: a label is neither ignore_index nor in [0, V)",
+        )
     if MEAN:
         scale = 1.0 / tl.maximum(tl.sum(count, 0), 1).to(tl.float32)
     if HAS_NUM_ITEMS:
         scale = 1.0 / tl.load(num_items_ptr).to(tl.float32)
     tl.store(out_ptr, tl.sum(total, 0) * scale)
     tl.store(scale_ptr, scale)
-    tl.store(labels_ok_ptr, 1 - tl.max(bad, 0))
 
 
 _launch_reduce = Launcher(_reduce_kernel)
@@ -63,7 +64,6 @@ def cross_entropy_fwd(
     num_rows, num_cols = logits.shape
     token_loss, lse = empty_rows(num_rows, logits.device), empty_rows(num_rows, logits.device)
     loss, scale = torch.empty((), dtype=torch.float32, device=logits.device), empty_rows(1, logits.device)
-    labels_ok = torch.empty((), dtype=torch.int32, device=logits.device)
     if num_rows:
         loss_rows(
             logits, labels, token_loss, lse, transform, ignore_index=ignore_index, label_smoothing=label_smoothing,
@@ -72,14 +72,12 @@ def cross_entropy_fwd(
     on_device_items = torch.is_tensor(num_items)
     _launch_reduce(
         (1, 1, 1),
-        (token_loss, labels, num_items if on_device_items else None, loss, scale, labels_ok),
+        (token_loss, labels, num_items if on_device_items else None, loss, scale),
         (num_rows, num_cols, ignore_index),
         (1.0 if on_device_items or num_items is None else 1.0 / num_items,),
         (reduction == "mean" and num_items is None, on_device_items and reduction != "none", REDUCE_BLOCK),
         (("num_warps", 16),),
     )
-    if logits.is_cuda:
-        torch._assert_async(labels_ok, "cross_entropy: a label is neither ignore_index nor in [0, V)")
     return token_loss if reduction == "none" else loss, lse, scale
 
 

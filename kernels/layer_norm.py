@@ -31,8 +31,7 @@ def _layer_norm_fwd_kernel(
     weight_ptr,  # [num_cols]
     bias_ptr,  # [num_cols]
     y_ptr,  # [num_rows, num_cols], contiguous
-    mean_ptr,  # [num_rows] fp32
-    rstd_ptr,  # [num_rows] fp32
+    stats_ptr,  # [2, num_rows] fp32: mean and rstd
     x_row_stride,
     num_rows,
     num_cols,
@@ -61,8 +60,8 @@ def _layer_norm_fwd_kernel(
     if HAS_BIAS:
         y += bias.to(tl.float32)[None, :]
     tl.store(y_ptr + rows[:, None] * num_cols + cols[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
-    tl.store(mean_ptr + rows[:, None], mean, mask=row_mask)
-    tl.store(rstd_ptr + rows[:, None], rstd, mask=row_mask)
+    tl.store(stats_ptr + rows[:, None], mean, mask=row_mask)
+    tl.store(stats_ptr + num_rows + rows[:, None], rstd, mask=row_mask)
 
 
 @triton.jit
@@ -70,8 +69,7 @@ def _layer_norm_bwd_kernel(
     dy_ptr,  # [num_rows, num_cols]
     x_ptr,  # [num_rows, num_cols]
     weight_ptr,  # [num_cols]
-    mean_ptr,  # [num_rows] fp32
-    rstd_ptr,  # [num_rows] fp32
+    stats_ptr,  # [2, num_rows] fp32: mean and rstd
     dx_ptr,  # [num_rows, num_cols], contiguous
     dw_partial_ptr,  # [num_programs, num_cols] fp32
     db_partial_ptr,  # [num_programs, num_cols] fp32
@@ -103,8 +101,8 @@ def _layer_norm_bwd_kernel(
         mask = (rows < num_rows)[:, None] & col_mask[None, :]
         x = tl.load(x_ptr + rows[:, None] * x_row_stride + cols[None, :], mask=mask, other=0.0).to(tl.float32)
         dy = tl.load(dy_ptr + rows[:, None] * dy_row_stride + cols[None, :], mask=mask, other=0.0).to(tl.float32)
-        mean = load_per_row(mean_ptr, first_row, num_rows, TILE_ROWS)
-        rstd = load_per_row(rstd_ptr, first_row, num_rows, TILE_ROWS)
+        mean = load_per_row(stats_ptr, first_row, num_rows, TILE_ROWS)
+        rstd = load_per_row(stats_ptr + num_rows, first_row, num_rows, TILE_ROWS)
         normed = (x - mean) * rstd  # not zero beyond num_cols, but dy is, and every use below multiplies by it
         if NEEDS_DW:
             dw += dy * normed
@@ -133,33 +131,32 @@ _launch_bwd = Launcher(_layer_norm_bwd_kernel)
 
 def layer_norm_fwd(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ``(y, mean, rstd)`` for ``x`` ``[..., num_cols]``: y of ``dtype``, the others ``[num_rows]``."""
+) -> tuple[Tensor, Tensor]:
+    """Return ``(y, stats)`` for ``x`` ``[..., num_cols]``: y of ``dtype``, mean and rstd as fp32 ``[2, num_rows]``."""
     num_cols = x.shape[-1]
     num_rows = x.numel() // num_cols
     y = dense_like(x, dtype)
-    mean = x.new_empty(num_rows, dtype=torch.float32)
-    rstd = torch.empty_like(mean)
+    stats = x.new_empty(2, num_rows, dtype=torch.float32)  # one allocation: each costs the host some 2 us
     if num_rows:
         x, x_stride = row_layout(x)
         tiling = row_tiling(num_rows, num_cols, sm_count(x))
         _launch_fwd(
             (tiling.num_programs, 1, 1),
-            (x, weight, bias, y, mean, rstd),
+            (x, weight, bias, y, stats),
             (x_stride, num_rows, num_cols),
             (eps,),
             (weight is not None, bias is not None, tiling.tile_rows, tiling.block_cols),
             tiling.options,
         )
-    return y, mean, rstd
+    return y, stats
 
 
 def layer_norm_bwd(
-    dy: Tensor, x: Tensor, weight: Tensor | None, bias_dtype: torch.dtype | None, mean: Tensor, rstd: Tensor,
-    needs_dx: bool, needs_dw: bool, needs_db: bool,
+    dy: Tensor, x: Tensor, weight: Tensor | None, bias_dtype: torch.dtype | None, stats: Tensor, needs_dx: bool,
+    needs_dw: bool, needs_db: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """Return ``(dx, dweight, dbias)``, each None unless asked for."""
-    num_cols, num_rows = x.shape[-1], rstd.shape[0]
+    num_cols, num_rows = x.shape[-1], stats.shape[1]
     dx = dense_like(x) if needs_dx else None
     if num_rows == 0:
         dw = x.new_zeros(num_cols, dtype=weight.dtype) if needs_dw else None
@@ -175,12 +172,12 @@ def layer_norm_bwd(
     else:
         tiling = row_tiling(num_rows, num_cols, sm_count(x))
         if wanted:
-            partials = column_partials(dy, dy_stride, x, x_stride, mean, rstd, needs_dw, needs_db)
+            partials = column_partials(dy, dy_stride, x, x_stride, *stats, needs_dw, needs_db)
     if summed or needs_dx:
         _launch_bwd(
             (tiling.num_programs, 1, 1),
             (
-                dy, x, weight, mean, rstd, dx,
+                dy, x, weight, stats, dx,
                 partials[0] if summed and needs_dw else None, partials[-1] if summed and needs_db else None,
             ),
             (dy_stride, x_stride, num_rows, num_cols, tiling.num_tiles),
@@ -203,8 +200,8 @@ class LayerNormFunction(Function):
     @staticmethod
     def forward(ctx, x, weight, bias, eps, dtype):
         """Save x, the weight, mean and rstd."""
-        y, mean, rstd = layer_norm_fwd(x, weight, bias, eps, dtype)
-        ctx.save_for_backward(x, weight, mean, rstd)
+        y, stats = layer_norm_fwd(x, weight, bias, eps, dtype)
+        ctx.save_for_backward(x, weight, stats)
         ctx.bias_dtype = None if bias is None else bias.dtype
         return y
 
@@ -212,32 +209,30 @@ class LayerNormFunction(Function):
     @once_differentiable
     def backward(ctx, dy):
         """Compute only the gradients that are needed."""
-        x, weight, mean, rstd = ctx.saved_tensors
-        return *layer_norm_bwd(dy, x, weight, ctx.bias_dtype, mean, rstd, *ctx.needs_input_grad[:3]), None, None
+        x, weight, stats = ctx.saved_tensors
+        return *layer_norm_bwd(dy, x, weight, ctx.bias_dtype, stats, *ctx.needs_input_grad[:3]), None, None
 
 
 def _fwd(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     return layer_norm_fwd(x, weight, bias, eps, dtype)
 
 
 def _fake_fwd(x, weight, bias, eps, dtype):
-    num_rows = x.numel() // x.shape[-1]
-    statistics = (x.new_empty(num_rows, dtype=torch.float32) for _ in range(2))
-    return x.new_empty(x.shape, dtype=dtype), *statistics
+    return x.new_empty(x.shape, dtype=dtype), x.new_empty(2, x.numel() // x.shape[-1], dtype=torch.float32)
 
 
 def _bwd(
-    dy: Tensor, x: Tensor, weight: Tensor | None, bias_dtype: torch.dtype | None, mean: Tensor, rstd: Tensor,
-    needs_dx: bool, needs_dw: bool, needs_db: bool,
+    dy: Tensor, x: Tensor, weight: Tensor | None, bias_dtype: torch.dtype | None, stats: Tensor, needs_dx: bool,
+    needs_dw: bool, needs_db: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    dx, dw, db = layer_norm_bwd(dy, x, weight, bias_dtype, mean, rstd, needs_dx, needs_dw, needs_db)
+    dx, dw, db = layer_norm_bwd(dy, x, weight, bias_dtype, stats, needs_dx, needs_dw, needs_db)
     # dweight and dbias can be rows of one tensor; what an operator returns must not share memory.
     return or_empty(dx, x), or_empty(dw, x), or_empty(db, x) if dw is None or db is None else db.clone()
 
 
-def _fake_bwd(dy, x, weight, bias_dtype, mean, rstd, needs_dx, needs_dw, needs_db):
+def _fake_bwd(dy, x, weight, bias_dtype, stats, needs_dx, needs_dw, needs_db):
     return (
         x.new_empty(x.shape if needs_dx else 0),
         weight.new_empty(weight.shape) if needs_dw else x.new_empty(0),
@@ -247,15 +242,15 @@ def _fake_bwd(dy, x, weight, bias_dtype, mean, rstd, needs_dx, needs_dw, needs_d
 
 def _save(ctx, inputs, output):
     x, weight, bias = inputs[:3]
-    ctx.save_for_backward(x, weight, *output[1:])
+    ctx.save_for_backward(x, weight, output[1])
     ctx.bias_dtype = None if bias is None else bias.dtype
-    ctx.mark_non_differentiable(*output[1:])
+    ctx.mark_non_differentiable(output[1])
 
 
-def _differentiate(ctx, dy, *_):
-    x, weight, mean, rstd = ctx.saved_tensors
+def _differentiate(ctx, dy, _):
+    x, weight, stats = ctx.saved_tensors
     needs = ctx.needs_input_grad[:3]
-    grads = _layer_norm_bwd_op(dy, x, weight, ctx.bias_dtype, mean, rstd, *needs)
+    grads = _layer_norm_bwd_op(dy, x, weight, ctx.bias_dtype, stats, *needs)
     return *(grad if needed else None for grad, needed in zip(grads, needs, strict=True)), None, None
 
 

@@ -154,15 +154,18 @@ _launch_rope = Launcher(_rope_kernel)
 
 @lru_cache(maxsize=4096)
 def _tiling(
-    batch: int, num_tokens: int, q_heads: int, k_heads: int, half: int, sms: int
-) -> tuple[int, int, int, int, int]:
-    """Programs, chunks of q's and of k's heads, and the tokens and heads of a tile."""
+    batch: int, num_tokens: int, q_heads: int, k_heads: int, head_dim: int, rotary_dim: int, sms: int
+) -> tuple[int, int, int, tuple[int, int, int, int, int, int]]:
+    """Programs, chunks of q's and of k's heads, and the kernel's constants from HALF to TILE_HEADS."""
+    half, tail = rotary_dim // 2, head_dim - rotary_dim
+    block_half = next_power_of_2(half)
     tile_heads = min(TILE_HEADS, next_power_of_2(max(q_heads, k_heads)))
-    tile_tokens = max(1, min(TILE_SIZE // (2 * next_power_of_2(half) * tile_heads), next_power_of_2(num_tokens)))
+    tile_tokens = max(1, min(TILE_SIZE // (2 * block_half * tile_heads), next_power_of_2(num_tokens)))
     q_chunks, k_chunks = cdiv(q_heads, tile_heads), cdiv(k_heads, tile_heads)
     while tile_tokens > 1 and batch * cdiv(num_tokens, tile_tokens) * (q_chunks + k_chunks) < PROGRAMS_PER_SM * sms:
         tile_tokens //= 2
-    return batch * cdiv(num_tokens, tile_tokens) * (q_chunks + k_chunks), q_chunks, k_chunks, tile_tokens, tile_heads
+    programs = batch * cdiv(num_tokens, tile_tokens) * (q_chunks + k_chunks)
+    return programs, q_chunks, k_chunks, (half, tail, block_half, next_power_of_2(tail), tile_tokens, tile_heads)
 
 
 def _turn(
@@ -174,26 +177,24 @@ def _turn(
     batch, num_tokens, q_heads, head_dim = shape[0], shape[3 - unsqueeze_dim], shape[unsqueeze_dim], shape[3]
     if batch * num_tokens * (q_heads + k_heads) == 0:
         return
-    half, tail = rotary_dim // 2, head_dim - rotary_dim
-    programs, q_chunks, k_chunks, tile_tokens, tile_heads = _tiling(
-        batch, num_tokens, q_heads, k_heads, half, sm_count(q)
+    programs, q_chunks, k_chunks, constants = _tiling(
+        batch, num_tokens, q_heads, k_heads, head_dim, rotary_dim, sm_count(q)
     )
     no_strides = (0, 0, 0)
-    one_batch = cos.shape[0] == 1, sin.shape[0] == 1
+    cos_batch, cos_token, _ = cos.stride()
+    sin_batch, sin_token, _ = sin.stride()
+    cos_rows, _, width = cos.shape
     _launch_rope(
         (programs, 1, 1),
         (q, k, q_out, k_out, cos, sin),
         (
             *_strides(q, unsqueeze_dim), *(no_strides if k is None else _strides(k, unsqueeze_dim)),
             *_strides(q_out, unsqueeze_dim), *(no_strides if k is None else _strides(k_out, unsqueeze_dim)),
-            0 if one_batch[0] else cos.stride(0), cos.stride(1), 0 if one_batch[1] else sin.stride(0), sin.stride(1),
+            0 if cos_rows == 1 else cos_batch, cos_token, 0 if sin.shape[0] == 1 else sin_batch, sin_token,
             q_heads, k_heads, num_tokens, q_chunks, k_chunks,
         ),
         (),
-        (
-            k is not None, backward, interleaved, cos.shape[-1] != rotary_dim, half, tail, next_power_of_2(half),
-            next_power_of_2(tail), tile_tokens, tile_heads,
-        ),
+        (k is not None, backward, interleaved, width != rotary_dim, *constants),
         (("num_warps", 4),),
     )  # fmt: skip
 

@@ -1,5 +1,8 @@
 """cross_entropy against its definition: loss, gradients, options, layouts and errors."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from liger_trainer.kernels.cross_entropy import cross_entropy
@@ -154,6 +157,22 @@ def test_bad_arguments(monkeypatch, triton, change, error, message):
 def test_label_out_of_range_on_cpu(label):
     with pytest.raises(ValueError, match=f"labels: found {label}"):
         cross_entropy(torch.zeros(3, 7), torch.tensor([1, label, -100]))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("label", [7, -1, 2**40])
+def test_label_out_of_range_on_a_device(label):
+    """An assert there takes the process's device away, so each label has a process of its own."""
+    code = f"""
+import torch
+from liger_trainer.kernels.cross_entropy import cross_entropy
+logits, labels = torch.zeros(5000, 7, device="cuda"), torch.full((5000,), -100, device="cuda")
+for labels[-1] in (6, {label}):
+    print(cross_entropy(logits, labels))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.count("tensor")) == (1, 1)
+    assert "a label is neither ignore_index nor in [0, V)" in done.stderr
 
 
 @pytest.mark.gpu

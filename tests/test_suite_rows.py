@@ -41,6 +41,7 @@ def first_job(name, arm):
         ({"x": {"key": "name"}}, "x: label is missing"),
         ({"x": {"key": "max_length", "label": "l"}}, "'max_length', which is no key of its overrides or vary"),
         ({"steps": 3, "window": 2}, "warmup and steps must be multiples of window"),
+        ({"points": [{"name": "a", "recipe": "recipes/shapes/llama3.2_1b.yaml", "steps": 4}]}, "'a': warmup and steps"),
         ({"rounds": 0}, "rounds must be an integer of at least 1, got 0"),
         (
             {"launch": [{"name": "a", "config_file": "configs/no.yaml", "num_processes": 1}]},
@@ -58,6 +59,16 @@ def test_a_bad_suite_is_refused(change, message, tmp_path):
     path.write_text(yaml.safe_dump(content | change))
     with pytest.raises(ValueError, match=message):
         suite.load(path)
+
+
+def test_a_point_may_have_times_of_its_own():
+    whole = suite.load(Path("paper_lengths"))
+    assert {p.x: (p.group, p.warmup, p.steps) for p in whole.points if p.x in (4096, 8192)} == {
+        4096: ("Llama-3-8B", 1, 2),
+        8192: ("Llama-3-8B", 1, 1),
+    }
+    assert {job["steps"] for job in train_rows.plan(whole) if job["x"] == 16384} == {1}
+    assert [p.x for p in suite.load(Path("paper_lengths"), smoke=True).points] == [16, 32]
 
 
 def test_what_the_command_line_selects(capsys):

@@ -66,7 +66,7 @@ def test_every_point_of_a_suite_parses_and_trains_when_shrunk(name, fresh_state,
         overrides = train_worker.overrides_of(job | EXTRA, str(tmp_path)) | {"use_cpu": True}
         recipe = parse_recipe([job["recipe"], *train_worker.flags(overrides)])
         assert recipe.run.offline or recipe.run.dataset == "synthetic", "a measurement must not need the hub"
-        assert recipe.training.max_steps == whole.warmup + whole.steps
+        assert recipe.training.max_steps == job["warmup"] + job["steps"]
         assert all(hasattr(recipe.training, argument) for argument in train_arms.ARMS[job["arm"]].arguments)
     fresh_state()
     small = replace(suite.load(Path(name), smoke=True), arms=("ours",), launches=whole.launches[:1])

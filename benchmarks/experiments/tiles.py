@@ -2,14 +2,18 @@
 
     python benchmarks/experiments/tiles.py --ops rope,swiglu --seconds 60
 
-Prints the product's choice and every other one that is faster, forward and backward; needs a GPU.
+Prints the product's choice and every other one that is faster, forward and backward; needs a GPU. All variants are
+compiled first, by several processes, which is not part of those seconds.
 """
 
 import argparse
+import contextlib
 import itertools
+import multiprocessing
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -33,8 +37,7 @@ SHAPES = {
     "cross_entropy": [(64, 32000), (1024, 32003), (8192, 32000), (8192, 128256)],
 }
 # What is varied: (module, name, values); "num_warps" of a launcher is that of its launch options.
-ROWS = [("norm_tiles", "row_tiling", "num_warps", (2, 4, 8, 16, 32))]
-PERSISTENT = [("norm_tiles", "persistent_tiling", "num_warps", (4, 8, 16, 32))]
+NORMS = [("norm_tiles", "row_tiling persistent_tiling", "num_warps", (2, 4, 8, 16, 32))]
 KNOBS = {
     "swiglu": [
         ("gated", "BLOCK_SIZE", None, (512, 1024, 2048, 4096)),
@@ -50,9 +53,9 @@ KNOBS = {
         ("softmax_rows", "STREAM_WARPS", None, (4, 8, 16, 32)),
         ("softmax_rows", "ALONE_WARPS", None, (8, 16, 32)),
     ],
-    "add_rms_norm": ROWS + PERSISTENT,
-    "layer_norm": ROWS + PERSISTENT,
-    "rms_norm": ROWS + PERSISTENT,
+    "add_rms_norm": NORMS,
+    "layer_norm": NORMS,
+    "rms_norm": NORMS,
 }  # fmt: skip
 
 
@@ -131,19 +134,36 @@ def changed(knobs: list[tuple], values: tuple) -> Iterator[None]:
             cache.cache_clear()
 
 
+def variants(op: str) -> Iterator[tuple]:
+    """All values of the op's knobs together."""
+    return itertools.product(*(knob[3] for knob in KNOBS[op]))
+
+
+def compile_variant(op: str, shape: tuple[int, ...], values: tuple) -> None:
+    """Run one variant once, so that Triton's cache has it; its failure shows when it is measured."""
+    with contextlib.suppress(Exception), changed(KNOBS[op], values):
+        run, inputs = call(op, shape)
+        out = run()
+        torch.autograd.grad(out, inputs, [torch.ones_like(t) for t in out])
+
+
 def main() -> None:
     """Sweep."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ops", default=",".join(SHAPES))
     parser.add_argument("--seconds", type=float, default=600, help="shared by the shapes")
+    parser.add_argument("--processes", type=int, default=12, help="that compile")
     args = parser.parse_args()
     jobs = [(op, shape) for op in args.ops.split(",") for shape in SHAPES[op]]
+    todo = [(op, shape, values) for op, shape in jobs for values in variants(op)]
+    with ProcessPoolExecutor(args.processes, multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(compile_variant, *zip(*todo, strict=True), chunksize=4))
     end = time.monotonic() + args.seconds
     for index, (op, shape) in enumerate(jobs):
         stop = time.monotonic() + (end - time.monotonic()) / (len(jobs) - index)
         base = times(op, shape)
         print(f"{op} {shape}: {base[0] * 1e3:.1f} us forward, {base[1] * 1e3:.1f} us backward", flush=True)
-        for values in itertools.product(*(knob[3] for knob in KNOBS[op])):
+        for values in variants(op):
             if time.monotonic() > stop:
                 print("  time is up", flush=True)
                 break
