@@ -37,7 +37,8 @@ PACKAGES = (
 
 def emit(message: dict) -> None:
     """Send one message from a worker to the process that started it."""
-    print(PREFIX + json.dumps(message), flush=True)
+    sys.stdout.write(f"{PREFIX}{json.dumps(message)}\n")  # at once: print would send the end of the line by itself
+    sys.stdout.flush()
 
 
 class Worker:

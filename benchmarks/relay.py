@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from benchmarks.common import PREFIX, ROOT
+from benchmarks.common import ROOT
 
 WORKER = "benchmarks.train_worker"
 GRACE_S = 10  # for a launcher to end its ranks
@@ -49,7 +49,10 @@ class Worker:
     """One launched job; its ranks do their imports and wait at the gate, a file that tells them to go or to stop."""
 
     def __init__(self, job: dict, folder: Path, module: str, port: int):
-        self.gate, self.ready = folder / "gate", [folder / f"ready{rank}" for rank in range(job["processes"])]
+        self.gate, self.ready, self.rows = (
+            folder / "gate",
+            *([folder / f"{what}{rank}" for rank in range(job["processes"])] for what in ("ready", "row")),
+        )
         self.log = (folder / "log").open("w+", errors="replace")
         job = job | {"gate": str(self.gate), "owner": os.getpid()}
         command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / job["config_file"]),
@@ -64,7 +67,10 @@ class Worker:
         return self.process.poll() is not None or all(file.exists() for file in self.ready)
 
     def finish(self, timeout: float) -> dict:
-        """Let it go and wait for its end: its row, with ``seconds``, or one that says how it failed."""
+        """Let it go and wait for its end: its row, with ``seconds``, or one that says how it failed.
+
+        Where ranks fail, the row is that of the first to do so, whatever the others say.
+        """
         start = time.monotonic()
         self._open("go")
         try:
@@ -76,22 +82,24 @@ class Worker:
         with self.log:
             self.log.seek(0)
             text = self.log.read()
-        lines = [line for line in text.splitlines() if line.startswith(PREFIX)]
-        row = json.loads(lines[0][len(PREFIX) :]) if lines else {"status": "error", "note": f"{ending}: {text[-400:]}"}
+        written = sorted((file for file in self.rows if file.exists()), key=lambda file: file.stat().st_mtime_ns)
+        rows = [json.loads(file.read_text()) for file in written]
+        failed = [row for row in rows if row["status"] != "ok"]
+        if not failed and (not rows or self.process.returncode):
+            failed = [{"status": "error", "note": f"{ending}: {text[-400:]}"}]
+        row = (failed or rows)[0]
         trace = row.pop("traceback", text[-4000:])
         if row["status"] == "error":
             print(trace, file=sys.stderr)
-        row.pop("kind", None)
         return row | {"seconds": round(time.monotonic() - start, 1)}
 
     def stop(self) -> None:
         """End it and its ranks."""
-        if self.process.poll() is not None:
-            return
-        self._open("stop")
-        self.process.terminate()  # torch's launcher ends its ranks; those of accelerate's are in its process group
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(GRACE_S)
+        if self.process.poll() is None:
+            self._open("stop")
+            self.process.terminate()  # torch's launcher ends its ranks; those of accelerate's are in its process group
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(GRACE_S)
         self._end_stragglers()
         self.process.wait()
 
@@ -141,8 +149,8 @@ class Relay:
         return self
 
     def __exit__(self, *error):
-        for worker in self.started.values():
-            worker.stop()
+        for index in list(self.started):
+            self.skip(index)
         self.folder.cleanup()
 
     def start(self, indexes: Iterable[int]) -> None:
@@ -170,4 +178,6 @@ class Relay:
     def skip(self, index: int) -> None:
         """Do without ``jobs[index]``."""
         if index in self.started:
-            self.started.pop(index).stop()
+            worker = self.started.pop(index)
+            worker.stop()
+            worker.log.close()

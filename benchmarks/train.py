@@ -243,7 +243,7 @@ def check_same_suite(path: Path, chosen: suite.Suite) -> None:
     if not path.exists():
         return
     data = json.loads(path.read_text())
-    title, recipes = data["suite"]["title"], {row["recipe"] for row in data["results"] if "recipe" in row}
+    title, recipes = data.get("suite", {}).get("title"), {row["recipe"] for row in data["results"] if "recipe" in row}
     if title == chosen.about["title"] and (not recipes or recipes & set(chosen.about["recipes"])):
         return
     raise ValueError(

@@ -1,8 +1,8 @@
 """One rank of one arm of the training benchmark: the recipe's own Trainer, timed.
 
 ``python -m benchmarks.train_worker --hello DEVICE`` says what the device is; ``accelerate launch ... -m
-benchmarks.train_worker JOB`` waits for the job's gate and trains. Exactly one rank emits exactly one row: the first
-one, or a rank that fails, which then ends at once so that no other waits for it in a collective.
+benchmarks.train_worker JOB`` waits for the job's gate and trains. The first rank writes a row beside the gate, and so
+does every rank that fails, which then ends at once so that no other waits for it in a collective.
 """
 
 import contextlib
@@ -168,21 +168,29 @@ def failure(error: Exception) -> dict:
 
 
 def run(job: dict) -> None:
-    """Train and emit the row; ends the process."""
+    """Train and write the row; ends the process."""
     end_with(job["owner"])
     try:
         if not stand_by(job):
             return
         row = train(job)
     except Exception as error:
-        emit({"kind": "row", **failure(error), "traceback": traceback.format_exc()})
+        write(job, failure(error) | {"traceback": traceback.format_exc()})
         end(1)
     if os.environ.get("RANK", "0") == "0":
-        emit({"kind": "row", **row})
+        write(job, row)
     if torch.distributed.is_initialized():
         with contextlib.suppress(RuntimeError):  # a rank that is through it may be gone before this one is
             torch.distributed.barrier()
     end(0)
+
+
+def write(job: dict, row: dict) -> None:
+    """Leave this rank's row, whole or not at all, in a file of its own: in one log, those of two ranks can mix."""
+    path = Path(job["gate"]).with_name(f"row{os.environ.get('RANK', '0')}")
+    draft = path.with_suffix(".draft")
+    draft.write_text(json.dumps(row))
+    draft.rename(path)
 
 
 def end(status: int) -> None:

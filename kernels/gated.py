@@ -13,10 +13,11 @@ from torch.autograd.function import once_differentiable
 from .autograd import Function
 from .compiled import opaque_op, or_empty
 from .inputs import check_rows, check_same_shape, dense_like, row_layout
-from .launch import Launcher, cdiv, next_power_of_2, tl, triton
+from .launch import Launcher, cdiv, next_power_of_2, sm_count, tl, triton
 
 SILU, GELU_TANH, GELU_ERF = 0, 1, 2
 BLOCK_SIZE = 2048
+SMALL_GRID = 4  # forward, blocks of that size an SM up to which ones of half the size are faster
 
 
 @triton.jit
@@ -184,7 +185,8 @@ def gated_fwd(gate: Tensor, up: Tensor, activation: int) -> Tensor:
     out = dense_like(gate, dtype)
     if out.numel():
         num_rows, num_cols, (gate, up, out), strides = _shared_layout(gate, up, out)
-        block = min(BLOCK_SIZE, next_power_of_2(num_cols))
+        block = BLOCK_SIZE if out.numel() > SMALL_GRID * BLOCK_SIZE * sm_count(out) else BLOCK_SIZE // 2
+        block = min(block, next_power_of_2(num_cols))
         col_blocks = cdiv(num_cols, block)
         _launch_fwd(
             (num_rows * col_blocks, 1, 1),

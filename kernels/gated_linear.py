@@ -86,10 +86,15 @@ def gated_linear_bwd(
     """``(dgate, dup, dweight, dbias)``; ``h`` is made again only where the weight needs its gradient."""
     rows = dout.reshape(-1, dout.shape[-1])
     first, second = _halves(gate, up)
-    dhidden = (rows @ weight.to(dout.dtype)).view(first.shape)
-    dweight = hidden = None
-    if up is None:
-        dgate, dup = torch.empty_like(gate, memory_format=torch.contiguous_format), None
+    dgate = dup = dweight = hidden = None
+    if needs_gate or needs_up:
+        dhidden = rows.new_empty(first.shape)
+        # ``out`` also keeps an autocast that is on during backward away from these products.
+        torch.mm(rows, weight.to(rows.dtype), out=dhidden.view(-1, first.shape[-1]))
+    if not (needs_gate or needs_up):
+        hidden = gated_fwd(first, second, activation).to(rows.dtype) if needs_weight else None
+    elif up is None:
+        dgate = torch.empty_like(gate, memory_format=torch.contiguous_format)
         hidden = dhidden if needs_weight else None
         gated_bwd(dhidden, first, second, *dgate.chunk(2, dim=-1), activation, hidden)
     else:
@@ -101,7 +106,8 @@ def gated_linear_bwd(
             hidden = torch.empty_like(dhidden) if needs_weight else None
             gated_bwd(dhidden, gate, up, dgate, dup, activation, hidden)
     if hidden is not None:
-        dweight = rows.t() @ hidden.view(-1, first.shape[-1])
+        dweight = rows.new_empty(rows.shape[1], first.shape[-1])
+        torch.mm(rows.t(), hidden.view(-1, first.shape[-1]), out=dweight)
     dweight = None if dweight is None else dweight.to(weight.dtype)
     dbias = rows.sum(0, dtype=torch.float32).to(weight.dtype) if needs_bias else None
     return dgate, dup, dweight, dbias

@@ -18,6 +18,7 @@ MAX_COLS = 65536  # 64 elements a thread with 32 warps; beyond that a row no lon
 TILE_SIZE = 4096  # elements of a tile of narrow rows
 SMEM_BYTES = 160 * 1024  # of an SM's 228 KiB, for prefetched rows; the rest stays L1 cache
 MAX_SUMMED_COLS = 16384  # a sum of 16 fp32 elements a thread fits beside a row of as many
+ALIGNED = 8  # columns; other rows of bf16 begin off 16 bytes: narrow accesses, no prefetching, more warps to hide both
 COLUMN_TILE = (8, 512)  # rows and columns a step of the kernel that sums by columns
 
 
@@ -49,7 +50,7 @@ def row_tiling(num_rows: int, num_cols: int, sms: int) -> Tiling:
     """One tile a program, for kernels on ``[num_rows, num_cols]`` that write per row only."""
     tile_rows, block_cols = _tile(num_rows, num_cols, 4 * sms)
     num_tiles = cdiv(num_rows, tile_rows)
-    num_warps = min(max(tile_rows * block_cols // 1024, 4), 32)
+    num_warps = min(max(tile_rows * block_cols // (512 if num_cols % ALIGNED else 1024), 4), 32)
     return Tiling(tile_rows, block_cols, num_tiles, num_tiles, 1, (("num_warps", num_warps),))
 
 
@@ -66,6 +67,8 @@ def persistent_tiling(num_rows: int, num_cols: int, sms: int, bytes_per_element:
         elements_per_thread, max_stages = 32, 4
     elif block_cols >= MAX_SUMMED_COLS:  # all registers are taken, those for prefetching too
         max_stages = 1
+    if num_cols % ALIGNED and block_cols >= TILE_SIZE:
+        elements_per_thread = 8
     programs = per_sm * sms
     tile_rows, block_cols = _tile(num_rows, num_cols, programs)
     num_tiles = cdiv(num_rows, tile_rows)

@@ -132,9 +132,15 @@ def _probe_function(original) -> Form | str:
         return "it accepted no tables of head_dim, half or a quarter of it"
     first_dim, width = tries[0][4], tries[0][2].shape[-1]
     default = inspect.signature(original).parameters.get("unsqueeze_dim")
+    if default is None and {unsqueeze_dim for *_, unsqueeze_dim, _ in tries} == {1, 2}:
+        return "it takes both layouts without an argument that says which"
+    if "position_ids" in names and not _ignores_positions(original, names, num_states, tries[0]):
+        return "its position_ids change the result"
     mixed = _inputs(first_dim, width, torch.bfloat16, torch.float32)
     mixed_out = _run(original, names, num_states, *mixed, first_dim)
     promotes = mixed_out is not None and mixed_out[0].dtype == torch.float32
+    if mixed_out is not None:
+        tries.append((*mixed, first_dim, mixed_out))
     best = None
     widest = max(cos.shape[-1] for _, _, cos, *_ in tries)
     tables = [t for t in Tables if t is not Tables.PAIRS or 2 * widest <= HEAD_DIM]
@@ -161,14 +167,22 @@ def _inputs(unsqueeze_dim, width, dtype, table_dtype):
     return q, k, cos, sin
 
 
-def _run(original, names, num_states, q, k, cos, sin, unsqueeze_dim):
+def _ignores_positions(original, names, num_states, known: tuple) -> bool:
+    """Whether ``position_ids`` in reverse order leave the outputs of a try as they are."""
+    *inputs, theirs = known
+    backwards = torch.arange(TOKENS).flip(0).expand(BATCH, TOKENS)
+    out = _run(original, names, num_states, *inputs, position_ids=backwards)
+    return out is not None and all(torch.equal(a, b) for a, b in zip(out, theirs, strict=True))
+
+
+def _run(original, names, num_states, q, k, cos, sin, unsqueeze_dim, **kwargs):
     """The function's outputs as a tuple, or ``None`` where it does not accept these shapes."""
-    kwargs = dict(zip(names, (q, k)[:num_states], strict=False)) | {"cos": cos, "sin": sin}
+    kwargs |= dict(zip(names, (q, k)[:num_states], strict=False)) | {"cos": cos, "sin": sin}
     if "unsqueeze_dim" in names:
         kwargs["unsqueeze_dim"] = unsqueeze_dim
     try:
         out = original(**kwargs)
-    except (RuntimeError, IndexError):
+    except Exception:  # not only shape errors of torch: some assert, or raise what they like
         return None
     out = (out,) if torch.is_tensor(out) else tuple(out)
     return out if len(out) == num_states and out[0].shape == q.shape else None
@@ -177,20 +191,32 @@ def _run(original, names, num_states, q, k, cos, sin, unsqueeze_dim):
 def _adapter(original, form: Form):
     """A function with ``original``'s parameters that computes with ``rope``.
 
-    Layouts the probe did not cover (anything but 4-D states and 3-D tables) go to ``original``.
+    What the probe did not cover and ``rope`` does not take goes to ``original``.
     """
     names, num_states = _layout(original)
 
     @functools.wraps(original)
     def rotary(*args, **kwargs):
         given = dict(zip(names, args, strict=False)) | kwargs
-        q, k = given[names[0]], given[names[1]] if num_states == 2 else None
+        q, k = given[names[0]], given.get(names[1]) if num_states == 2 else None
         unsqueeze_dim = given.get("unsqueeze_dim", form.unsqueeze_dim)
-        if q.ndim != 4 or given["cos"].ndim != 3 or unsqueeze_dim not in (1, 2) or (num_states == 2 and k is None):
+        if (num_states == 2 and k is None) or not _fits(q, k, given["cos"], given["sin"], unsqueeze_dim):
             return original(*args, **kwargs)
         return form(rope, q, k, given["cos"], given["sin"], unsqueeze_dim)
 
     return rotary
+
+
+def _fits(q, k, cos, sin, unsqueeze_dim) -> bool:
+    """Whether these are 4-D states of one batch and sequence, and tables for all of it that need no gradient."""
+    if q.ndim != 4 or cos.ndim != 3 or cos.shape != sin.shape or unsqueeze_dim not in (1, 2):
+        return False
+    batch, tokens, head_dim = q.shape[0], q.shape[3 - unsqueeze_dim], q.shape[3]
+    if k is not None and (
+        k.ndim != 4 or (k.shape[0], k.shape[3 - unsqueeze_dim], k.shape[3]) != (batch, tokens, head_dim)
+    ):
+        return False
+    return cos.shape[0] in (1, batch) and cos.shape[1] == tokens and not (cos.requires_grad or sin.requires_grad)
 
 
 def _with_globals(function, replaced: dict):

@@ -38,8 +38,8 @@ def run(function, inputs, activation):
 @pytest.mark.parametrize(
     "case",
     [{}, {"packed": True}, {"bias": False}, {"frozen": ("weight", "bias")}, {"frozen": ("gate",)}, {"frozen": ("up",)},
-     {"tokens": (0, 7)}],
-    ids=["separate", "packed", "no bias", "frozen projection", "frozen gate", "frozen up", "no tokens"],
+     {"frozen": ("gate", "up")}, {"tokens": (0, 7)}],
+    ids=["separate", "packed", "no bias", "frozen projection", "frozen gate", "frozen up", "frozen input", "no tokens"],
 )  # fmt: skip
 def test_outputs_and_gradients(case, activation, dtype):
     rounded = as_dtype(make(**case), dtype)
@@ -127,6 +127,19 @@ def test_autocast_and_backward_twice():
     again = torch.autograd.grad(out.float().square().sum(), [gate, weight])
     assert first[1].dtype == torch.float32
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("parted_bytes", [0, 2**60])
+@pytest.mark.parametrize("packed", [False, True])
+def test_backward_under_autocast_keeps_its_dtype(packed, parted_bytes, monkeypatch):
+    monkeypatch.setattr(gated_linear_module, "PARTED_BYTES", parted_bytes)
+    inputs = make(packed=packed)
+    trained = [t for t in inputs if t is not None]
+    out = gated_linear(*inputs, activation="silu")
+    expected = torch.autograd.grad(out.square().sum(), trained, retain_graph=True)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        actual = torch.autograd.grad(out.square().sum(), trained)
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
 def test_wrong_arguments():

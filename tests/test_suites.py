@@ -218,9 +218,10 @@ def is_running(pid):
     return status.exists() and "State:\tZ" not in status.read_text()
 
 
-def test_memory_short_on_one_rank_is_a_result_and_a_hang_ends(monkeypatch):
+def test_failures_of_ranks(monkeypatch):
+    """Memory short on one of them is a result, another failure is an error whatever the others say, a hang ends."""
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
-    jobs = [first_job("paper_two_gpus", arm) for arm in ("ours", "hf")]
+    jobs = [first_job("paper_two_gpus", arm) for arm in ("ours", "hf", "trl_head")]
     jobs[1]["config_file"], jobs[1]["processes"] = "configs/single.yaml", 1
     start = time.monotonic()
     with relay.Relay(jobs, timeout=60, module="distributed.bench_rank", wave=2) as running:
@@ -235,6 +236,10 @@ def test_memory_short_on_one_rank_is_a_result_and_a_hang_ends(monkeypatch):
         running.timeout = 2
         hung = running.run(1, [])
         assert not running.started
+        running.timeout = 60
+        failed = running.run(2, [])
+    assert failed["status"] == "error"
+    assert "arm ours was not active" in failed["note"]
     assert (oom["status"], "Tried to allocate" in oom["note"]) == ("oom", True)
     assert hung["status"] == "error"
     assert "still running after 2 s" in hung["note"]

@@ -23,6 +23,15 @@ def short_of_memory_on_one_rank(job: dict) -> dict:
     torch.distributed.barrier()
 
 
+def fail_after_the_first_rank(job: dict) -> dict:
+    """The second rank finds something wrong when the first has its row."""
+    if os.environ["RANK"] == "1":
+        while not Path(job["gate"]).with_name("row0").exists():
+            time.sleep(0.02)
+        raise RuntimeError("arm ours was not active in this run")
+    return {"status": "ok"}
+
+
 def hang(job: dict) -> dict:
     """Never ends."""
     time.sleep(600)
@@ -30,6 +39,7 @@ def hang(job: dict) -> dict:
 
 if __name__ == "__main__":
     job = json.loads(sys.argv[1])
-    train_worker.train = {"ours": short_of_memory_on_one_rank, "hf": hang}[job["arm"]]
+    tasks = {"ours": short_of_memory_on_one_rank, "trl_head": fail_after_the_first_rank, "hf": hang}
+    train_worker.train = tasks[job["arm"]]
     train_worker.SLOW_IMPORTS = ()
     train_worker.run(job)
