@@ -1,7 +1,8 @@
 """LayerNorm (arXiv 1607.06450): ``y = n * weight + bias``, ``n = (x - mean) * rstd``, ``rstd = 1 / sqrt(var + eps)``.
 
-Backward, with ``g = dy * weight``: ``dx = rstd * (g - mean(g) - n * mean(g * n))``, ``dweight = sum over rows of
-dy * n`` and ``dbias = sum over rows of dy``.
+An offset may be added to ``weight``.
+Backward, with ``g = dy * weight``: ``dx = rstd * (g - mean(g) - n * mean(g * n))``,
+``dweight = sum over rows of dy * n`` and ``dbias = sum over rows of dy``.
 Saved: x, mean and rstd (fp32, two numbers a row). Moved: x and y forward; x, dy and dx backward.
 """
 
@@ -36,6 +37,7 @@ def _layer_norm_fwd_kernel(
     num_rows,
     num_cols,
     eps,
+    weight_offset,
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     TILE_ROWS: tl.constexpr,
@@ -56,7 +58,7 @@ def _layer_norm_fwd_kernel(
     rstd = tl.rsqrt(tl.sum(centred * centred, axis=1, keep_dims=True) / num_cols + eps)
     y = centred * rstd
     if HAS_WEIGHT:
-        y *= weight.to(tl.float32)[None, :]
+        y *= weight.to(tl.float32)[None, :] + weight_offset
     if HAS_BIAS:
         y += bias.to(tl.float32)[None, :]
     tl.store(y_ptr + rows[:, None] * num_cols + cols[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
@@ -78,6 +80,7 @@ def _layer_norm_bwd_kernel(
     num_rows,
     num_cols,
     num_tiles,
+    weight_offset,
     HAS_WEIGHT: tl.constexpr,
     NEEDS_DX: tl.constexpr,
     NEEDS_DW: tl.constexpr,
@@ -90,7 +93,7 @@ def _layer_norm_bwd_kernel(
     col_mask = cols < num_cols
     KEEP_WEIGHT: tl.constexpr = BLOCK_COLS < 16384  # in wider rows it would push others out of the registers
     if HAS_WEIGHT and KEEP_WEIGHT:
-        weight = tl.load(weight_ptr + cols, mask=col_mask, other=0.0).to(tl.float32)[None, :]
+        weight = tl.load(weight_ptr + cols, mask=col_mask, other=0.0).to(tl.float32)[None, :] + weight_offset
     if NEEDS_DW:
         dw = tl.zeros((TILE_ROWS, BLOCK_COLS), dtype=tl.float32)
     if NEEDS_DB:
@@ -111,7 +114,9 @@ def _layer_norm_bwd_kernel(
         if NEEDS_DX:
             if HAS_WEIGHT:
                 if not KEEP_WEIGHT:
-                    weight = tl.load(weight_ptr + cols, mask=col_mask, other=0.0).to(tl.float32)[None, :]
+                    weight = (
+                        tl.load(weight_ptr + cols, mask=col_mask, other=0.0).to(tl.float32)[None, :] + weight_offset
+                    )
                 dy *= weight
             mean_g = tl.sum(dy, axis=1, keep_dims=True) / num_cols
             mean_gn = tl.sum(dy * normed, axis=1, keep_dims=True) / num_cols
@@ -130,7 +135,7 @@ _launch_bwd = Launcher(_layer_norm_bwd_kernel)
 
 
 def layer_norm_fwd(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, weight_offset: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Return ``(y, stats)`` for ``x`` ``[..., num_cols]``: y of ``dtype``, mean and rstd as fp32 ``[2, num_rows]``."""
     num_cols = x.shape[-1]
@@ -144,7 +149,7 @@ def layer_norm_fwd(
             (tiling.num_programs, 1, 1),
             (x, weight, bias, y, stats),
             (x_stride, num_rows, num_cols),
-            (eps,),
+            (eps, weight_offset),
             (weight is not None, bias is not None, tiling.tile_rows, tiling.block_cols),
             tiling.options,
         )
@@ -152,8 +157,8 @@ def layer_norm_fwd(
 
 
 def layer_norm_bwd(
-    dy: Tensor, x: Tensor, weight: Tensor | None, bias_dtype: torch.dtype | None, stats: Tensor, needs_dx: bool,
-    needs_dw: bool, needs_db: bool,
+    dy: Tensor, x: Tensor, weight: Tensor | None, bias_dtype: torch.dtype | None, stats: Tensor, weight_offset: float,
+    needs_dx: bool, needs_dw: bool, needs_db: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """Return ``(dx, dweight, dbias)``, each None unless asked for."""
     num_cols, num_rows = x.shape[-1], stats.shape[1]
@@ -181,7 +186,7 @@ def layer_norm_bwd(
                 partials[0] if summed and needs_dw else None, partials[-1] if summed and needs_db else None,
             ),
             (dy_stride, x_stride, num_rows, num_cols, tiling.num_tiles),
-            (),
+            (weight_offset,),
             (
                 weight is not None, needs_dx, summed and needs_dw, summed and needs_db,
                 tiling.tile_rows, tiling.block_cols, tiling.num_stages,
@@ -198,11 +203,11 @@ class LayerNormFunction(Function):
     """``layer_norm`` on ``x`` of any shape, with the output's dtype; all arguments are positional."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, eps, dtype):
+    def forward(ctx, x, weight, bias, eps, weight_offset, dtype):
         """Save x, the weight, mean and rstd."""
-        y, stats = layer_norm_fwd(x, weight, bias, eps, dtype)
+        y, stats = layer_norm_fwd(x, weight, bias, eps, weight_offset, dtype)
         ctx.save_for_backward(x, weight, stats)
-        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.bias_dtype, ctx.weight_offset = None if bias is None else bias.dtype, weight_offset
         return y
 
     @staticmethod
@@ -210,29 +215,30 @@ class LayerNormFunction(Function):
     def backward(ctx, dy):
         """Compute only the gradients that are needed."""
         x, weight, stats = ctx.saved_tensors
-        return *layer_norm_bwd(dy, x, weight, ctx.bias_dtype, stats, *ctx.needs_input_grad[:3]), None, None
+        grads = layer_norm_bwd(dy, x, weight, ctx.bias_dtype, stats, ctx.weight_offset, *ctx.needs_input_grad[:3])
+        return *grads, None, None, None
 
 
 def _fwd(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, weight_offset: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    return layer_norm_fwd(x, weight, bias, eps, dtype)
+    return layer_norm_fwd(x, weight, bias, eps, weight_offset, dtype)
 
 
-def _fake_fwd(x, weight, bias, eps, dtype):
+def _fake_fwd(x, weight, bias, eps, weight_offset, dtype):
     return x.new_empty(x.shape, dtype=dtype), x.new_empty(2, x.numel() // x.shape[-1], dtype=torch.float32)
 
 
 def _bwd(
-    dy: Tensor, x: Tensor, weight: Tensor | None, bias_dtype: torch.dtype | None, stats: Tensor, needs_dx: bool,
-    needs_dw: bool, needs_db: bool,
+    dy: Tensor, x: Tensor, weight: Tensor | None, bias_dtype: torch.dtype | None, stats: Tensor, weight_offset: float,
+    needs_dx: bool, needs_dw: bool, needs_db: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    dx, dw, db = layer_norm_bwd(dy, x, weight, bias_dtype, stats, needs_dx, needs_dw, needs_db)
+    dx, dw, db = layer_norm_bwd(dy, x, weight, bias_dtype, stats, weight_offset, needs_dx, needs_dw, needs_db)
     # dweight and dbias can be rows of one tensor; what an operator returns must not share memory.
     return or_empty(dx, x), or_empty(dw, x), or_empty(db, x) if dw is None or db is None else db.clone()
 
 
-def _fake_bwd(dy, x, weight, bias_dtype, stats, needs_dx, needs_dw, needs_db):
+def _fake_bwd(dy, x, weight, bias_dtype, stats, weight_offset, needs_dx, needs_dw, needs_db):
     return (
         x.new_empty(x.shape if needs_dx else 0),
         weight.new_empty(weight.shape) if needs_dw else x.new_empty(0),
@@ -241,7 +247,7 @@ def _fake_bwd(dy, x, weight, bias_dtype, stats, needs_dx, needs_dw, needs_db):
 
 
 def _save(ctx, inputs, output):
-    x, weight, bias = inputs[:3]
+    x, weight, bias, _, ctx.weight_offset, _ = inputs
     ctx.save_for_backward(x, weight, output[1])
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.mark_non_differentiable(output[1])
@@ -250,22 +256,28 @@ def _save(ctx, inputs, output):
 def _differentiate(ctx, dy, _):
     x, weight, stats = ctx.saved_tensors
     needs = ctx.needs_input_grad[:3]
-    grads = _layer_norm_bwd_op(dy, x, weight, ctx.bias_dtype, stats, *needs)
-    return *(grad if needed else None for grad, needed in zip(grads, needs, strict=True)), None, None
+    grads = _layer_norm_bwd_op(dy, x, weight, ctx.bias_dtype, stats, ctx.weight_offset, *needs)
+    return *(grad if needed else None for grad, needed in zip(grads, needs, strict=True)), None, None, None
 
 
 _layer_norm_bwd_op = opaque_op("layer_norm_bwd", _bwd, _fake_bwd)
 _layer_norm_op = opaque_op("layer_norm", _fwd, _fake_fwd, _differentiate, _save)
 
 
-def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
-    """``(x - mean) / sqrt(var + eps) * weight + bias`` over the last dimension, statistics in fp32, rounded once.
+def layer_norm(
+    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5, *,
+    weight_offset: float = 0.0,
+) -> Tensor:  # fmt: skip
+    """``(x - mean) / sqrt(var + eps) * (weight_offset + weight) + bias`` over the last dimension, statistics in fp32.
+
+    Rounded once.
 
     Args:
         x: ``[..., N]``, fp16, bf16, fp32 or fp64; any strides.
         weight: ``[N]`` of any of these dtypes, or None.
         bias: ``[N]`` of any of these dtypes, or None.
         eps: added to the variance.
+        weight_offset: added to the weight; 1.0 for Nemotron.
 
     Returns:
         ``[..., N]`` in ``x.dtype``; in fp32 under CUDA autocast, as torch's own layer_norm gives it.
@@ -281,12 +293,12 @@ def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = No
     if bias is not None:
         check_vector("bias", bias, x)
     if not use_triton(x) or x.dtype == torch.float64:
-        return reference.layer_norm(x, weight, bias, eps)
+        return reference.layer_norm(x, weight, bias, eps, weight_offset=weight_offset)
     check_width(x)
     weight = None if weight is None else weight.contiguous()
     bias = None if bias is None else bias.contiguous()
     # Autocast would widen x and keep the wide copy for backward; the kernel reads x as it is and writes fp32.
     dtype = torch.float32 if x.is_cuda and torch.is_autocast_enabled("cuda") else x.dtype
     if torch.compiler.is_compiling():
-        return _layer_norm_op(x, weight, bias, float(eps), dtype)[0]
-    return LayerNormFunction.apply(x, weight, bias, eps, dtype)
+        return _layer_norm_op(x, weight, bias, float(eps), float(weight_offset), dtype)[0]
+    return LayerNormFunction.apply(x, weight, bias, eps, weight_offset, dtype)

@@ -69,15 +69,18 @@ def add_rms_norm(
     return rms_norm(total, weight, eps, weight_offset=weight_offset, scale_in_fp32=scale_in_fp32), total
 
 
-def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
-    """``(x - mean) / sqrt(var + eps) * weight + bias`` over the last dimension, rounded once to ``x.dtype``."""
+def layer_norm(
+    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5, *,
+    weight_offset: float = 0.0,
+) -> Tensor:  # fmt: skip
+    """``(x - mean) / sqrt(var + eps) * (weight_offset + weight) + bias``, rounded once to ``x.dtype``."""
     if torch.is_autocast_enabled(x.device.type) and x.device.type == "cuda":
         x = x.float()  # what autocast does to torch's own layer_norm on CUDA
     compute = torch.promote_types(x.dtype, torch.float32)
     out = F.layer_norm(
         x.to(compute),
         x.shape[-1:],
-        None if weight is None else weight.to(compute),
+        None if weight is None else weight.to(compute) + weight_offset,
         None if bias is None else bias.to(compute),
         eps,
     )
@@ -98,12 +101,13 @@ def rotate_pairs(x: Tensor) -> Tensor:
 
 def rope(
     q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, *, interleaved: bool = False, rotary_dim: int | None = None,
-    unsqueeze_dim: int = 1, compute_in_fp32: bool = False,
+    deinterleave: bool = False, unsqueeze_dim: int = 1, compute_in_fp32: bool = False,
 ) -> tuple[Tensor, Tensor] | Tensor:  # fmt: skip
     """``x * cos + rotate(x) * sin`` on the first ``rotary_dim`` elements of each head; the rest passes through.
 
     ``cos`` and ``sin`` are ``[B or 1, T, rotary_dim]``, or ``[B or 1, T, rotary_dim / 2]`` with one entry per
-    rotated pair when ``rotary_dim`` is given and twice their width.
+    rotated pair when ``rotary_dim`` is given and twice their width. ``deinterleave`` moves the first elements of
+    neighbouring pairs into the first half.
     """
     width = cos.shape[-1]
     rotary_dim = width if rotary_dim is None else rotary_dim
@@ -117,6 +121,8 @@ def rope(
         head, tail = x[..., :rotary_dim], x[..., rotary_dim:]
         wide = head.float() if compute_in_fp32 else head
         turned = (wide * cos + rotate(wide) * sin).to(x.dtype)
+        if deinterleave:
+            turned = torch.cat((turned[..., ::2], turned[..., 1::2]), dim=-1)
         return turned if tail.shape[-1] == 0 else torch.cat((turned, tail), dim=-1)
 
     return apply(q) if k is None else (apply(q), apply(k))

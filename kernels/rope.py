@@ -2,7 +2,8 @@
 
 Each pair ``(x1, x2)`` of a head's rotary part, elements of its two halves or neighbours (interleaved), becomes
 ``(x1 * c1 - x2 * s1, x2 * c2 + x1 * s2)``; (c1, c2) and (s1, s2) are the pair's entries of cos and sin, which need not
-be equal. Backward: ``dx1 = dy1 * c1 + dy2 * s2`` and ``dx2 = dy2 * c2 - dy1 * s1``, the same kernel.
+be equal. Neighbours can be written as elements of two halves (deinterleave).
+Backward: ``dx1 = dy1 * c1 + dy2 * s2`` and ``dx2 = dy2 * c2 - dy1 * s1``, the same kernel.
 Saved: cos and sin. Moved, forward and backward alike: q and k in and out once; the tables are small and stay in L2.
 """
 
@@ -56,7 +57,7 @@ def _turn_heads(
     x_ptr, y_ptr, x_batch_stride, x_head_stride, x_token_stride, y_batch_stride, y_head_stride, y_token_stride,
     num_heads, first_head, batch, tokens, num_tokens, cos_base, sin_base, BACKWARD: tl.constexpr, PAIRED: tl.constexpr,
     HALF: tl.constexpr, TAIL: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_TAIL: tl.constexpr,
-    INTERLEAVED: tl.constexpr, TILE_HEADS: tl.constexpr,
+    LOAD_INTERLEAVED: tl.constexpr, STORE_INTERLEAVED: tl.constexpr, TILE_HEADS: tl.constexpr,
 ):  # fmt: skip
     heads = (first_head + tl.arange(0, TILE_HEADS)).to(tl.int64)
     token_mask = (tokens < num_tokens)[:, None, None]
@@ -68,14 +69,14 @@ def _turn_heads(
     # Tables of the tile's full shape load in its layout: repeated heads hit L1, a conversion would have to wait.
     cos_base += tl.zeros((1, TILE_HEADS, 1), dtype=tl.int64)
     sin_base += tl.zeros((1, TILE_HEADS, 1), dtype=tl.int64)
-    x1, x2 = _load_pairs(x_base, HALF, BLOCK_HALF, INTERLEAVED, mask)
-    c1, c2 = _load_table(cos_base, HALF, BLOCK_HALF, PAIRED, INTERLEAVED, mask)
-    s1, s2 = _load_table(sin_base, HALF, BLOCK_HALF, PAIRED, INTERLEAVED, mask)
+    x1, x2 = _load_pairs(x_base, HALF, BLOCK_HALF, LOAD_INTERLEAVED, mask)
+    c1, c2 = _load_table(cos_base, HALF, BLOCK_HALF, PAIRED, LOAD_INTERLEAVED, mask)
+    s1, s2 = _load_table(sin_base, HALF, BLOCK_HALF, PAIRED, LOAD_INTERLEAVED, mask)
     if BACKWARD:
         s1, s2 = -s2, -s1
     y1 = (x1 * c1 - x2 * s1).to(y_ptr.dtype.element_ty)
     y2 = (x2 * c2 + x1 * s2).to(y_ptr.dtype.element_ty)
-    if INTERLEAVED:
+    if STORE_INTERLEAVED:
         cols = tl.arange(0, 2 * BLOCK_HALF)[None, None, :]
         both = tl.reshape(tl.join(y1, y2), (y1.shape[0], y1.shape[1], 2 * BLOCK_HALF))
         tl.store(y_base + cols, both, mask=mask & (cols < 2 * HALF))
@@ -112,7 +113,8 @@ def _rope_kernel(
     k_chunks,
     HAS_K: tl.constexpr,
     BACKWARD: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
+    LOAD_INTERLEAVED: tl.constexpr,
+    STORE_INTERLEAVED: tl.constexpr,  # PAIRED where it differs
     PAIRED: tl.constexpr,
     HALF: tl.constexpr,
     TAIL: tl.constexpr,
@@ -133,13 +135,15 @@ def _rope_kernel(
         _turn_heads(
             k_ptr, k_out_ptr, k_batch_stride, k_head_stride, k_token_stride, k_out_batch_stride, k_out_head_stride,
             k_out_token_stride, num_k_heads, (chunk - q_chunks) * TILE_HEADS, batch, tokens, num_tokens, cos_base,
-            sin_base, BACKWARD, PAIRED, HALF, TAIL, BLOCK_HALF, BLOCK_TAIL, INTERLEAVED, TILE_HEADS,
+            sin_base, BACKWARD, PAIRED, HALF, TAIL, BLOCK_HALF, BLOCK_TAIL, LOAD_INTERLEAVED, STORE_INTERLEAVED,
+            TILE_HEADS,
         )  # fmt: skip
     else:
         _turn_heads(
             q_ptr, q_out_ptr, q_batch_stride, q_head_stride, q_token_stride, q_out_batch_stride, q_out_head_stride,
             q_out_token_stride, num_q_heads, chunk * TILE_HEADS, batch, tokens, num_tokens, cos_base,
-            sin_base, BACKWARD, PAIRED, HALF, TAIL, BLOCK_HALF, BLOCK_TAIL, INTERLEAVED, TILE_HEADS,
+            sin_base, BACKWARD, PAIRED, HALF, TAIL, BLOCK_HALF, BLOCK_TAIL, LOAD_INTERLEAVED, STORE_INTERLEAVED,
+            TILE_HEADS,
         )  # fmt: skip
 
 
@@ -170,7 +174,7 @@ def _tiling(
 
 def _turn(
     q: Tensor, q_out: Tensor, k: Tensor | None, k_out: Tensor | None, cos: Tensor, sin: Tensor, rotary_dim: int,
-    interleaved: bool, unsqueeze_dim: int, backward: bool,
+    interleaved: bool, deinterleave: bool, unsqueeze_dim: int, backward: bool,
 ) -> None:  # fmt: skip
     """Turn ``q`` into ``q_out`` and, unless None, ``k`` into ``k_out``."""
     shape, k_heads = q.shape, 0 if k is None else k.shape[unsqueeze_dim]
@@ -194,24 +198,28 @@ def _turn(
             q_heads, k_heads, num_tokens, q_chunks, k_chunks,
         ),
         (),
-        (k is not None, backward, interleaved, width != rotary_dim, *constants),
+        (
+            k is not None, backward, interleaved and not (deinterleave and backward),
+            interleaved and (backward or not deinterleave), width != rotary_dim, *constants,
+        ),
         (("num_warps", 4),),
     )  # fmt: skip
 
 
 def rope_fwd(
-    q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, rotary_dim: int, interleaved: bool, unsqueeze_dim: int
-) -> tuple[Tensor, Tensor | None]:
+    q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, rotary_dim: int, interleaved: bool, deinterleave: bool,
+    unsqueeze_dim: int,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Return the turned ``q`` and ``k``, in their shapes and memory order."""
     q, k = unit_stride(q), None if k is None else unit_stride(k)
     q_out, k_out = torch.empty_like(q), None if k is None else torch.empty_like(k)
-    _turn(q, q_out, k, k_out, cos, sin, rotary_dim, interleaved, unsqueeze_dim, backward=False)
+    _turn(q, q_out, k, k_out, cos, sin, rotary_dim, interleaved, deinterleave, unsqueeze_dim, backward=False)
     return q_out, k_out
 
 
 def rope_bwd(
     dq: Tensor | None, dk: Tensor | None, q_strides: tuple[int, ...], k_strides: tuple[int, ...], cos: Tensor,
-    sin: Tensor, rotary_dim: int, interleaved: bool, unsqueeze_dim: int,
+    sin: Tensor, rotary_dim: int, interleaved: bool, deinterleave: bool, unsqueeze_dim: int,
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     """Return the gradients of ``q`` and ``k`` with the given strides, None where the upstream gradient is None."""
     dq, dk = (None if grad is None else unit_stride(grad) for grad in (dq, dk))
@@ -219,7 +227,7 @@ def rope_bwd(
         None if grad is None else torch.empty_strided(grad.shape, strides, dtype=grad.dtype, device=grad.device)
         for grad, strides in ((dq, q_strides), (dk, k_strides))
     )
-    tables = (cos, sin, rotary_dim, interleaved, unsqueeze_dim)
+    tables = (cos, sin, rotary_dim, interleaved, deinterleave, unsqueeze_dim)
     if dq is not None:
         _turn(dq, dq_out, dk, dk_out, *tables, backward=True)
     elif dk is not None:
@@ -231,13 +239,13 @@ class RopeFunction(Function):
     """``rope`` of ``q`` and, unless None, ``k``; all arguments are positional."""
 
     @staticmethod
-    def forward(ctx, q, k, cos, sin, rotary_dim, interleaved, unsqueeze_dim):
+    def forward(ctx, q, k, cos, sin, rotary_dim, interleaved, deinterleave, unsqueeze_dim):
         """Save the tables only."""
-        q_out, k_out = rope_fwd(q, k, cos, sin, rotary_dim, interleaved, unsqueeze_dim)
+        q_out, k_out = rope_fwd(q, k, cos, sin, rotary_dim, interleaved, deinterleave, unsqueeze_dim)
         ctx.save_for_backward(cos, sin)
         # The outputs are dense in the memory order of the inputs: gradients laid out so need no copy further up either.
         ctx.strides = (q_out.stride(), None if k_out is None else k_out.stride())
-        ctx.settings = (rotary_dim, interleaved, unsqueeze_dim)
+        ctx.settings = (rotary_dim, interleaved, deinterleave, unsqueeze_dim)
         ctx.set_materialize_grads(False)
         return q_out if k is None else (q_out, k_out)
 
@@ -247,30 +255,31 @@ class RopeFunction(Function):
         """Either upstream gradient may be None."""
         dq = dq if ctx.needs_input_grad[0] else None
         dk = dk if ctx.needs_input_grad[1] else None
-        return *rope_bwd(dq, dk, *ctx.strides, *ctx.saved_tensors, *ctx.settings), None, None, None, None, None
+        return *rope_bwd(dq, dk, *ctx.strides, *ctx.saved_tensors, *ctx.settings), None, None, None, None, None, None
 
 
 def _fwd(
-    q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, rotary_dim: int, interleaved: bool, unsqueeze_dim: int
-) -> tuple[Tensor, Tensor]:
-    q_out, k_out = rope_fwd(q, k, cos, sin, rotary_dim, interleaved, unsqueeze_dim)
+    q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, rotary_dim: int, interleaved: bool, deinterleave: bool,
+    unsqueeze_dim: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    q_out, k_out = rope_fwd(q, k, cos, sin, rotary_dim, interleaved, deinterleave, unsqueeze_dim)
     return q_out, or_empty(k_out, q)
 
 
-def _fake_fwd(q, k, cos, sin, rotary_dim, interleaved, unsqueeze_dim):
+def _fake_fwd(q, k, *_):
     return torch.empty_like(unit_stride(q)), q.new_empty(0) if k is None else torch.empty_like(unit_stride(k))
 
 
 def _bwd(
     dq: Tensor | None, dk: Tensor | None, cos: Tensor, sin: Tensor, rotary_dim: int, interleaved: bool,
-    unsqueeze_dim: int,
+    deinterleave: bool, unsqueeze_dim: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     strides = (None if grad is None else torch.empty_like(unit_stride(grad)).stride() for grad in (dq, dk))
-    grads = rope_bwd(dq, dk, *strides, cos, sin, rotary_dim, interleaved, unsqueeze_dim)
+    grads = rope_bwd(dq, dk, *strides, cos, sin, rotary_dim, interleaved, deinterleave, unsqueeze_dim)
     return or_empty(grads[0], cos), or_empty(grads[1], cos)
 
 
-def _fake_bwd(dq, dk, cos, sin, rotary_dim, interleaved, unsqueeze_dim):
+def _fake_bwd(dq, dk, cos, *_):
     grads = [cos.new_empty(0) if grad is None else torch.empty_like(unit_stride(grad)) for grad in (dq, dk)]
     return grads[0], grads[1]
 
@@ -286,7 +295,7 @@ def _save(ctx, inputs, output):
 def _differentiate(ctx, dq, dk):
     dq, dk = (grad if needed else None for grad, needed in zip((dq, dk), ctx.needs_input_grad[:2], strict=True))
     grads = _rope_bwd_op(dq, dk, *ctx.saved_tensors, *ctx.settings)
-    return None if dq is None else grads[0], None if dk is None else grads[1], None, None, None, None, None
+    return None if dq is None else grads[0], None if dk is None else grads[1], *(None,) * 6
 
 
 _rope_bwd_op = opaque_op("rope_bwd", _bwd, _fake_bwd)
@@ -326,7 +335,7 @@ def _check(q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, rotary_dim: in
 
 def rope(
     q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, *, interleaved: bool = False, rotary_dim: int | None = None,
-    unsqueeze_dim: int = 1, compute_in_fp32: bool = False,
+    deinterleave: bool = False, unsqueeze_dim: int = 1, compute_in_fp32: bool = False,
 ) -> tuple[Tensor, Tensor] | Tensor:  # fmt: skip
     """Rotary position embedding of the first ``rotary_dim`` elements of each head; the rest passes through.
 
@@ -338,6 +347,8 @@ def rope(
         sin: like ``cos``.
         interleaved: a pair is two neighbouring elements, not element ``i`` of each half.
         rotary_dim: width of the rotary part; that of the tables by default.
+        deinterleave: return the first elements of all neighbouring pairs, then the second ones (DeepSeek-V3); asks for
+            ``interleaved`` and tables with one entry a pair.
         unsqueeze_dim: the dimension of the heads in ``q`` and ``k``, 1 or 2.
         compute_in_fp32: the definition then computes in fp32, as the Triton kernel always does.
 
@@ -346,16 +357,22 @@ def rope(
 
     Raises:
         TypeError: an argument is not floating-point.
-        ValueError: shapes, devices or ``rotary_dim`` do not fit together; ``cos`` or ``sin`` requires a gradient.
+        ValueError: shapes, devices, ``rotary_dim`` or ``deinterleave`` do not fit together; ``cos`` or ``sin``
+            requires a gradient.
     """
     width = _check(q, k, cos, sin, rotary_dim, unsqueeze_dim)
+    if deinterleave and not (interleaved and width == 2 * cos.shape[-1]):
+        raise ValueError(
+            f"deinterleave: is True with interleaved={interleaved}, tables of width {cos.shape[-1]} and rotary_dim "
+            f"{width}; allowed with interleaved=True and one table entry a pair"
+        )
     if not use_triton(q) or torch.float64 in (q.dtype, q.dtype if k is None else k.dtype):
         return reference.rope(
-            q, k, cos, sin, interleaved=interleaved, rotary_dim=rotary_dim, unsqueeze_dim=unsqueeze_dim,
-            compute_in_fp32=compute_in_fp32,
+            q, k, cos, sin, interleaved=interleaved, rotary_dim=rotary_dim, deinterleave=deinterleave,
+            unsqueeze_dim=unsqueeze_dim, compute_in_fp32=compute_in_fp32,
         )  # fmt: skip
     cos, sin = unit_stride(cos), unit_stride(sin)
     if torch.compiler.is_compiling():
-        turned = _rope_op(q, k, cos, sin, width, interleaved, unsqueeze_dim)
+        turned = _rope_op(q, k, cos, sin, width, interleaved, deinterleave, unsqueeze_dim)
         return turned[0] if k is None else turned
-    return RopeFunction.apply(q, k, cos, sin, width, interleaved, unsqueeze_dim)
+    return RopeFunction.apply(q, k, cos, sin, width, interleaved, deinterleave, unsqueeze_dim)

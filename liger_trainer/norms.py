@@ -97,6 +97,8 @@ def _forms(has_weight: bool, has_bias: bool):
             yield "rms_norm", variant, options
     missing = "" if has_bias else ", no bias" if has_weight else ", no weight"
     yield "layer_norm", f"layer_norm{missing}", {}
+    if has_weight:
+        yield "layer_norm", f"layer_norm, 1 + weight{missing}", {"weight_offset": 1.0}
 
 
 def _rms_norm_forward(original, has_weight, has_bias, eps, options):
@@ -120,7 +122,7 @@ def _layer_norm_forward(original, has_weight, has_bias, eps, options):
     def forward(self, *args, **kwargs):
         x = args[0] if args else kwargs[name]
         weight, bias = self.weight if has_weight else None, self.bias if has_bias else None
-        return layer_norm(x, weight, bias, read_eps(self))
+        return layer_norm(x, weight, bias, read_eps(self), **options)
 
     return forward
 

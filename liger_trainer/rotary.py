@@ -33,11 +33,12 @@ class Tables(enum.Enum):
 class Form(NamedTuple):
     """What a rotary function does.
 
-    ``backwards``: it turns by the negative angle. ``promotes``: bf16 states with fp32 tables give fp32.
-    ``unsqueeze_dim``: its default.
+    ``deinterleave``: it writes neighbours as elements of two halves. ``backwards``: it turns by the negative angle.
+    ``promotes``: bf16 states with fp32 tables give fp32. ``unsqueeze_dim``: its default.
     """
 
     interleaved: bool
+    deinterleave: bool
     tables: Tables
     backwards: bool
     compute_in_fp32: bool
@@ -45,7 +46,7 @@ class Form(NamedTuple):
     unsqueeze_dim: int
 
     def __str__(self) -> str:
-        return "rope, interleaved" if self.interleaved else "rope"
+        return f"rope, {'de' * self.deinterleave}interleaved" if self.interleaved else "rope"
 
     def __call__(self, op, q, k, cos, sin, unsqueeze_dim):
         """Compute with ``op``, ``rope`` or its reference, in this form."""
@@ -56,7 +57,8 @@ class Form(NamedTuple):
             cos, sin = cos[..., : rotary_dim // 2], sin[..., : rotary_dim // 2]
         if self.backwards:
             sin = -sin
-        options = {"interleaved": self.interleaved, "rotary_dim": rotary_dim, "unsqueeze_dim": unsqueeze_dim}
+        options = {"interleaved": self.interleaved, "deinterleave": self.deinterleave, "rotary_dim": rotary_dim,
+                   "unsqueeze_dim": unsqueeze_dim}  # fmt: skip
         if self.promotes and cos.dtype != q.dtype:
             wide = torch.promote_types(cos.dtype, q.dtype)
             q, k = q.to(wide), None if k is None else k.to(wide)
@@ -144,8 +146,11 @@ def _probe_function(original) -> Form | str:
     best = None
     widest = max(cos.shape[-1] for _, _, cos, *_ in tries)
     tables = [t for t in Tables if t is not Tables.PAIRS or 2 * widest <= HEAD_DIM]
-    for flags in itertools.product((False, True), tables, (False, True), (False, True)):
-        form = Form(*flags, promotes, default.default if default else first_dim)
+    layouts = ((False, False), (True, False), (True, True))
+    for layout, *flags in itertools.product(layouts, tables, (False, True), (False, True)):
+        if layout == (True, True) and flags[0] is Tables.ELEMENTS:
+            continue  # rope has no such form
+        form = Form(*layout, *flags, promotes, default.default if default else first_dim)
         error = 0.0
         for q, k, cos, sin, unsqueeze_dim, theirs in tries:
             ours = form(reference.rope, q, k if num_states == 2 else None, cos, sin, unsqueeze_dim)

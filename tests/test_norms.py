@@ -98,14 +98,15 @@ def test_rms_variants_round_like_the_definition():
         assert torch.equal(rms_norm(x, weight, 0.0, **options), reference.rms_norm(x, weight, 0.0, **options))
 
 
-def test_layer_norm_with_mixed_dtypes_and_bias_only():
+def test_layer_norm_with_mixed_dtypes_an_offset_and_bias_only():
     x, weight, bias = make("layer_norm", (6, 24))
     weight, bias = as_dtype([weight], torch.float32)[0], as_dtype([bias], torch.bfloat16)[0]
     x = as_dtype([x], torch.bfloat16)[0]
-    for arguments in ((x, weight, bias), (x, None, bias)):
-        exact, exact_grads, grads = run(reference.layer_norm, as_dtype(arguments, torch.float64))
-        ours, our_grads, _ = run(layer_norm, arguments, grads)
-        same, same_grads, _ = run(reference.layer_norm, arguments, grads)
+    for arguments, offset in (((x, weight, bias), 0.0), ((x, weight, bias), 1.0), ((x, None, bias), 0.0)):
+        options = {"weight_offset": offset}
+        exact, exact_grads, grads = run(reference.layer_norm, as_dtype(arguments, torch.float64), **options)
+        ours, our_grads, _ = run(layer_norm, arguments, grads, **options)
+        same, same_grads, _ = run(reference.layer_norm, arguments, grads, **options)
         for a, b, c in zip(ours + our_grads, same + same_grads, exact + exact_grads, strict=True):
             assert_no_worse_than_torch(a, b, c)
 

@@ -18,7 +18,7 @@ EXPECTED = {
     "llama": (5, 2, 2), "mistral": (5, 2, 2), "qwen2": (5, 2, 2), "qwen3": (9, 2, 2), "gemma": (5, 2, 2),
     "gemma2": (9, 2, 2), "gemma3_text": (13, 2, 2), "phi3": (5, 2, 2), "mixtral": (5, 2, 2), "olmo2": (9, 2, 2),
     "granite": (5, 2, 2), "cohere": (3, 2, 2), "glm4": (9, 2, 2), "gpt_neox": (5, 2, 0), "smollm3": (5, 2, 2),
-    "nanochat": (9, 2, 0), "gptj": (3, 2, 0), "codegen": (3, 2, 0),
+    "nanochat": (9, 2, 0), "gptj": (3, 2, 0), "codegen": (3, 2, 0), "deepseek_v3": (9, 2, 3), "nemotron": (5, 2, 0),
 }  # fmt: skip
 
 
@@ -38,7 +38,10 @@ def instance_traces(model):
 @pytest.mark.parametrize(
     ("model_type", "triton"),
     [(t, False) for t in MODEL_TYPES]
-    + [(t, True) for t in ("llama", "gemma2", "olmo2", "glm4", "phi3", "gpt_neox", "nanochat", "gptj")],
+    + [
+        (t, True)
+        for t in ("llama", "gemma2", "olmo2", "glm4", "phi3", "gpt_neox", "nanochat", "gptj", "deepseek_v3", "nemotron")
+    ],
 )
 def test_same_numbers_and_nothing_skipped(model_type, triton, monkeypatch):
     monkeypatch.setattr(launch, "INTERPRET", triton and launch.INTERPRET)

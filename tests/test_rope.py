@@ -53,12 +53,14 @@ def compare(q, k, cos, sin, dtype, table_dtype=None, **options):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize(
     ("dim", "width", "rotary_dim"), [(16, 16, None), (24, 24, None), (24, 10, None), (20, 10, 20), (16, 3, 6)]
 )
-def test_outputs_and_gradients(dim, width, rotary_dim, interleaved, dtype):
-    compare(*make(dim=dim, width=width), dtype, interleaved=interleaved, rotary_dim=rotary_dim)
+@pytest.mark.parametrize("layout", [(), ("interleaved",), ("interleaved", "deinterleave")], ids=str)
+def test_outputs_and_gradients(layout, dim, width, rotary_dim, dtype):
+    if "deinterleave" in layout and rotary_dim is None:
+        rotary_dim, width = width, width // 2
+    compare(*make(dim=dim, width=width), dtype, rotary_dim=rotary_dim, **dict.fromkeys(layout, True))
 
 
 @pytest.mark.parametrize("unsqueeze_dim", [1, 2])
@@ -146,8 +148,12 @@ BAD = [
     (ValueError, "rotary_dim: is 12 for", lambda q, k, cos, sin: rope(q, k, cos, sin, rotary_dim=12)),
     (ValueError, "rotary_dim: is 32 for", lambda q, k, cos, sin: rope(q, k, cos, sin, rotary_dim=32)),
     (ValueError, "rotary_dim: is 7 for", lambda q, k, cos, sin: rope(q, k, cos[..., :7], sin[..., :7])),
+    (ValueError, "deinterleave: is True with interleaved=False", lambda q, k, cos, sin: rope(
+        q, k, cos[..., :8], sin[..., :8], rotary_dim=16, deinterleave=True)),
+    (ValueError, "deinterleave: is True with interleaved=True, tables of width 16 and rotary_dim 16", lambda q, k, cos,
+        sin: rope(q, k, cos, sin, interleaved=True, deinterleave=True)),
     (ValueError, "unsqueeze_dim: is 3", lambda q, k, cos, sin: rope(q, k, cos, sin, unsqueeze_dim=3)),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("error", "message", "call"), BAD, ids=[b[1] for b in BAD])

@@ -36,7 +36,13 @@ _OWN = {
     "nanochat": {},  # turns heads the other way round
     "gptj": {"rotary_dim": 8, "n_inner": 96},  # a table entry for each pair of neighbours
     "codegen": {"rotary_dim": 8, "n_inner": 96},
-}
+    "deepseek_v3": {  # pairs come in as neighbours and leave as halves; a dense layer and one of experts
+        "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16,
+        "num_key_value_heads": 4, "head_dim": 8, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1,
+        "topk_group": 1, "first_k_dense_replace": 1, "moe_intermediate_size": 32,
+    },
+    "nemotron": {"head_dim": 16},  # layer norms with 1 + weight
+}  # fmt: skip
 MODEL_TYPES = tuple(_OWN)
 
 
