@@ -16,7 +16,7 @@ from pathlib import Path
 if not __package__:  # run as a script; see kernels.py
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from benchmarks import common, curve, plot_kernels, plot_train
+from benchmarks import common, curve, models, plot_kernels, plot_train
 
 MARKER = re.compile(r"(<!-- table:(\S+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
@@ -96,6 +96,9 @@ def main(argv: list[str] | None = None) -> int:
         if not args.list:
             curve.plot(data, file.with_suffix(".png"))
             print(file.with_suffix(".png"))
+    for file in args.results.glob("models.json"):
+        data = json.loads(file.read_text())
+        made[file.stem] = f"{models.make_table(data['results'])}\n{provenance_line(data)}\n"
     if args.list:
         print("\n".join(made))
         return 0

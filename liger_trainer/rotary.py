@@ -34,7 +34,8 @@ class Form(NamedTuple):
     """What a rotary function does.
 
     ``deinterleave``: it writes neighbours as elements of two halves. ``backwards``: it turns by the negative angle.
-    ``promotes``: bf16 states with fp32 tables give fp32. ``unsqueeze_dim``: its default.
+    ``partial``: tables may be narrower than a head. ``promotes``: bf16 states with fp32 tables give fp32.
+    ``unsqueeze_dim``: its default.
     """
 
     interleaved: bool
@@ -42,6 +43,7 @@ class Form(NamedTuple):
     tables: Tables
     backwards: bool
     compute_in_fp32: bool
+    partial: bool
     promotes: bool
     unsqueeze_dim: int
 
@@ -50,10 +52,8 @@ class Form(NamedTuple):
 
     def __call__(self, op, q, k, cos, sin, unsqueeze_dim):
         """Compute with ``op``, ``rope`` or its reference, in this form."""
-        rotary_dim = cos.shape[-1]
-        if self.tables is Tables.PAIRS:
-            rotary_dim *= 2
-        elif self.tables is Tables.PAIRS_TWICE:
+        rotary_dim = self.rotary_dim(cos)
+        if self.tables is Tables.PAIRS_TWICE:
             cos, sin = cos[..., : rotary_dim // 2], sin[..., : rotary_dim // 2]
         if self.backwards:
             sin = -sin
@@ -63,6 +63,10 @@ class Form(NamedTuple):
             wide = torch.promote_types(cos.dtype, q.dtype)
             q, k = q.to(wide), None if k is None else k.to(wide)
         return op(q, k, cos, sin, compute_in_fp32=self.compute_in_fp32, **options)
+
+    def rotary_dim(self, cos) -> int:
+        """How much of a head such tables turn."""
+        return cos.shape[-1] * (2 if self.tables is Tables.PAIRS else 1)
 
 
 def _forward_code(module: nn.Module):
@@ -144,13 +148,14 @@ def _probe_function(original) -> Form | str:
     if mixed_out is not None:
         tries.append((*mixed, first_dim, mixed_out))
     best = None
-    widest = max(cos.shape[-1] for _, _, cos, *_ in tries)
-    tables = [t for t in Tables if t is not Tables.PAIRS or 2 * widest <= HEAD_DIM]
+    widths = {cos.shape[-1] for _, _, cos, *_ in tries}
+    tables = [t for t in Tables if t is not Tables.PAIRS or 2 * max(widths) <= HEAD_DIM]
     layouts = ((False, False), (True, False), (True, True))
     for layout, *flags in itertools.product(layouts, tables, (False, True), (False, True)):
         if layout == (True, True) and flags[0] is Tables.ELEMENTS:
             continue  # rope has no such form
-        form = Form(*layout, *flags, promotes, default.default if default else first_dim)
+        turned = [2 * w if flags[0] is Tables.PAIRS else w for w in widths]
+        form = Form(*layout, *flags, min(turned) < HEAD_DIM, promotes, default.default if default else first_dim)
         error = 0.0
         for q, k, cos, sin, unsqueeze_dim, theirs in tries:
             ours = form(reference.rope, q, k if num_states == 2 else None, cos, sin, unsqueeze_dim)
@@ -205,21 +210,27 @@ def _adapter(original, form: Form):
         given = dict(zip(names, args, strict=False)) | kwargs
         q, k = given[names[0]], given.get(names[1]) if num_states == 2 else None
         unsqueeze_dim = given.get("unsqueeze_dim", form.unsqueeze_dim)
-        if (num_states == 2 and k is None) or not _fits(q, k, given["cos"], given["sin"], unsqueeze_dim):
+        if (num_states == 2 and k is None) or not _fits(form, q, k, given["cos"], given["sin"], unsqueeze_dim):
             return original(*args, **kwargs)
         return form(rope, q, k, given["cos"], given["sin"], unsqueeze_dim)
 
     return rotary
 
 
-def _fits(q, k, cos, sin, unsqueeze_dim) -> bool:
-    """Whether these are 4-D states of one batch and sequence, and tables for all of it that need no gradient."""
+def _fits(form, q, k, cos, sin, unsqueeze_dim) -> bool:
+    """Whether these are 4-D states of one batch and sequence, and tables for all of it that need no gradient.
+
+    Tables that are too narrow for ``form`` may be broadcast by the original, or be an error there.
+    """
     if q.ndim != 4 or cos.ndim != 3 or cos.shape != sin.shape or unsqueeze_dim not in (1, 2):
         return False
     batch, tokens, head_dim = q.shape[0], q.shape[3 - unsqueeze_dim], q.shape[3]
     if k is not None and (
         k.ndim != 4 or (k.shape[0], k.shape[3 - unsqueeze_dim], k.shape[3]) != (batch, tokens, head_dim)
     ):
+        return False
+    turned = form.rotary_dim(cos)
+    if turned > head_dim or (turned < head_dim and not form.partial):
         return False
     return cos.shape[0] in (1, batch) and cos.shape[1] == tokens and not (cos.requires_grad or sin.requires_grad)
 

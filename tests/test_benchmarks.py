@@ -12,7 +12,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 with pytest.MonkeyPatch.context() as patch:  # a checkout's folder, not installed
     patch.syspath_prepend(str(ROOT))
-    from benchmarks import arms, cases, common, kernel_worker, kernels, plot, shapes
+    from benchmarks import arms, cases, common, kernel_worker, kernels, models, plot, shapes
 
 
 def run_script(name, *args):
@@ -205,3 +205,20 @@ def test_plots_and_tables(tmp_path):
         readme.write_text(bad)
         with pytest.raises(ValueError, match=message):
             plot.main(["--results", str(tmp_path), "--update", str(readme)])
+
+
+def test_every_causal_lm_computes_the_same_with_and_without(tmp_path):
+    """All of transformers, and that the numbers would show a difference."""
+    run_script("models.py", "--out", str(tmp_path))  # fails where one differs
+    rows = json.loads((tmp_path / "models.json").read_text())["results"]
+    status = [row["status"] for row in rows]
+    assert len(rows) > 180
+    assert status.count("same") > 165, [row for row in rows if row["status"] != "same"]
+    assert sum("fused_loss" in row.get("applied", {}) for row in rows) > 140
+    assert "| deepseek_v3 " in models.make_table(rows)
+    model = models.tiny_model("llama")
+    theirs = models.train_once(model)
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.weight[0, 0] += 1e-2
+    found = models.differences(models.train_once(model), theirs)
+    assert min(found["gradient"], found["logits"]) > models.TOLERANCE

@@ -22,6 +22,14 @@ def optional_k(q, k=None, cos=None, sin=None, unsqueeze_dim=1):
     return turned if k is None else (turned, k * cos + rotate_half(k) * sin)
 
 
+def to_halves(q, k, cos, sin):
+    cos, sin = (table[:, None, :, : table.shape[-1] // 2] for table in (cos, sin))
+    return tuple(
+        torch.cat((x[..., ::2] * cos - x[..., 1::2] * sin, x[..., 1::2] * cos + x[..., ::2] * sin), dim=-1)
+        for x in (q, k)
+    )
+
+
 def asserting(q, k, cos, sin):
     assert cos.shape[-1] == q.shape[-1]
     return plain(q, k, cos, sin)
@@ -46,7 +54,9 @@ def uneven_dtypes(q, k, cos, sin):
     return q_out, k_out.to(k.dtype)
 
 
-@pytest.mark.parametrize("function", [plain, optional_k, asserting, ignores_positions], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "function", [plain, optional_k, to_halves, asserting, ignores_positions], ids=lambda f: f.__name__
+)
 def test_taken(function):
     form = rotary._probe_function(function)
     assert isinstance(form, rotary.Form), form
@@ -77,6 +87,8 @@ def test_what_rope_does_not_take_goes_to_the_original():
         "one token's tables": (plain, (q, k, cos[:, :1], sin[:, :1])),
         "fewer batches": (plain, (q[:1], k[:1], cos, sin)),
         "no batch": (plain, (q[0], k[0], cos[0], sin[0], 0)),
+        "one entry for all pairs": (plain, (q, k, cos[..., :1], sin[..., :1])),
+        "one for all neighbours": (to_halves, (q, k, cos[..., :2], sin[..., :2])),
         "no k": (optional_k, (q,)),
     }.values():
         tables = {"cos": cos, "sin": sin} if len(arguments) == 1 else {}

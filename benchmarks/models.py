@@ -1,0 +1,268 @@
+"""Every causal LM of transformers, tiny and random, with and without the kernels: what is replaced, and do they agree?
+
+    python benchmarks/models.py
+    python benchmarks/models.py --models llama,deepseek_v3
+
+One training forward and backward and one evaluation in fp32 on the CPU, where the ops run their definitions: this tests
+what patching does to a model, not the kernels. Results go to ``<out>/models.json``, the table of docs/models.md is made of them by
+``liger-trainer plot --update docs/models.md``. Exit status 1 where a model fails or differs.
+"""
+
+import argparse
+import copy
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import warnings
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+
+if not __package__:  # run as a script; see kernels.py
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from benchmarks import common
+
+TIMEOUT_S = 90  # for one model
+LARGEST = 30_000_000  # parameters; a config with large defaults that SIZES does not know is left out
+TOLERANCE = 1e-4  # of each gradient and of the logits, relative to their norms; the loss a tenth of that
+VOCAB, TOKENS = 131, 12
+# Sizes by the names that configs give them; what a config does not have is left out.
+SIZES = {
+    64: "hidden_size d_model n_embd dim embed_dim emb_dim word_embed_proj_dim embedding_size lru_width mamba_d_ssm "
+        "max_position_embeddings n_positions",
+    96: "intermediate_size ffn_dim n_inner d_ff ffn_hidden_size encoder_ffn_dim decoder_ffn_dim hidden_dim",
+    32: "moe_intermediate_size shared_expert_intermediate_size expert_ffn_hidden_size",
+    16: "head_dim d_kv kv_lora_rank q_lora_rank v_head_dim qk_head_dim mamba_d_head mamba_head_dim linear_key_head_dim "
+        "linear_value_head_dim index_head_dim",
+    8: "qk_rope_head_dim qk_nope_head_dim rotary_dim state_size mamba_d_state mamba_chunk_size chunk_size "
+       "sliding_window attention_window hidden_size_per_layer_input",
+    4: "num_attention_heads n_head n_heads num_heads decoder_attention_heads encoder_attention_heads num_experts "
+       "num_local_experts n_routed_experts moe_num_experts mamba_n_heads mamba_num_heads conv_kernel time_step_rank "
+       "index_topk kernel_size",
+    2: "num_hidden_layers n_layer num_layers n_layers decoder_layers encoder_layers num_key_value_heads num_kv_heads "
+       "num_experts_per_tok num_experts_per_token moe_topk moe_k linear_num_key_heads linear_num_value_heads "
+       "index_n_heads eos_token_id",
+    1: "n_shared_experts first_k_dense_replace n_group topk_group n_groups mamba_n_groups mamba_expand expand "
+       "num_mem_blocks bos_token_id",
+    0: "num_kv_shared_layers pad_token_id router_aux_loss_coef num_nextn_predict_layers",
+    VOCAB: "vocab_size vocab_size_per_layer_input",
+}  # fmt: skip
+NUMBERS = {name: number for number, names in SIZES.items() for name in names.split()}
+UNSET = (  # None by default in some configs, and needed
+    "pad_token_id", "head_dim", "num_attention_heads", "num_key_value_heads", "n_routed_experts", "n_shared_experts",
+    "num_experts_per_tok", "rope_theta",
+)  # fmt: skip
+OWN = {"lfm2_moe": {"layer_types": ["conv", "full_attention"]}}  # what a model type needs beside
+PER_LAYER = ("layer_types", "mlp_layer_types", "layers_block_type", "block_types", "moe_layer_freq", "no_rope_layers")
+
+
+def shrink(config) -> None:
+    """Make ``config`` and those in it small: every kind of layer once, or two of the first kind."""
+    from transformers import PreTrainedConfig
+
+    has = vars(config)
+    numbers = NUMBERS | {"rope_theta": 10000.0}
+    if "kv_lora_rank" in has:  # multi-head latent attention: the rotary part is all that rope sees
+        numbers |= {"head_dim": numbers["qk_rope_head_dim"], "num_key_value_heads": numbers["num_attention_heads"]}
+    for name, number in numbers.items():
+        plain = isinstance(has.get(name), int | float) and not isinstance(has[name], bool)
+        if plain or (name in UNSET and name in has and has[name] is None):
+            setattr(config, name, float(number) if isinstance(has[name], float) else number)
+    for name in PER_LAYER:
+        if isinstance(has.get(name), list | tuple) and has[name]:
+            kinds = list(dict.fromkeys(has[name]))
+            setattr(config, name, (2 * kinds)[:2])
+    if "use_cache" in has:
+        config.use_cache = False
+    _give_theta(has.get("rope_parameters"))
+    for part in has.values():
+        if isinstance(part, PreTrainedConfig):
+            shrink(part)
+
+
+def _give_theta(parameters) -> None:
+    """A base of the rotary frequencies where a config leaves it open, and sections of M-RoPE that fit a small head."""
+    if not isinstance(parameters, dict):
+        return
+    if "rope_type" in parameters and parameters.get("rope_theta") is None:
+        parameters["rope_theta"] = 10000.0
+    if "mrope_section" in parameters:
+        parameters["mrope_section"] = [4, 2, 2]
+    for part in parameters.values():
+        _give_theta(part)
+
+
+def tiny_model(model_type: str):
+    """A random fp32 model of ``model_type`` without dropout, its vectors not all ones or zeros.
+
+    Raises:
+        ValueError: it has too many parameters; anything, where its config cannot be made small like this.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    defaults = AutoConfig.for_model(model_type)
+    known = {k: type(vars(defaults)[k])(n) for k, n in NUMBERS.items() if type(vars(defaults).get(k)) in (int, float)}
+    try:
+        config = AutoConfig.for_model(model_type, **known | {"pad_token_id": 0} | OWN.get(model_type, {}))
+    except Exception:  # a nested config, or a check of its own: shrink what it has by default
+        config = defaults
+    shrink(config)
+    if hasattr(config, "is_decoder"):
+        config.is_decoder = True
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        size = sum(p.numel() for p in AutoModelForCausalLM.from_config(copy.deepcopy(config)).parameters())
+    if size > LARGEST:
+        raise ValueError(f"{size / 1e6:.0f} million parameters")
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not torch.isfinite(parameter).all():  # left empty by its initialisation
+                parameter.normal_(0, 0.02)
+            if parameter.ndim == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+def train_once(model) -> tuple:
+    """The loss of one forward pass, every parameter's gradient, and the logits in evaluation."""
+    import torch
+
+    random = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, VOCAB, (2, TOKENS), generator=random)
+    labels = ids.masked_fill(torch.rand(ids.shape, generator=random) < 0.3, -100)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    torch.manual_seed(1)
+    model.train().zero_grad()
+    loss = model(**inputs, labels=labels).loss
+    loss.backward()
+    with torch.no_grad():
+        logits = model.eval()(**inputs).logits
+    return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, logits
+
+
+def differences(ours: tuple, theirs: tuple) -> dict:
+    """Relative differences of loss, logits, and the gradient that differs most; one that is missing differs wholly."""
+    (our_loss, our_gradients, our_logits), (loss, gradients, logits) = ours, theirs
+    largest = max(float(g.norm()) for g in gradients.values())
+    found = {
+        name: float((our_gradients[name] - g).norm() / g.norm().clamp(min=1e-4 * largest))
+        if name in our_gradients
+        else 1.0
+        for name, g in gradients.items()
+    }
+    worst = max(found, key=found.get)
+    return {
+        "loss": float((our_loss - loss).abs() / loss.abs()), "gradient": found[worst], "worst": worst,
+        "logits": float((our_logits - logits).norm() / logits.norm()),
+    }  # fmt: skip
+
+
+def check(model_type: str) -> dict:
+    """The row of one model."""
+    import torch
+    import transformers
+
+    from liger_trainer import apply_liger
+
+    def stop(*_):
+        raise TimeoutError(f"it took more than {TIMEOUT_S} s")
+
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGALRM, stop)
+    signal.alarm(TIMEOUT_S)
+    row = {"model_type": model_type}
+    try:
+        try:
+            model = tiny_model(model_type)
+            theirs = train_once(model)
+            if not torch.isfinite(theirs[0]):
+                raise ValueError("its loss is not finite")
+            repeats = differences(train_once(model), theirs)["gradient"] == 0
+        except Exception as error:
+            return row | {"status": "not built", "note": f"{type(error).__name__}: {error}"[:200]}
+        row["class"] = type(model).__name__
+        try:
+            report = apply_liger(model)
+            row["applied"] = dict(report.counts)
+            left = Counter((skipped.kind, skipped.reason) for skipped in report.skipped)
+            row["skipped"] = [{"kind": k, "reason": r, "count": n} for (k, r), n in left.items()]
+            row |= differences(train_once(model), theirs)
+        except Exception as error:
+            return row | {"status": "error", "note": f"{type(error).__name__}: {error}"[:400]}
+        same = max(row["gradient"], row["logits"], 10 * row["loss"]) <= TOLERANCE
+        return row | {"status": "same" if same else "differs" if repeats else "not repeatable"}
+    finally:
+        signal.alarm(0)
+
+
+def make_table(rows: list[dict]) -> str:
+    """Markdown: one line a model, those that could not be built as one paragraph."""
+    built = [row for row in rows if row["status"] != "not built"]
+    lines = []
+    for row in sorted(built, key=lambda r: r["model_type"]):
+        applied = row.get("applied", {})
+        norms = applied.get("rms_norm", 0) + applied.get("layer_norm", 0)
+        counts = [n or "-" for n in (norms, applied.get("rope", 0), applied.get("glu", 0))]
+        left = "; ".join(f"{s['count']} {s['kind']}: {s['reason']}" for s in row.get("skipped", []))
+        lines.append(
+            [row["model_type"], row["status"], *counts, "yes" if "fused_loss" in applied else "-",
+             f"{row['gradient']:.0e}" if "gradient" in row else row.get("note", ""), left.replace("|", "\\|")]
+        )  # fmt: skip
+    header = ["model type", "numbers", "norms", "rope", "GLU", "fused loss", "gradients differ by", "left as they are"]
+    counts = Counter(row["status"] for row in rows)
+    fused = sum("fused_loss" in row.get("applied", {}) for row in built)
+    said = f"{len(rows)} model types, {len(built)} of them built: {counts['same']} with the same loss and gradients, " \
+           f"{fused} with the fused loss.\n\n"  # fmt: skip
+    missing = "; ".join(f"{row['model_type']} ({row['note']})" for row in rows if row["status"] == "not built")
+    return (
+        said + common.text_table(header, lines, markdown=True) + f"\n\nNot built in this size: {missing or 'none'}.\n"
+    )
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", metavar="A,B", help="these model types; by default all causal LMs")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=common.RESULTS, help="folder of the result file")
+    parser.add_argument("--commit", help="what to record as the commit; default $LIGER_COMMIT, else git's")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Check them all."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as known
+
+    args = parse_args(argv)
+    os.environ["TRITON_INTERPRET"] = "0"  # of the processes below: the definitions, not interpreted kernels
+    chosen = args.models.split(",") if args.models else sorted(known)
+    unknown = sorted(set(chosen) - set(known))
+    if unknown:
+        print(f"--models: no causal LM of transformers: {', '.join(unknown)}", file=sys.stderr)
+        return 2
+    about = {"kind": "hello", "device": "cpu", "driver": None, **common.describe_software()}
+    results = common.ResultFile(args.out / "models.json", ("model_type",), common.provenance(about, args.commit))
+    progress, failed = common.Progress(len(chosen)), False
+    with ProcessPoolExecutor(args.processes, multiprocessing.get_context("spawn")) as pool:
+        for row in pool.map(partial(check), chosen):
+            results.add(row)
+            failed |= row["status"] in ("differs", "error")
+            progress.step(f"{row['model_type']}: {row['status']} {json.dumps(row.get('applied', row.get('note')))}")
+    progress.close()
+    print(f"written: {results.path}")
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
