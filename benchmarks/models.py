@@ -4,8 +4,8 @@
     python benchmarks/models.py --models llama,deepseek_v3
 
 One training forward and backward and one evaluation in fp32 on the CPU, where the ops run their definitions: this tests
-what patching does to a model, not the kernels. Results go to ``<out>/models.json``, the table of docs/models.md is made of them by
-``liger-trainer plot --update docs/models.md``. Exit status 1 where a model fails or differs.
+what patching does to a model, not the kernels. Results go to ``<out>/models.json``, and ``liger-trainer plot --update
+docs/models.md`` makes the table of them. Exit status 1 where a model fails or differs.
 """
 
 import argparse
@@ -166,6 +166,11 @@ def differences(ours: tuple, theirs: tuple) -> dict:
     }  # fmt: skip
 
 
+def short(error: Exception) -> str:
+    """What it is, on one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:160]
+
+
 def check(model_type: str) -> dict:
     """The row of one model."""
     import torch
@@ -190,7 +195,7 @@ def check(model_type: str) -> dict:
                 raise ValueError("its loss is not finite")
             repeats = differences(train_once(model), theirs)["gradient"] == 0
         except Exception as error:
-            return row | {"status": "not built", "note": f"{type(error).__name__}: {error}"[:200]}
+            return row | {"status": "not built", "note": short(error)}
         row["class"] = type(model).__name__
         try:
             report = apply_liger(model)
@@ -199,7 +204,7 @@ def check(model_type: str) -> dict:
             row["skipped"] = [{"kind": k, "reason": r, "count": n} for (k, r), n in left.items()]
             row |= differences(train_once(model), theirs)
         except Exception as error:
-            return row | {"status": "error", "note": f"{type(error).__name__}: {error}"[:400]}
+            return row | {"status": "error", "note": short(error)}
         same = max(row["gradient"], row["logits"], 10 * row["loss"]) <= TOLERANCE
         return row | {"status": "same" if same else "differs" if repeats else "not repeatable"}
     finally:
@@ -207,27 +212,30 @@ def check(model_type: str) -> dict:
 
 
 def make_table(rows: list[dict]) -> str:
-    """Markdown: one line a model, those that could not be built as one paragraph."""
+    """Markdown: one line a model, then what was left as it is, and which models could not be built."""
+    rows = sorted(rows, key=lambda row: row["model_type"])
     built = [row for row in rows if row["status"] != "not built"]
-    lines = []
-    for row in sorted(built, key=lambda r: r["model_type"]):
+    lines, left = [], {}
+    for row in built:
         applied = row.get("applied", {})
         norms = applied.get("rms_norm", 0) + applied.get("layer_norm", 0)
         counts = [n or "-" for n in (norms, applied.get("rope", 0), applied.get("glu", 0))]
-        left = "; ".join(f"{s['count']} {s['kind']}: {s['reason']}" for s in row.get("skipped", []))
-        lines.append(
-            [row["model_type"], row["status"], *counts, "yes" if "fused_loss" in applied else "-",
-             f"{row['gradient']:.0e}" if "gradient" in row else row.get("note", ""), left.replace("|", "\\|")]
-        )  # fmt: skip
-    header = ["model type", "numbers", "norms", "rope", "GLU", "fused loss", "gradients differ by", "left as they are"]
-    counts = Counter(row["status"] for row in rows)
+        differ = f"{row['gradient']:.0e}" if "gradient" in row else row["note"]
+        lines.append([row["model_type"], row["status"], *counts, "yes" if "fused_loss" in applied else "-", differ])
+        for skipped in row.get("skipped", []):
+            left.setdefault(f"{skipped['kind']}: {skipped['reason']}", []).append(row["model_type"])
+    header = ["model type", "numbers", "norms", "rope", "GLU", "fused loss", "gradients differ by"]
+    same = sum(row["status"] == "same" for row in rows)
     fused = sum("fused_loss" in row.get("applied", {}) for row in built)
-    said = f"{len(rows)} model types, {len(built)} of them built: {counts['same']} with the same loss and gradients, " \
-           f"{fused} with the fused loss.\n\n"  # fmt: skip
-    missing = "; ".join(f"{row['model_type']} ({row['note']})" for row in rows if row["status"] == "not built")
-    return (
-        said + common.text_table(header, lines, markdown=True) + f"\n\nNot built in this size: {missing or 'none'}.\n"
-    )
+    parts = [
+        f"{len(rows)} model types, {len(built)} built: {same} with the same numbers, {fused} with the fused loss.",
+        common.text_table(header, lines, markdown=True),
+        "Left as they are:",
+        "\n".join(f"- {what} ({', '.join(models)})" for what, models in sorted(left.items())),
+        "Not built in this size:",
+        "\n".join(f"- {row['model_type']}: {row['note']}" for row in rows if row["status"] == "not built"),
+    ]
+    return "\n\n".join(parts) + "\n"
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

@@ -34,7 +34,8 @@ def provenance_line(data: dict) -> str:
     device = _differing([run["device"] for run in runs])
     device = device if most == 1 else f"up to {most} x {device}"
     driver = _differing([run["driver"] for run in runs])
-    return f"{device}, driver {driver}, {packages}; {when}; commit {', '.join(commits)}"
+    driver = "" if driver is None else f"driver {driver}, "
+    return f"{device}, {driver}{packages}; {when}; commit {', '.join(commits)}"
 
 
 def _differing(values: list[str | None]) -> str | None:

@@ -219,6 +219,6 @@ def test_every_causal_lm_computes_the_same_with_and_without(tmp_path):
     model = models.tiny_model("llama")
     theirs = models.train_once(model)
     with torch.no_grad():
-        model.model.layers[0].self_attn.q_proj.weight[0, 0] += 1e-2
+        model.model.layers[0].self_attn.q_proj.weight[0, 0] += 1e-1
     found = models.differences(models.train_once(model), theirs)
     assert min(found["gradient"], found["logits"]) > models.TOLERANCE
