@@ -211,6 +211,14 @@ def check(model_type: str) -> dict:
         signal.alarm(0)
 
 
+def summary(rows: list[dict]) -> str:
+    """How many of them, in one sentence."""
+    built = sum(row["status"] != "not built" for row in rows)
+    same = sum(row["status"] == "same" for row in rows)
+    fused = sum("fused_loss" in row.get("applied", {}) for row in rows)
+    return f"{len(rows)} model types, {built} built: {same} with the same numbers, {fused} with the fused loss."
+
+
 def make_table(rows: list[dict]) -> str:
     """Markdown: one line a model, then what was left as it is, and which models could not be built."""
     rows = sorted(rows, key=lambda row: row["model_type"])
@@ -225,10 +233,8 @@ def make_table(rows: list[dict]) -> str:
         for skipped in row.get("skipped", []):
             left.setdefault(f"{skipped['kind']}: {skipped['reason']}", []).append(row["model_type"])
     header = ["model type", "numbers", "norms", "rope", "GLU", "fused loss", "gradients differ by"]
-    same = sum(row["status"] == "same" for row in rows)
-    fused = sum("fused_loss" in row.get("applied", {}) for row in built)
     parts = [
-        f"{len(rows)} model types, {len(built)} built: {same} with the same numbers, {fused} with the fused loss.",
+        summary(rows),
         common.text_table(header, lines, markdown=True),
         "Left as they are:",
         "\n".join(f"- {what} ({', '.join(models)})" for what, models in sorted(left.items())),

@@ -100,6 +100,7 @@ def main(argv: list[str] | None = None) -> int:
     for file in args.results.glob("models.json"):
         data = json.loads(file.read_text())
         made[file.stem] = f"{models.make_table(data['results'])}\n{provenance_line(data)}\n"
+        made[f"{file.stem}-summary"] = f"{models.summary(data['results'])}\n"
     if args.list:
         print("\n".join(made))
         return 0
