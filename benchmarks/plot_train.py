@@ -14,9 +14,10 @@ METRICS = {
 
 
 def make_tables(stem: str, data: dict, source: str) -> dict[str, str]:
-    """The Markdown tables by name: every row (``stem``), and the averages over places (``stem-average``)."""
+    """The Markdown tables by name: every row (``stem``), a line a place (``stem-brief``), means (``stem-average``)."""
     rows, about = data["results"], data["suite"]
     made = {stem: train_tables.train_text(rows, about, markdown=True) + source}
+    made[f"{stem}-brief"] = train_tables.brief_text(rows, about, markdown=True) + source
     average = train_tables.average_text(rows, about, markdown=True)
     if average:
         made[f"{stem}-average"] = average + source

@@ -108,6 +108,27 @@ def train_text(rows: list[dict], about: dict, markdown: bool = False) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
+def brief_text(rows: list[dict], about: dict, markdown: bool = False) -> str:
+    """One line a place, one column an arm: tokens per second, and peak memory in GiB in brackets."""
+    places, shown = columns_of(rows, about), in_order(rows, about)
+    arms = [arm for arm in ARMS if any(row["arm"] == arm for row in shown if row["status"] != "absent")]
+    at = {(place_of(row), row["arm"]): row for row in shown}
+
+    def cell(row: dict | None) -> str | None:
+        if row is None or row["status"] not in ("ok", "inexact"):
+            return None if row is None else row["status"].upper()
+        mark = "~" if row["status"] == "inexact" else ""
+        return f"{format_number(row['tokens_per_s'])}{mark} ({gib(row['peak_allocated_gib']) or '-'})"
+
+    first = {place_of(row): row for row in reversed(shown)}
+    lines = [
+        [*(first[place][key] for key in places), *(cell(at.get((place, arm))) for arm in arms)]
+        for place in dict.fromkeys(place_of(row) for row in shown)
+    ]
+    header = [*places.values(), *(LABELS[arm] if markdown else arm for arm in arms)]
+    return text_table(header, lines, markdown)
+
+
 def above_static(row: dict) -> float | None:
     """Peak over weights and optimizer state, GiB."""
     return None if row["static_gib"] is None else row["peak_allocated_gib"] - row["static_gib"]

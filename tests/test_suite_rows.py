@@ -281,12 +281,16 @@ def test_plots_and_tables(name, tmp_path):
     stem = f"train-{name}-gpu"
     (tmp_path / f"{stem}.json").write_text(json.dumps(train_data(name)))
     page = tmp_path / "page.md"
-    page.write_text(f"a\n<!-- table:{stem} -->\nold\n<!-- /table -->\n<!-- table:{stem}-average -->\n<!-- /table -->\n")
+    tables = (f"<!-- table:{stem}{part} -->\nold\n<!-- /table -->\n" for part in ("", "-brief", "-average"))
+    page.write_text("a\n" + "".join(tables))
     assert plot.main(["--results", str(tmp_path), "--update", str(page)]) == 0
     assert (tmp_path / f"{stem}.png").read_bytes().startswith(b"\x89PNG")
     text = page.read_text()
     for part in ("+30.0%", "-23.1%", "20.0%", "OOM", "absent: compile", "Some GPU", "with padding"):
         assert part in text, part
+    brief = [line for line in text[text.index(f"{stem}-brief") :].splitlines() if line.startswith("| ")]
+    assert any("(20.0)" in line and "(15.4)" in line for line in brief), brief
+    assert any(" OOM |" in line for line in brief)
     average = text[text.index(f"table:{stem}-average") :].splitlines()
     for against in ("    HF eager |   +30.0%", "liger-kernel |    +4.0%"):
         assert any(f"| liger_trainer | {against}" in line for line in average), average
