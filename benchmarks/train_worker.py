@@ -7,6 +7,7 @@ does every rank that fails, which then ends at once so that no other waits for i
 
 import contextlib
 import importlib
+import importlib.util
 import json
 import os
 import statistics
@@ -149,7 +150,7 @@ def stand_by(job: dict) -> bool:
     """Do the slow imports, say so, then wait for the word: the workers before this one have the device until then."""
     for name in SLOW_IMPORTS:
         importlib.import_module(name)
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+    if importlib.util.find_spec("deepspeed"):  # accelerate imports it in every run
         importlib.import_module("deepspeed")
     ARMS[job["arm"]].import_packages()
     gate = Path(job["gate"])
