@@ -15,6 +15,7 @@ if not __package__:  # run as a script; see kernels.py
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from liger_trainer.kernels.add_rms_norm import add_rms_norm
+from liger_trainer.kernels.clamped_swiglu import clamped_swiglu
 from liger_trainer.kernels.cross_entropy import cross_entropy
 from liger_trainer.kernels.gated_linear import ACTIVATIONS, gated_linear
 from liger_trainer.kernels.geglu import geglu
@@ -63,16 +64,25 @@ def main() -> None:
     check("layer_norm", lambda: layer_norm(x, w, b), lambda: reference.layer_norm(x, w, b), [x, w, b])
     q, k = leaf(2, 3, 19, 24), leaf(2, 1, 19, 24)
     cos, sin = torch.randn(2, 1, 19, 16, device=DEVICE).bfloat16()
-    for interleaved in (False, True):
-        options = {"interleaved": interleaved}
+    for options in ({}, {"interleaved": True}, {"interleaved": True, "deinterleave": True, "rotary_dim": 16}):
+        width = 8 if "rotary_dim" in options else 16
+        tables = cos[..., :width], sin[..., :width]
         check(
-            "rope",
-            lambda o=options: rope(q, k, cos, sin, **o),
-            lambda o=options: reference.rope(q, k, cos, sin, **o),
+            f"rope {options}",
+            lambda o=options, t=tables: rope(q, k, *t, **o),
+            lambda o=options, t=tables: reference.rope(q, k, *t, **o),
             [q, k],
         )
     check("swiglu", lambda: swiglu(x, r), lambda: reference.swiglu(x, r), [x, r])
     check("geglu, packed", lambda: geglu(x), lambda: reference.geglu(x), [x])
+    for interleaved in (False, True):
+        options = {"limit": 1.0, "interleaved": interleaved}
+        check(
+            "clamped_swiglu",
+            lambda o=options: clamped_swiglu(x, **o),
+            lambda o=options: reference.clamped_swiglu(x, **o),
+            [x],
+        )
     down = leaf(50, COLS)
     plain = ACTIVATIONS["silu"][1]
     check("gated_linear", lambda: gated_linear(x, r, down), lambda: plain(x, r) @ down.t(), [x, r, down])

@@ -144,6 +144,15 @@ def geglu(gate: Tensor, up: Tensor | None = None, *, approximate: str = "tanh") 
     return F.gelu(gate, approximate=approximate) * up
 
 
+def clamped_swiglu(
+    gate_up: Tensor, *, limit: float = 7.0, alpha: float = 1.702, offset: float = 1.0, interleaved: bool = False
+) -> Tensor:
+    """``(clamp(up) + offset) * g * sigmoid(alpha * g)``, ``g = min(gate, limit)``, of a packed ``[..., 2 * I]``."""
+    gate, up = (gate_up[..., ::2], gate_up[..., 1::2]) if interleaved else gate_up.chunk(2, dim=-1)
+    gate, up = gate.clamp(max=limit), up.clamp(min=-limit, max=limit)
+    return (up + offset) * (gate * torch.sigmoid(gate * alpha))
+
+
 def transform_logits(logits: Tensor, logit_scale: float = 1.0, softcap: float | None = None) -> Tensor:
     """``logits * logit_scale``, then ``softcap * tanh(logits / softcap)``, in at least fp32."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from .kernels import reference
+from .kernels.clamped_swiglu import clamped_swiglu
 from .kernels.gated_linear import gated_linear
 from .kernels.geglu import geglu
 from .kernels.swiglu import swiglu
@@ -165,14 +166,38 @@ def probe_experts(module: nn.Module) -> Verdict:
             difference(activation.definition(x), original(twin, x)) <= TOLERANCE[x.dtype]
             for x in [(gate_up * size).to(dtype) for dtype, size in SAMPLES]
         ):
-            method = _experts_method(original, activation.op)
+            method = _experts_method(original, lambda module, x, op=activation.op: op(x))
             return Replacement("glu", f"{variant}, packed", "_apply_gate", method)
-    return Refusal("glu", "its gate is neither silu(gate) * up nor gelu(gate) * up")
+    return _probe_clamped(module, original, twin, [(gate_up * size).to(dtype) for dtype, size in SAMPLES])
+
+
+def _probe_clamped(module: nn.Module, original, twin: nn.Module, samples: list[torch.Tensor]) -> Verdict:
+    """The form of ``clamped_swiglu`` that agrees; limit and alpha are attributes of ``module``, or alpha is 1."""
+    outs = [original(twin, x) for x in samples]
+    numbers = [k for k, v in vars(module).items() if isinstance(v, int | float) and not isinstance(v, bool) and v > 0]
+    for limit, alpha in itertools.product(numbers, (None, *numbers)):
+        for offset, interleaved in itertools.product((0.0, 1.0), (False, True)):
+            read = _settings_reader(limit, alpha, offset, interleaved)
+            definition = functools.partial(reference.clamped_swiglu, **read(module))
+            pairs = zip(samples, outs, strict=True)
+            if all(difference(definition(x), out) <= TOLERANCE[x.dtype] for x, out in pairs):
+                method = _experts_method(original, lambda module, x, read=read: clamped_swiglu(x, **read(module)))
+                variant = "swiglu, clamped, packed" + ", interleaved" * interleaved
+                return Replacement("glu", variant, "_apply_gate", method)
+    return Refusal("glu", "its gate is neither silu(gate) * up nor gelu(gate) * up, nor a clamped form of these known")
+
+
+def _settings_reader(limit: str, alpha: str | None, offset: float, interleaved: bool):
+    """A function of the module: the settings of ``clamped_swiglu`` as its attributes are then."""
+    return lambda module: {
+        "limit": getattr(module, limit), "alpha": 1.0 if alpha is None else getattr(module, alpha), "offset": offset,
+        "interleaved": interleaved,
+    }  # fmt: skip
 
 
 def _experts_method(original, op):
     @functools.wraps(original)
     def apply_gate(self, gate_up_out):
-        return op(gate_up_out)
+        return op(self, gate_up_out)
 
     return lambda config: apply_gate

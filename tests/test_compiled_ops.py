@@ -3,10 +3,20 @@
 import pytest
 import torch
 
-from liger_trainer.kernels import add_rms_norm, cross_entropy, gated_linear, geglu, layer_norm, rms_norm, rope, swiglu
+from liger_trainer.kernels import (
+    add_rms_norm,
+    clamped_swiglu,
+    cross_entropy,
+    gated_linear,
+    geglu,
+    layer_norm,
+    rms_norm,
+    rope,
+    swiglu,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-MODULES = (rms_norm, add_rms_norm, layer_norm, rope, swiglu, geglu, gated_linear, cross_entropy)
+MODULES = (rms_norm, add_rms_norm, layer_norm, rope, swiglu, geglu, gated_linear, clamped_swiglu, cross_entropy)
 WIDTH, HEAD, VOCAB = 32, 8, 19
 
 
@@ -30,6 +40,7 @@ def model(t, labels, num_items):
     h = swiglu.swiglu(h @ t["up"], h) + geglu.geglu(torch.cat((h, x), -1), approximate="none")
     h = h + gated_linear.gated_linear(h @ t["up"], x, t["up"], t["bias"])
     h = h + gated_linear.gated_linear(torch.cat((h, x), -1), None, t["up"], activation="gelu")
+    h = h + clamped_swiglu.clamped_swiglu(torch.cat((h, x), -1), limit=2.0, interleaved=True)
     logits = h @ t["head"].T
     loss = cross_entropy.cross_entropy(logits, labels, num_items=num_items, softcap=30.0)
     return loss + cross_entropy.cross_entropy(logits, labels, reduction="none", label_smoothing=0.1).square().mean()
@@ -84,7 +95,8 @@ def test_ops_are_opaque():
     torch.compile(model, fullgraph=True, backend=backend)(tensors, labels, None)
     ours = [name.split(".")[1] for name in seen if name.startswith("liger_trainer.")]
     expected = ["rms_norm", "add_rms_norm", "rope", "rope", "layer_norm", "layer_norm", "gated", "gated"]
-    assert ours == [*expected, "gated_linear", "gated_linear", "cross_entropy", "cross_entropy"]
+    expected += ["gated_linear", "gated_linear", "clamped_swiglu", "cross_entropy", "cross_entropy"]
+    assert ours == expected
 
 
 def operators():
@@ -109,6 +121,8 @@ def operators():
     yield "rope", (strided, None, cos, sin, 16, True, True, 1)
     yield "rope_bwd", (None, strided, cos, sin, 8, True, False, 1)
     yield "gated", (x, r(3, 4, 16), 0)
+    yield "clamped_swiglu", (x, 1.0, 1.7, 1.0, True)
+    yield "clamped_swiglu_bwd", (r(3, 4, 8), x, 1.0, 1.7, 1.0, False)
     yield "gated_bwd", (r(3, 4, 8), x, None, 1, True, False)
     yield "gated_linear", (x, r(3, 4, 16), r(5, 16), r(5), 0)
     yield "gated_linear", (x, None, r(5, 8), None, 1)
