@@ -98,11 +98,10 @@ def train_text(rows: list[dict], about: dict, markdown: bool = False) -> str:
         losses = [f"{row[key]:.4f}" for key in ("first_loss", "last_loss")]
         lines.append([*line, gib(row["peak_reserved_gib"]), *losses, row.get("last_grad_norm"), counts_text(row)])
     absent = sorted({row["arm"] for row in rows if row["status"] == "absent"})
-    inexact = any(row["status"] == "inexact" for row in shown)
     parts = [
         text_table(header, lines, markdown),
         f"absent: {', '.join(absent)}" if absent else "",
-        f"~: first gradient norm more than {GRAD_NORM_TOLERANCE:.0%} from HF's" if inexact else "",
+        inexact_text(shown),
         not_measured(rows, about, markdown),
     ]
     return "\n\n".join(part for part in parts if part)
@@ -126,7 +125,14 @@ def brief_text(rows: list[dict], about: dict, markdown: bool = False) -> str:
         for place in dict.fromkeys(place_of(row) for row in shown)
     ]
     header = [*places.values(), *(LABELS[arm] if markdown else arm for arm in arms)]
-    return text_table(header, lines, markdown)
+    parts = [text_table(header, lines, markdown), inexact_text(shown), not_measured(rows, about, markdown)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def inexact_text(rows: list[dict]) -> str:
+    """What the mark means, where a row has it."""
+    inexact = any(row["status"] == "inexact" for row in rows)
+    return f"~: first gradient norm more than {GRAD_NORM_TOLERANCE:.0%} from HF's" if inexact else ""
 
 
 def above_static(row: dict) -> float | None:

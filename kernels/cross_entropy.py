@@ -27,7 +27,9 @@ from .softmax_rows import empty_rows, loss_grad_rows, loss_rows
 REDUCE_BLOCK = 4096
 
 
-@triton.jit(debug=True)  # keeps the assert; the interpreter has none, and labels on the CPU are checked before
+# ``debug`` keeps the assert, and would add checks for overflow, which the launch turns off. The interpreter has no
+# asserts; labels on the CPU are checked before.
+@triton.jit(debug=True)
 def _reduce_kernel(
     loss_ptr, labels_ptr, num_items_ptr, out_ptr, scale_ptr, num_rows, num_cols, ignore_index, scale,
     MEAN: tl.constexpr, HAS_NUM_ITEMS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
@@ -76,7 +78,7 @@ def cross_entropy_fwd(
         (num_rows, num_cols, ignore_index),
         (1.0 if on_device_items or num_items is None else 1.0 / num_items,),
         (reduction == "mean" and num_items is None, on_device_items and reduction != "none", REDUCE_BLOCK),
-        (("num_warps", 16),),
+        (("num_warps", 16), ("sanitize_overflow", False)),
     )
     return token_loss if reduction == "none" else loss, lse, scale
 

@@ -177,7 +177,7 @@ def _bwd(
 
 def _fake_bwd(dout, gate, up, weight, activation, needs_gate, needs_up, needs_weight, needs_bias):
     return (
-        gate.new_empty(gate.shape if needs_gate or up is None else 0),
+        gate.new_empty(gate.shape if needs_gate else 0),
         gate.new_empty(gate.shape if needs_up and up is not None else 0),
         weight.new_empty(weight.shape) if needs_weight else gate.new_empty(0),
         weight.new_empty(weight.shape[:1]) if needs_bias else gate.new_empty(0),

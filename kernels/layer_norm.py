@@ -266,7 +266,7 @@ _layer_norm_op = opaque_op("layer_norm", _fwd, _fake_fwd, _differentiate, _save)
 
 def layer_norm(
     x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5, *,
-    weight_offset: float = 0.0,
+    weight_offset: float = 0.0, out_dtype: torch.dtype | None = None,
 ) -> Tensor:  # fmt: skip
     """``(x - mean) / sqrt(var + eps) * (weight_offset + weight) + bias`` over the last dimension, statistics in fp32.
 
@@ -278,9 +278,11 @@ def layer_norm(
         bias: ``[N]`` of any of these dtypes, or None.
         eps: added to the variance.
         weight_offset: added to the weight; 1.0 for Nemotron.
+        out_dtype: floating-point dtype of the result; by default that of torch's own layer_norm: ``x.dtype``, or fp32
+            under CUDA autocast.
 
     Returns:
-        ``[..., N]`` in ``x.dtype``; in fp32 under CUDA autocast, as torch's own layer_norm gives it.
+        ``[..., N]`` in ``out_dtype``.
         The gradients of ``weight`` and ``bias`` are accumulated in fp32.
 
     Raises:
@@ -293,12 +295,13 @@ def layer_norm(
     if bias is not None:
         check_vector("bias", bias, x)
     if not use_triton(x) or x.dtype == torch.float64:
-        return reference.layer_norm(x, weight, bias, eps, weight_offset=weight_offset)
+        return reference.layer_norm(x, weight, bias, eps, weight_offset=weight_offset, out_dtype=out_dtype)
     check_width(x)
     weight = None if weight is None else weight.contiguous()
     bias = None if bias is None else bias.contiguous()
     # Autocast would widen x and keep the wide copy for backward; the kernel reads x as it is and writes fp32.
-    dtype = torch.float32 if x.is_cuda and torch.is_autocast_enabled("cuda") else x.dtype
+    autocast = out_dtype is None and x.is_cuda and torch.is_autocast_enabled("cuda")
+    dtype = torch.float32 if autocast else out_dtype or x.dtype
     if torch.compiler.is_compiling():
         return _layer_norm_op(x, weight, bias, float(eps), float(weight_offset), dtype)[0]
     return LayerNormFunction.apply(x, weight, bias, eps, weight_offset, dtype)

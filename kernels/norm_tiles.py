@@ -18,7 +18,9 @@ MAX_COLS = 65536  # 64 elements a thread with 32 warps; beyond that a row no lon
 TILE_SIZE = 4096  # elements of a tile of narrow rows
 SMEM_BYTES = 160 * 1024  # of an SM's 228 KiB, for prefetched rows; the rest stays L1 cache
 MAX_SUMMED_COLS = 16384  # a sum of 16 fp32 elements a thread fits beside a row of as many
-ALIGNED = 8  # columns; other rows of bf16 begin off 16 bytes: narrow accesses, no prefetching, more warps to hide both
+# Triton knows of a width whether it is a multiple of 16. Rows of others may begin off 16 bytes for all it knows: narrow
+# accesses and no prefetching, which more warps hide.
+ALIGNED = 16
 COLUMN_TILE = (8, 512)  # rows and columns a step of the kernel that sums by columns
 
 

@@ -71,11 +71,11 @@ def add_rms_norm(
 
 def layer_norm(
     x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5, *,
-    weight_offset: float = 0.0,
+    weight_offset: float = 0.0, out_dtype: torch.dtype | None = None,
 ) -> Tensor:  # fmt: skip
-    """``(x - mean) / sqrt(var + eps) * (weight_offset + weight) + bias``, rounded once to ``x.dtype``."""
-    if torch.is_autocast_enabled(x.device.type) and x.device.type == "cuda":
-        x = x.float()  # what autocast does to torch's own layer_norm on CUDA
+    """``(x - mean) / sqrt(var + eps) * (weight_offset + weight) + bias``, rounded once to ``out_dtype``."""
+    if out_dtype is None and torch.is_autocast_enabled(x.device.type) and x.device.type == "cuda":
+        out_dtype = torch.float32  # what autocast does to torch's own layer_norm on CUDA
     compute = torch.promote_types(x.dtype, torch.float32)
     out = F.layer_norm(
         x.to(compute),
@@ -84,7 +84,7 @@ def layer_norm(
         None if bias is None else bias.to(compute),
         eps,
     )
-    return out.to(x.dtype)
+    return out.to(out_dtype or x.dtype)
 
 
 def rotate_half(x: Tensor) -> Tensor:

@@ -1,9 +1,12 @@
 """Rule for RMS norms and layer norms: a 1-D weight (or none), an epsilon, a forward of one tensor."""
 
+import contextlib
 import functools
 
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from .kernels import reference
 from .kernels.layer_norm import layer_norm
@@ -25,6 +28,16 @@ COMMON_EPS = (1e-5, 1e-6, 1e-8, 1e-12)
 # (dtype of x, dtype of the parameters): plain training in either, and bf16 activations with fp32 parameters.
 DTYPES = ((torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32))
 WEIGHTLESS_WIDTH = 64
+
+
+def _autocast_dtype(x):
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+# What ``layer_norm`` is told about its output: torch's own has fp32 under CUDA autocast, one written out that of its
+# input, and Nemotron's, which casts and turns autocast off, that of autocast.
+AUTOCAST_DTYPES = {"torch's": lambda x: None, "the input's": lambda x: x.dtype, "autocast's": _autocast_dtype}
 
 
 def matches(module: nn.Module) -> bool:
@@ -56,8 +69,11 @@ def probe(module: nn.Module) -> Verdict:
         kind = "layer_norm" if has_bias else "rms_norm"
         return Refusal(kind, "its forward is no RMS norm or layer norm of the forms known")
     _, kind, variant, eps, options = best
-    make = _rms_norm_forward if kind == "rms_norm" else _layer_norm_forward
-    forward = make(original, has_weight, has_bias, eps, options)
+    if kind == "rms_norm":
+        forward = _rms_norm_forward(original, has_weight, has_bias, eps, options)
+    else:
+        dtype_of = AUTOCAST_DTYPES[_autocast_behaviour(module, original)]
+        forward = _layer_norm_forward(original, has_weight, has_bias, eps, options, dtype_of)
     return Replacement(kind, variant, "forward", lambda config: forward)
 
 
@@ -84,6 +100,45 @@ def _samples(module, original):
             out,
             (TOLERANCE[x_dtype]),
         )
+
+
+class _CudaLayerNorm(TorchFunctionMode):
+    """Has torch's layer_norm give fp32 where autocast is on, as it does on CUDA and not on a CPU."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        return out.float() if function is F.layer_norm and torch.is_autocast_enabled("cpu") else out
+
+
+@contextlib.contextmanager
+def _cuda_autocast_flag():
+    """For modules that ask ``torch.is_autocast_enabled()``, whatever the device; it does nothing to CPU tensors."""
+    before = torch.is_autocast_enabled("cuda")
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled("cuda", before)
+
+
+def _autocast_behaviour(module, original) -> str:
+    """Which of ``AUTOCAST_DTYPES`` the module's output has under CUDA autocast.
+
+    Raises:
+        ValueError: none of them.
+    """
+    outs, x = [], next(_samples(module, original))[0]
+    for x_dtype in (torch.float32, torch.bfloat16):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), _cuda_autocast_flag(), _CudaLayerNorm():
+            outs.append(original(stand_in(module, torch.float32), x.to(x_dtype)).dtype)
+    for name, expected in {
+        "torch's": [torch.float32, torch.float32],
+        "the input's": [torch.float32, torch.bfloat16],
+        "autocast's": [torch.bfloat16, torch.bfloat16],
+    }.items():
+        if outs == expected:
+            return name
+    raise ValueError(f"under autocast it gives {outs[0]} for fp32 and {outs[1]} for bf16")
 
 
 def _eps_attributes(module: nn.Module) -> list[str]:
@@ -115,14 +170,14 @@ def _rms_norm_forward(original, has_weight, has_bias, eps, options):
     return forward
 
 
-def _layer_norm_forward(original, has_weight, has_bias, eps, options):
+def _layer_norm_forward(original, has_weight, has_bias, eps, options, dtype_of):
     read_eps, name = _reader(eps), forward_parameters(original)[0].name
 
     @functools.wraps(original)
     def forward(self, *args, **kwargs):
         x = args[0] if args else kwargs[name]
         weight, bias = self.weight if has_weight else None, self.bias if has_bias else None
-        return layer_norm(x, weight, bias, read_eps(self), **options)
+        return layer_norm(x, weight, bias, read_eps(self), out_dtype=dtype_of(x), **options)
 
     return forward
 

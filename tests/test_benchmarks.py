@@ -222,3 +222,13 @@ def test_every_causal_lm_computes_the_same_with_and_without(tmp_path):
         model.model.layers[0].self_attn.q_proj.weight[0, 0] += 1e-1
     found = models.differences(models.train_once(model), theirs)
     assert min(found["gradient"], found["logits"]) > models.TOLERANCE
+    loss, gradients, logits = theirs
+    last = list(gradients)[-1]
+    for wrong in (
+        (loss, gradients | {last: gradients[last] * float("nan")}, logits),
+        (loss, gradients | {"more": logits}, logits),
+        (loss, {n: g for n, g in gradients.items() if n != last}, logits),
+        (loss, gradients, logits * float("nan")),
+        (loss * float("inf"), gradients, logits),
+    ):
+        assert models.largest(models.differences(wrong, theirs)) >= models.HOPELESS

@@ -129,6 +129,7 @@ def operators():
     yield "gated_linear_bwd", (r(3, 4, 5), x, r(3, 4, 16), r(5, 16), 0, True, True, True, True)
     yield "gated_linear_bwd", (r(3, 4, 5), x, None, r(5, 8), 0, True, False, True, False)
     yield "gated_linear_bwd", (r(3, 4, 5), x, r(3, 4, 16), r(5, 16), 0, False, True, False, False)
+    yield "gated_linear_bwd", (r(3, 4, 5), x, None, r(5, 8), 0, False, False, True, True)
     yield "cross_entropy", (rows, labels, weights, None, 3.0, *entropy, "sum")
     yield "cross_entropy", (rows, labels, None, None, None, *entropy, "none")
     yield "cross_entropy_bwd", (r(()), rows, labels, r(12), r(1), None, *entropy)

@@ -12,6 +12,7 @@ from liger_trainer import apply_liger, revert_liger
 from liger_trainer.patching import patch_state
 
 pytestmark = pytest.mark.gpu
+EXPERTS = ("mixtral", "deepseek_v3")  # grouped: they have no fp64 form on a GPU, and scatter in no fixed order
 
 
 def gradients(model, inputs):
@@ -33,8 +34,7 @@ def total_error(ours, exact):
 def test_gradients_are_as_good_as_the_unpatched_model_s(model_type, dtype):
     inputs = {k: v.cuda() for k, v in batch(rows=4, tokens=33).items()}
     model = tiny_model(model_type).cuda()
-    # grouped experts have no fp64 form on a GPU
-    exact_model = copy.deepcopy(model) if model_type == "mixtral" else copy.deepcopy(model).double()
+    exact_model = copy.deepcopy(model) if model_type in EXPERTS else copy.deepcopy(model).double()
     exact_loss, exact = gradients(exact_model, inputs)
     model = model.to(dtype)
     loss, theirs = gradients(model, inputs)
@@ -45,10 +45,23 @@ def test_gradients_are_as_good_as_the_unpatched_model_s(model_type, dtype):
     assert abs(our_loss - exact_loss) <= 2 * abs(loss - exact_loss) + tiny * abs(exact_loss)
     assert total_error(ours, exact) <= 1.5 * total_error(theirs, exact) + tiny
     assert our_loss == again_loss
-    if model_type != "mixtral":  # transformers' own scatter of expert outputs is not deterministic
+    if model_type not in EXPERTS:
         assert all(torch.equal(ours[n], again[n]) for n in ours)
     revert_liger(model)
     assert gradients(model, inputs)[0] == loss
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "olmo2", "cohere", "nemotron", "gpt_neox"])
+def test_norms_keep_their_dtypes_under_autocast(model_type):
+    model = tiny_model(model_type).cuda()
+    norms = {a.module for a in apply_liger(model).applied if a.kind in ("rms_norm", "layer_norm")}
+    assert norms
+    for name in norms:
+        norm = model.get_submodule(name)
+        for dtype in (torch.float32, torch.bfloat16):
+            x = torch.randn(3, 64 if norm.weight is None else norm.weight.shape[0], device="cuda", dtype=dtype)
+            with torch.autocast("cuda", torch.bfloat16):
+                assert norm(x).dtype == type(norm).forward(norm, x).dtype, (name, dtype)
 
 
 @pytest.mark.parametrize("precision", ["bf16 autocast", "bf16 weights", "fp16 autocast", "fp32", "checkpointing"])

@@ -10,7 +10,7 @@ from tiny_models import MODEL_TYPES, assert_same_training, batch, loss_and_gradi
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from liger_trainer import LigerConfig, apply_liger, gated, revert_liger
+from liger_trainer import LigerConfig, apply_liger, gated, norms, revert_liger
 from liger_trainer.kernels import launch
 
 # What each architecture has two layers of: (norms, rotary attentions, gated MLPs).
@@ -89,6 +89,16 @@ def test_rotary_functions_are_taken_by_what_they_compute(model_type, overrides, 
     assert ("rope" in {skipped.kind for skipped in report.skipped}) == (ropes == 0)
     inputs = batch()
     torch.testing.assert_close(model(**inputs).loss, plain(**inputs).loss, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "behaviour"), [("gpt_neox", "torch's"), ("cohere", "the input's"), ("nemotron", "autocast's")]
+)
+def test_layer_norms_keep_their_dtype_under_autocast(model_type, behaviour):
+    """What CUDA's autocast would do is told from a CPU; tests/test_models_gpu.py compares on a GPU."""
+    (norm, *_) = (m for m in tiny_model(model_type).modules() if norms.matches(m))
+    assert norms._autocast_behaviour(norm, type(norm).forward) == behaviour
+    assert not torch.is_autocast_enabled("cuda")
 
 
 def test_logits_and_generation_are_unchanged_without_labels():

@@ -40,6 +40,7 @@ SHAPES = {
 NORMS = [("norm_tiles", "row_tiling persistent_tiling", "num_warps", (2, 4, 8, 16, 32))]
 KNOBS = {
     "swiglu": [
+        ("gated", "SMALL_GRID", None, (0,)),  # its rule would halve the next one
         ("gated", "BLOCK_SIZE", None, (512, 1024, 2048, 4096)),
         ("gated", "_launch_fwd _launch_bwd", "num_warps", (1, 2, 4, 8)),
     ],
@@ -152,7 +153,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ops", default=",".join(SHAPES))
     parser.add_argument("--seconds", type=float, default=600, help="shared by the shapes")
-    parser.add_argument("--processes", type=int, default=12, help="that compile")
+    parser.add_argument("--processes", type=int, default=6, help="that compile")
     args = parser.parse_args()
     jobs = [(op, shape) for op in args.ops.split(",") for shape in SHAPES[op]]
     todo = [(op, shape, values) for op, shape in jobs for values in variants(op)]
