@@ -2,9 +2,10 @@
 
     python benchmarks/models.py
     python benchmarks/models.py --models llama,deepseek_v3
+    python benchmarks/models.py --auto AutoModelForImageTextToText   # with text alone
 
 One training forward and backward and one evaluation in fp32 on the CPU, where the ops run their definitions: this tests
-what patching does to a model, not the kernels. Results go to ``<out>/models.json``, and ``liger-trainer plot --update
+what patching does to a model, not the kernels. Results go to ``<out>/models*.json``, and ``liger-trainer plot --update
 docs/models.md`` makes the table of them. Exit status 1 where a model fails or differs.
 """
 
@@ -28,7 +29,12 @@ if not __package__:  # run as a script; see kernels.py
 from benchmarks import common
 
 TIMEOUT_S = 90  # for one model
-LARGEST = 30_000_000  # parameters; a config with large defaults that SIZES does not know is left out
+LARGEST = 60_000_000  # parameters; a config with large defaults that SIZES does not know is left out
+# By auto class, its table of model types and the name of the result file.
+AUTO = {
+    "AutoModelForCausalLM": ("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "models"),
+    "AutoModelForImageTextToText": ("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", "models-image-text"),
+}
 TOLERANCE = 1e-4  # of each gradient and of the logits, relative to their norms; the loss a tenth of that
 VOCAB, TOKENS = 131, 12
 HOPELESS = 1e9  # stands for an infinite difference, which JSON cannot say
@@ -98,15 +104,17 @@ def _give_theta(parameters) -> None:
         _give_theta(part)
 
 
-def tiny_model(model_type: str):
+def tiny_model(model_type: str, auto: str = "AutoModelForCausalLM"):
     """A random fp32 model of ``model_type`` without dropout, its vectors not all ones or zeros.
 
     Raises:
         ValueError: it has too many parameters; anything, where its config cannot be made small like this.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    import transformers
+    from transformers import AutoConfig
 
+    from_config = getattr(transformers, auto).from_config
     defaults = AutoConfig.for_model(model_type)
     known = {k: type(vars(defaults)[k])(n) for k, n in NUMBERS.items() if type(vars(defaults).get(k)) in (int, float)}
     try:
@@ -118,10 +126,10 @@ def tiny_model(model_type: str):
         config.is_decoder = True
     torch.manual_seed(0)
     with torch.device("meta"):
-        size = sum(p.numel() for p in AutoModelForCausalLM.from_config(copy.deepcopy(config)).parameters())
+        size = sum(p.numel() for p in from_config(copy.deepcopy(config)).parameters())
     if size > LARGEST:
         raise ValueError(f"{size / 1e6:.0f} million parameters")
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
             if not torch.isfinite(parameter).all():  # left empty by its initialisation
@@ -183,7 +191,7 @@ def short(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:160]
 
 
-def check(model_type: str) -> dict:
+def check(auto: str, model_type: str) -> dict:
     """The row of one model."""
     import torch
     import transformers
@@ -201,7 +209,7 @@ def check(model_type: str) -> dict:
     row = {"model_type": model_type}
     try:
         try:
-            model = tiny_model(model_type)
+            model = tiny_model(model_type, auto)
             theirs = train_once(model)
             row["itself"] = largest(differences(train_once(model), theirs))
             if row["itself"] == HOPELESS:
@@ -260,7 +268,8 @@ def make_table(rows: list[dict]) -> str:
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", metavar="A,B", help="these model types; by default all causal LMs")
+    parser.add_argument("--auto", choices=AUTO, default="AutoModelForCausalLM")
+    parser.add_argument("--models", metavar="A,B", help="these model types; by default all of the auto class")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--out", type=Path, default=common.RESULTS, help="folder of the result file")
     parser.add_argument("--commit", help="what to record as the commit; default $LIGER_COMMIT, else git's")
@@ -269,20 +278,22 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     """Check them all."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as known
+    from transformers.models.auto import modeling_auto
 
     args = parse_args(argv)
+    mapping, name = AUTO[args.auto]
+    known = getattr(modeling_auto, mapping)
     os.environ["TRITON_INTERPRET"] = "0"  # of the processes below: the definitions, not interpreted kernels
     chosen = args.models.split(",") if args.models else sorted(known)
     unknown = sorted(set(chosen) - set(known))
     if unknown:
-        print(f"--models: no causal LM of transformers: {', '.join(unknown)}", file=sys.stderr)
+        print(f"--models: {', '.join(unknown)}: not of {args.auto}", file=sys.stderr)
         return 2
     about = {"kind": "hello", "device": "cpu", "driver": None, **common.describe_software()}
-    results = common.ResultFile(args.out / "models.json", ("model_type",), common.provenance(about, args.commit))
+    results = common.ResultFile(args.out / f"{name}.json", ("model_type",), common.provenance(about, args.commit))
     progress, failed = common.Progress(len(chosen)), False
     with ProcessPoolExecutor(args.processes, multiprocessing.get_context("spawn")) as pool:
-        for row in pool.map(partial(check), chosen):
+        for row in pool.map(partial(check, args.auto), chosen):
             results.add(row)
             failed |= row["status"] in ("differs", "error")
             progress.step(f"{row['model_type']}: {row['status']} {json.dumps(row.get('applied', row.get('note')))}")

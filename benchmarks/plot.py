@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
         if not args.list:
             curve.plot(data, file.with_suffix(".png"))
             print(file.with_suffix(".png"))
-    for file in args.results.glob("models.json"):
+    for file in args.results.glob("models*.json"):
         data = json.loads(file.read_text())
         made[file.stem] = f"{models.make_table(data['results'])}\n{provenance_line(data)}\n"
         made[f"{file.stem}-summary"] = f"{models.summary(data['results'])}\n"
