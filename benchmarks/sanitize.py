@@ -102,6 +102,9 @@ def main() -> None:
     for speculation in (None, Speculation()):
         ours = lambda s=speculation: linear_logprobs(x, weight, labels, speculation=s, logits_budget_mib=0.01)[:2]  # noqa: E731
         check("linear_logprobs", ours, lambda: reference.linear_logprobs(x, weight, labels)[:2], [x, weight])
+    frozen = weight.detach()
+    ours = lambda: linear_logprobs(x, frozen, labels, logits_budget_mib=0.01)[:2]  # noqa: E731
+    check("linear_logprobs, frozen", ours, lambda: reference.linear_logprobs(x, frozen, labels)[:2], [x])
 
 
 if __name__ == "__main__":

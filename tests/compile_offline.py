@@ -1,0 +1,94 @@
+"""Compiles for an H100, without one, every kernel that ``benchmarks/sanitize.py`` launches: ``python compile_offline.py``.
+
+The interpreter runs kernels as Python and takes much that Triton's compiler refuses. Nothing is launched here: the ops run
+on CPU tensors, and where they would launch, the kernel is compiled for the arguments they pass. Exit status 1 where one
+fails, or a launcher of the package was never called.
+"""
+
+import importlib
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from benchmarks import sanitize
+from liger_trainer.kernels import launch, reference
+
+H100 = GPUTarget("cuda", 90, 32)
+H100_SMS = 132
+TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int64: "i64", torch.int32: "i32"}
+# Rows and columns: narrow, one row a tile and off 16 bytes, wider than what sums in registers.
+SHAPES = ((37, 200), (33, 3002), (3, 33000))
+ALIGNED = [["tt.divisibility", 16]]
+
+compiled: dict[tuple, int] = {}
+called: set[int] = set()
+
+
+def compile_launch(self, grid, tensors, ints, floats, constants, options) -> None:
+    """In the place of ``Launcher.__call__``: compile what it would launch."""
+    called.add(id(self))
+    names = self.kernel.arg_names
+    values = (*tensors, *ints, *floats, *constants)
+    assert len(names) == len(values), f"{self.kernel.__name__} takes {names}"
+    signature, fixed, attributes = {}, {}, {}
+    for index, (name, value) in enumerate(zip(names, values, strict=True)):
+        is_int = len(tensors) <= index < len(tensors) + len(ints)
+        if torch.is_tensor(value):
+            signature[name] = f"*{TYPES[value.dtype]}"
+            aligned = value.data_ptr() % 16 == 0
+        elif is_int and value != 1:
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            aligned = value % 16 == 0
+        elif len(tensors) + len(ints) <= index < len(tensors) + len(ints) + len(floats):
+            signature[name], aligned = "fp32", False
+        else:
+            signature[name], aligned = "constexpr", False
+            fixed[(index,)] = value
+        if aligned:
+            attributes[(index,)] = ALIGNED
+    key = (self.kernel.__name__, *signature.values(), *map(str, fixed.items()), *attributes, *options)
+    if key not in compiled:
+        flags = dict(options) | ({"debug": True} if self.kernel.debug else {})
+        kernel = triton.compile(ASTSource(self.kernel, signature, fixed, attributes), target=H100, options=flags)
+        compiled[key] = len(kernel.asm["cubin"])
+
+
+def only_run(name, ours, theirs, leaves) -> None:
+    """In the place of ``sanitize.check``: forward and backward, whose numbers mean nothing here."""
+    out = ours()
+    outputs = [t for t in (out if isinstance(out, tuple) else (out,)) if t.requires_grad]
+    torch.autograd.grad(sum(t.float().sum() for t in outputs), leaves)
+
+
+def main() -> int:
+    """Compile everything."""
+    modules = [
+        importlib.import_module(f"liger_trainer.kernels.{file.stem}")
+        for file in sorted((ROOT / "kernels").glob("*.py"))
+    ]
+    launchers = {id(v): v for module in modules for v in vars(module).values() if isinstance(v, launch.Launcher)}
+    for module in modules:
+        for name, value in (("use_triton", lambda x: True), ("sm_count", lambda x: H100_SMS)):
+            if hasattr(module, name):
+                setattr(module, name, value)
+    launch.Launcher.__call__ = compile_launch
+    torch.version.cuda = torch.version.cuda or "13.0"  # register limits are for CUDA
+    reference.check_labels = lambda *arguments: None
+    sanitize.check = only_run
+    for sanitize.ROWS, sanitize.COLS in SHAPES:
+        sanitize.main()
+    missing = [launcher.kernel.__name__ for key, launcher in launchers.items() if key not in called]
+    print(f"{len(compiled)} variants of {len(called)} kernels compiled; never launched: {', '.join(missing) or 'none'}")
+    return int(bool(missing))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
