@@ -1,8 +1,8 @@
-"""Compiles for an H100, without one, every kernel that ``benchmarks/sanitize.py`` launches: ``python compile_offline.py``.
+"""Compiles for an H100, without one, every kernel that ``benchmarks/sanitize.py`` launches.
 
-The interpreter runs kernels as Python and takes much that Triton's compiler refuses. Nothing is launched here: the ops run
-on CPU tensors, and where they would launch, the kernel is compiled for the arguments they pass. Exit status 1 where one
-fails, or a launcher of the package was never called.
+The interpreter runs kernels as Python and takes much that Triton's compiler refuses. Nothing is launched here: the ops
+run on CPU tensors, and where they would launch, the kernel is compiled for the arguments they pass. Exit status 1 where
+one fails, or a launcher of the package was never called. Needs ``TRITON_INTERPRET=0``.
 """
 
 import importlib
@@ -11,8 +11,7 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -70,10 +69,8 @@ def only_run(name, ours, theirs, leaves) -> None:
 
 def main() -> int:
     """Compile everything."""
-    modules = [
-        importlib.import_module(f"liger_trainer.kernels.{file.stem}")
-        for file in sorted((ROOT / "kernels").glob("*.py"))
-    ]
+    files = sorted(Path(launch.__file__).parent.glob("*.py"))
+    modules = [importlib.import_module(f"liger_trainer.kernels.{file.stem}") for file in files]
     launchers = {id(v): v for module in modules for v in vars(module).values() if isinstance(v, launch.Launcher)}
     for module in modules:
         for name, value in (("use_triton", lambda x: True), ("sm_count", lambda x: H100_SMS)):
