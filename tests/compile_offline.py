@@ -2,10 +2,11 @@
 
 The interpreter runs kernels as Python and takes much that Triton's compiler refuses. Nothing is launched here: the ops
 run on CPU tensors, and where they would launch, the kernel is compiled for the arguments they pass. Exit status 1 where
-one fails, or a launcher of the package was never called. Needs ``TRITON_INTERPRET=0``.
+one fails, a launcher of the package was never called, or a kernel reads in small pieces. Needs ``TRITON_INTERPRET=0``.
 """
 
 import importlib
+import re
 import sys
 from pathlib import Path
 
@@ -23,12 +24,18 @@ from liger_trainer.kernels import launch, reference
 H100 = GPUTarget("cuda", 90, 32)
 H100_SMS = 132
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int64: "i64", torch.int32: "i32"}
-# Rows and columns: narrow, one row a tile and off 16 bytes, wider than what sums in registers.
-SHAPES = ((37, 200), (33, 3002), (3, 33000))
+# Rows and columns: narrow, rows that begin on and off 16 bytes, wider than what sums in registers.
+SHAPES = ((37, 200), (33, 2048), (33, 3002), (3, 33000))
+# Kernels at the speed of memory: where rows begin on 16 bytes, they have to be read and written in pieces of 16 bytes.
+WIDE = {
+    "_rms_norm_fwd_kernel", "_rms_norm_bwd_kernel", "_layer_norm_fwd_kernel", "_layer_norm_bwd_kernel",
+    "_gated_fwd_kernel", "_gated_bwd_kernel", "_clamped_swiglu_fwd_kernel", "_clamped_swiglu_bwd_kernel",
+}  # fmt: skip
 ALIGNED = [["tt.divisibility", 16]]
 
 compiled: dict[tuple, int] = {}
 called: set[int] = set()
+wide: set[str] = set()
 
 
 def compile_launch(self, grid, tensors, ints, floats, constants, options) -> None:
@@ -58,6 +65,9 @@ def compile_launch(self, grid, tensors, ints, floats, constants, options) -> Non
         flags = dict(options) | ({"debug": True} if self.kernel.debug else {})
         kernel = triton.compile(ASTSource(self.kernel, signature, fixed, attributes), target=H100, options=flags)
         compiled[key] = len(kernel.asm["cubin"])
+        ptx = kernel.asm["ptx"]
+        if re.search(r"(ld\.global[\w.:]*\.v4|cp\.async\.cg)", ptx) and re.search(r"st\.global[\w.:]*\.v4", ptx):
+            wide.add(self.kernel.__name__)
 
 
 def only_run(name, ours, theirs, leaves) -> None:
@@ -83,8 +93,10 @@ def main() -> int:
     for sanitize.ROWS, sanitize.COLS in SHAPES:
         sanitize.main()
     missing = [launcher.kernel.__name__ for key, launcher in launchers.items() if key not in called]
+    narrow = sorted(WIDE - wide)
     print(f"{len(compiled)} variants of {len(called)} kernels compiled; never launched: {', '.join(missing) or 'none'}")
-    return int(bool(missing))
+    print(f"accesses of 16 bytes missing: {', '.join(narrow) or 'none'}")
+    return int(bool(missing or narrow))
 
 
 if __name__ == "__main__":
