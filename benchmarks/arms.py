@@ -8,6 +8,7 @@ functions: an arm's process loads its own library and no other.
 import importlib
 import importlib.util
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +46,7 @@ def _inputs(case: Case) -> tuple:
         "layer_norm": ("x", "weight", "bias"),
         "swiglu": ("gate", "up"),
         "geglu": ("gate", "up"),
+        "clamped_swiglu": ("gate_up",),
         "rope": ("q", "k", "cos", "sin"),
         "cross_entropy": ("logits", "labels"),
     }
@@ -62,6 +64,8 @@ def ours(case: Case, **options) -> Call:
     extra = (EPS,) if case.op.endswith("norm") else ()
     if case.op in ("rope", "add_rms_norm"):
         return lambda *tensors: op(*tensors, *extra), _inputs(case)
+    if case.op == "clamped_swiglu":
+        options["interleaved"] = True
     if case.op == "linear_logprobs":
         return lambda *tensors: (op(*tensors, **options).log_probs,), _inputs(case)
     return lambda *tensors: (op(*tensors, *extra, **options),), _inputs(case)
@@ -104,6 +108,11 @@ def hf(case: Case) -> Call:
         case "swiglu" | "geglu":
             activation = ACT2FN["silu" if case.op == "swiglu" else "gelu_pytorch_tanh"]
             return lambda gate, up: (activation(gate) * up,), _inputs(case)
+        case "clamped_swiglu":
+            from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+
+            settings = SimpleNamespace(limit=7.0, alpha=1.702)
+            return lambda gate_up: (GptOssExperts._apply_gate(settings, gate_up),), _inputs(case)
         case "rope":
             return apply_rotary_pos_emb, _inputs(case)
         case "cross_entropy":
@@ -166,7 +175,7 @@ def liger(case: Case, accum_dtype: torch.dtype | None = None) -> Call:
             fused = ops.liger_fused_linear_cross_entropy
             return lambda h, w, labels: (fused(h, w, labels, accum_dtype=accum_dtype),), _inputs(case)
         case _:
-            raise Unsupported("liger-kernel has no per-token log-probabilities of its fused head")
+            raise Unsupported("liger-kernel has no such op: per-token log-probabilities of its head, a clamped SwiGLU")
 
 
 def liger_fp32(case: Case) -> Call:

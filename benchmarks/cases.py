@@ -82,6 +82,9 @@ def build(spec: dict, device: str) -> Case:
             case "swiglu" | "geglu":
                 tensors = {"gate": normal(rows, cols), "up": normal(rows, cols)}
                 leaves, upstream = ("gate", "up"), (normal(rows, cols),)
+            case "clamped_swiglu":  # in turns, as GPT-OSS has them; some beyond the limit
+                tensors = {"gate_up": normal(rows, 2 * cols) * 4}
+                leaves, upstream = ("gate_up",), (normal(rows, cols),)
             case _:
                 tensors = {"x": normal(rows, cols), "weight": 1 + normal(cols) / 4}
                 upstream = (normal(rows, cols),)
@@ -112,6 +115,8 @@ def bytes_moved(case: Case) -> dict[str, int] | None:
             return {"fwd": size["logits"], "bwd": 2 * size["logits"]}
         case "swiglu" | "geglu":
             return {"fwd": 3 * size["gate"], "bwd": 5 * size["gate"]}
+        case "clamped_swiglu":
+            return {"fwd": size["gate_up"] * 3 // 2, "bwd": size["gate_up"] * 5 // 2}
         case "add_rms_norm":  # both inputs have the same gradient: written once
             return {"fwd": 4 * size["x"] + size["weight"], "bwd": 4 * size["x"] + 2 * size["weight"]}
         case _:
@@ -163,6 +168,8 @@ def expected(case: Case) -> list[Check]:
             outputs = (reference.swiglu(wide["gate"], wide["up"]),)
         case "geglu":
             outputs = (reference.geglu(wide["gate"], wide["up"]),)
+        case "clamped_swiglu":
+            outputs = (reference.clamped_swiglu(wide["gate_up"], interleaved=True),)
     torch.autograd.backward(outputs, [u.float() for u in case.upstream])
     checks: list[Check] = [(f"output {i}", o.detach(), lambda o, g, i=i: o[i]) for i, o in enumerate(outputs)]
     checks += [(f"d{n}", wide[n].grad, lambda o, g, n=n: g[n]) for n in case.leaves]
