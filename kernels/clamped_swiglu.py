@@ -6,6 +6,8 @@ Backward, with ``s = sigmoid(alpha * g)``: ``dup = dout * g * s`` where ``|up| <
 Saved: gate_up. Moved: gate_up and out forward; dout, gate_up and its gradient backward. fp32 inside, rounded once.
 """
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -186,6 +188,12 @@ _clamped_swiglu_bwd_op = opaque_op("clamped_swiglu_bwd", _bwd, _fake_bwd)
 _clamped_swiglu_op = opaque_op("clamped_swiglu", _fwd, _fake_fwd, _differentiate, _save)
 
 
+@lru_cache(maxsize=64)
+def _rounded(limit: float, dtype: torch.dtype) -> float:
+    """``limit`` as torch's clamp compares with it, in the dtype of the tensor."""
+    return float(torch.tensor(limit, dtype=dtype))
+
+
 def clamped_swiglu(
     gate_up: Tensor, *, limit: float = 7.0, alpha: float = 1.702, offset: float = 1.0, interleaved: bool = False
 ) -> Tensor:
@@ -212,6 +220,6 @@ def clamped_swiglu(
         raise ValueError(f"limit: is {limit}; must be greater than 0")
     if not use_triton(gate_up) or gate_up.dtype == torch.float64:
         return reference.clamped_swiglu(gate_up, limit=limit, alpha=alpha, offset=offset, interleaved=interleaved)
-    settings = (float(limit), float(alpha), float(offset), interleaved)
+    settings = (_rounded(float(limit), gate_up.dtype), float(alpha), float(offset), interleaved)
     apply = _clamped_swiglu_op if torch.compiler.is_compiling() else ClampedSwigluFunction.apply
     return apply(gate_up, *settings)

@@ -174,17 +174,26 @@ def probe_experts(module: nn.Module) -> Verdict:
 def _probe_clamped(module: nn.Module, original, twin: nn.Module, samples: list[torch.Tensor]) -> Verdict:
     """The form of ``clamped_swiglu`` that agrees; limit and alpha are attributes of ``module``, or alpha is 1."""
     outs = [original(twin, x) for x in samples]
-    numbers = [k for k, v in vars(module).items() if isinstance(v, int | float) and not isinstance(v, bool) and v > 0]
-    for limit, alpha in itertools.product(numbers, (None, *numbers)):
+    limits, alphas = _numbers(module, ("limit", "clamp")), _numbers(module, ("alpha",))
+    named = [name for name in alphas if "alpha" in name]
+    for limit, alpha in itertools.product(limits, (*named, None, *(name for name in alphas if name not in named))):
         for offset, interleaved in itertools.product((0.0, 1.0), (False, True)):
             read = _settings_reader(limit, alpha, offset, interleaved)
             definition = functools.partial(reference.clamped_swiglu, **read(module))
-            pairs = zip(samples, outs, strict=True)
+            # About the limit itself, too: the samples may all be on one side of it.
+            around = samples[0] * getattr(module, limit)
+            pairs = zip((*samples, around), (*outs, original(twin, around)), strict=True)
             if all(difference(definition(x), out) <= TOLERANCE[x.dtype] for x, out in pairs):
                 method = _experts_method(original, lambda module, x, read=read: clamped_swiglu(x, **read(module)))
                 variant = "swiglu, clamped, packed" + ", interleaved" * interleaved
                 return Replacement("glu", variant, "_apply_gate", method)
     return Refusal("glu", "its gate is neither silu(gate) * up nor gelu(gate) * up, nor a clamped form of these known")
+
+
+def _numbers(module: nn.Module, words: tuple[str, ...]) -> list[str]:
+    """Attributes that are positive numbers: first those with one of ``words`` in their name, floats before integers."""
+    found = {k: v for k, v in vars(module).items() if isinstance(v, int | float) and not isinstance(v, bool) and v > 0}
+    return sorted(found, key=lambda k: (not any(word in k for word in words), isinstance(found[k], int)))
 
 
 def _settings_reader(limit: str, alpha: str | None, offset: float, interleaved: bool):

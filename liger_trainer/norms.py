@@ -4,9 +4,8 @@ import contextlib
 import functools
 
 import torch
-import torch.nn.functional as F
 from torch import nn
-from torch.overrides import TorchFunctionMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from .kernels import reference
 from .kernels.layer_norm import layer_norm
@@ -31,8 +30,8 @@ WEIGHTLESS_WIDTH = 64
 
 
 def _autocast_dtype(x):
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    autocast = x.is_cuda and torch.is_autocast_enabled("cuda")
+    return torch.get_autocast_dtype("cuda") if autocast else x.dtype
 
 
 # What ``layer_norm`` is told about its output: torch's own has fp32 under CUDA autocast, one written out that of its
@@ -102,35 +101,37 @@ def _samples(module, original):
         )
 
 
-class _CudaLayerNorm(TorchFunctionMode):
-    """Has torch's layer_norm give fp32 where autocast is on, as it does on CUDA and not on a CPU."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        return out.float() if function is F.layer_norm and torch.is_autocast_enabled("cpu") else out
-
-
 @contextlib.contextmanager
-def _cuda_autocast_flag():
-    """For modules that ask ``torch.is_autocast_enabled()``, whatever the device; it does nothing to CPU tensors."""
-    before = torch.is_autocast_enabled("cuda")
+def _cuda_autocast():
+    """CUDA autocast to bf16 where there may be no CUDA: ``torch.autocast`` would turn itself off."""
+    enabled, dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
     torch.set_autocast_enabled("cuda", True)
+    torch.set_autocast_dtype("cuda", torch.bfloat16)
     try:
         yield
     finally:
-        torch.set_autocast_enabled("cuda", before)
+        torch.set_autocast_enabled("cuda", enabled)
+        torch.set_autocast_dtype("cuda", dtype)
 
 
 def _autocast_behaviour(module, original) -> str:
-    """Which of ``AUTOCAST_DTYPES`` the module's output has under CUDA autocast.
+    """Which of ``AUTOCAST_DTYPES`` the module's output has under CUDA autocast, seen on tensors that look like CUDA's.
 
     Raises:
         ValueError: none of them.
     """
-    outs, x = [], next(_samples(module, original))[0]
-    for x_dtype in (torch.float32, torch.bfloat16):
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), _cuda_autocast_flag(), _CudaLayerNorm():
-            outs.append(original(stand_in(module, torch.float32), x.to(x_dtype)).dtype)
+    if original is nn.LayerNorm.forward:
+        return "torch's"
+    x, outs = next(_samples(module, original))[0], []
+    twin = stand_in(module, torch.float32)
+    with FakeTensorMode() as mode, torch.no_grad(), _cuda_autocast():
+
+        def on_cuda(t, dtype):
+            return FakeTensor(mode, torch.empty(t.shape, dtype=dtype, device="meta"), torch.device("cuda:0"))
+
+        twin._parameters = {n: None if p is None else on_cuda(p, p.dtype) for n, p in twin._parameters.items()}
+        for x_dtype in (torch.float32, torch.bfloat16):
+            outs.append(original(twin, on_cuda(x, x_dtype)).dtype)
     for name, expected in {
         "torch's": [torch.float32, torch.float32],
         "the input's": [torch.float32, torch.bfloat16],

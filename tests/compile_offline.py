@@ -2,7 +2,8 @@
 
 The interpreter runs kernels as Python and takes much that Triton's compiler refuses. Nothing is launched here: the ops
 run on CPU tensors, and where they would launch, the kernel is compiled for the arguments they pass. Exit status 1 where
-one fails, a launcher of the package was never called, or a kernel reads in small pieces. Needs ``TRITON_INTERPRET=0``.
+one fails, a launcher of the package was never called or always with the same value of a switch, or a kernel at the
+speed of memory has no variant that reads and writes 16 bytes at a time. Needs ``TRITON_INTERPRET=0``.
 """
 
 import importlib
@@ -36,6 +37,7 @@ ALIGNED = [["tt.divisibility", 16]]
 compiled: dict[tuple, int] = {}
 called: set[int] = set()
 wide: set[str] = set()
+switches: dict[tuple[str, str], set[bool]] = {}  # values of a kernel's boolean constants
 
 
 def compile_launch(self, grid, tensors, ints, floats, constants, options) -> None:
@@ -47,6 +49,8 @@ def compile_launch(self, grid, tensors, ints, floats, constants, options) -> Non
     signature, fixed, attributes = {}, {}, {}
     for index, (name, value) in enumerate(zip(names, values, strict=True)):
         is_int = len(tensors) <= index < len(tensors) + len(ints)
+        if isinstance(value, bool):
+            switches.setdefault((self.kernel.__name__, name), set()).add(value)
         if torch.is_tensor(value):
             signature[name] = f"*{TYPES[value.dtype]}"
             aligned = value.data_ptr() % 16 == 0
@@ -74,7 +78,9 @@ def only_run(name, ours, theirs, leaves) -> None:
     """In the place of ``sanitize.check``: forward and backward, whose numbers mean nothing here."""
     out = ours()
     outputs = [t for t in (out if isinstance(out, tuple) else (out,)) if t.requires_grad]
-    torch.autograd.grad(sum(t.float().sum() for t in outputs), leaves)
+    total = sum(t.float().sum() for t in outputs)
+    torch.autograd.grad(total, leaves, retain_graph=True)
+    torch.autograd.grad(total, leaves)
 
 
 def main() -> int:
@@ -96,7 +102,9 @@ def main() -> int:
     narrow = sorted(WIDE - wide)
     print(f"{len(compiled)} variants of {len(called)} kernels compiled; never launched: {', '.join(missing) or 'none'}")
     print(f"accesses of 16 bytes missing: {', '.join(narrow) or 'none'}")
-    return int(bool(missing or narrow))
+    stuck = [f"{kernel} {name}={values}" for (kernel, name), values in switches.items() if len(values) < 2]
+    print(f"always the same: {', '.join(stuck) or 'none'}")
+    return int(bool(missing or narrow or stuck))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
 """The clamped SwiGLU of GPT-OSS against its definition, and the rule that finds it in experts."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from liger_trainer.kernels.clamped_swiglu import clamped_swiglu
 from numerics import as_dtype, assert_no_worse_than_torch
 from tiny_models import assert_same_training, batch, loss_and_gradients, tiny_model
 
-from liger_trainer import apply_liger
+from liger_trainer import apply_liger, gated
 from liger_trainer.kernels import clamped_swiglu as module
 from liger_trainer.kernels import reference
 
@@ -40,10 +42,12 @@ def run(function, x, **options):
 )  # fmt: skip
 def test_output_and_gradient(shape, layout, interleaved, dtype):
     (x,) = as_dtype([make(shape, layout)], dtype)
+    x.data[..., :2] = 0.1  # at a limit that 16 bits do not hold
     before = x.detach().clone()
-    for options in ({"limit": 2.0}, {"limit": 1.5, "alpha": 1.0, "offset": 0.0}):
+    for options in ({"limit": 2.0}, {"limit": 1.5, "alpha": 1.0, "offset": 0.0}, {"limit": 0.1}):
         options["interleaved"] = interleaved
-        exact = run(reference.clamped_swiglu, *as_dtype([x], torch.float64), **options)
+        rounded = options | {"limit": float(torch.tensor(options["limit"], dtype=dtype))}
+        exact = run(reference.clamped_swiglu, *as_dtype([x], torch.float64), **rounded)
         ours, same = run(clamped_swiglu, x, **options), run(reference.clamped_swiglu, x, **options)
         for name, *row in zip(("output", "gradient"), ours, same, exact, strict=True):
             assert_no_worse_than_torch(*row, name=name)
@@ -71,6 +75,49 @@ def test_wrong_arguments_and_where_it_is_the_definition(monkeypatch):
     monkeypatch.setattr(module, "use_triton", lambda x: False)
     x = make((3, 8))
     assert torch.equal(clamped_swiglu(x), reference.clamped_swiglu(x))
+
+
+def experts(gate, **numbers):
+    """Experts as transformers has them, with ``gate`` and attributes of these names and values, in that order."""
+
+    class Experts(torch.nn.Module):
+        _apply_gate = gate
+
+    module = Experts()
+    for name, value in numbers.items():
+        setattr(module, name, value)
+    module.has_gate, module.config = True, SimpleNamespace(_experts_implementation="grouped_mm")
+    return module
+
+
+def clamped(self, x):
+    return reference.clamped_swiglu(x, limit=self.limit, alpha=self.alpha)
+
+
+def unclamped(self, x):
+    gate, up = x.chunk(2, dim=-1)
+    return (up + 1) * gate * torch.sigmoid(1.702 * gate)
+
+
+@pytest.mark.parametrize(
+    ("gate", "numbers"),
+    [
+        (clamped, {"hidden_dim": 4096, "top_k": 7, "alpha": 1.702, "limit": 7.0}),
+        (clamped, {"hidden_dim": 4096, "limit": 1e4, "alpha": 1.0}),
+        (unclamped, {"hidden_dim": 4096, "alpha": 1.702}),
+    ],
+)
+def test_the_limit_is_told_from_other_numbers(gate, numbers):
+    module = experts(gate, **numbers)
+    verdict = gated.probe_experts(module)
+    if gate is unclamped:
+        assert "neither" in verdict.reason
+        return
+    for change in ({}, {"limit": 2.0}, {"alpha": 0.5}):  # later changes are followed
+        for name, value in change.items():
+            setattr(module, name, value)
+        x = torch.randn(5, 48) * 8000
+        torch.testing.assert_close(verdict.method(None)(module, x), gate(module, x))
 
 
 @pytest.mark.parametrize(
