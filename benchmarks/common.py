@@ -20,6 +20,7 @@ from liger_trainer.environment import versions
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+HOPELESS = 1e9  # stands for an infinite error, which JSON cannot say
 PREFIX = "@result "  # marks the lines of a worker's stdout that are messages; libraries print there too
 PACKAGES = (
     "torch",
@@ -167,9 +168,14 @@ class ResultFile:
                 if part["run"] not in runs:
                     runs.append(part["run"])
             content = self.about | {"runs": runs, "results": [_with_runs(each, runs.index) for each in self.rows]}
-            part = self.path.with_suffix(".part")
-            part.write_text(json.dumps(content, indent=1) + "\n")
-            part.replace(self.path)
+            write_whole(self.path, json.dumps(content, indent=1) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write ``path`` at once, so that nobody reads half of it and a kill leaves what was there."""
+    part = path.with_suffix(".part")
+    part.write_text(text)
+    part.replace(path)
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from benchmarks.common import describe_software
+from benchmarks.common import HOPELESS, describe_software
 from liger_trainer.environment import nvidia_driver
 
 WARMUP_MS, REP_MS, MIN_REPS, MAX_REPS = 25, 100, 7, 200
@@ -17,7 +17,6 @@ FLUSH_BYTES = 1 << 28  # several times any L2 cache
 CLOCK_HZ = 2e9  # about an H100's, to turn a time into the cycles that the device is told to wait
 MAX_LEAD_MS = 5.0  # a call that waits for the device itself cannot be queued ahead
 MIB = 1 << 20
-HOPELESS = 1e9  # stands for an infinite error, which JSON cannot say
 
 
 def describe_device(device: str) -> dict:

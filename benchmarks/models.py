@@ -27,6 +27,8 @@ if not __package__:  # run as a script; see kernels.py
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks import common
+from benchmarks.common import HOPELESS
+from benchmarks.kernels import names
 
 TIMEOUT_S = 90  # for one model
 LARGEST = 60_000_000  # parameters; a config with large defaults that SIZES does not know is left out
@@ -37,7 +39,6 @@ AUTO = {
 }
 TOLERANCE = 1e-4  # of each gradient and of the logits, relative to their norms; the loss a tenth of that
 VOCAB, TOKENS = 131, 12
-HOPELESS = 1e9  # stands for an infinite difference, which JSON cannot say
 # Sizes by the names that configs give them; what a config does not have is left out.
 SIZES = {
     64: "hidden_size d_model n_embd dim embed_dim emb_dim word_embed_proj_dim embedding_size lru_width mamba_d_ssm "
@@ -273,27 +274,27 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--out", type=Path, default=common.RESULTS, help="folder of the result file")
     parser.add_argument("--commit", help="what to record as the commit; default $LIGER_COMMIT, else git's")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    from transformers.models.auto import modeling_auto
+
+    mapping, args.name = AUTO[args.auto]
+    known = sorted(getattr(modeling_auto, mapping))
+    try:
+        args.chosen = names(tuple(known))(args.models) if args.models else known
+    except argparse.ArgumentTypeError as error:
+        parser.error(f"--models: {error}")
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:
     """Check them all."""
-    from transformers.models.auto import modeling_auto
-
     args = parse_args(argv)
-    mapping, name = AUTO[args.auto]
-    known = getattr(modeling_auto, mapping)
     os.environ["TRITON_INTERPRET"] = "0"  # of the processes below: the definitions, not interpreted kernels
-    chosen = args.models.split(",") if args.models else sorted(known)
-    unknown = sorted(set(chosen) - set(known))
-    if unknown:
-        print(f"--models: {', '.join(unknown)}: not of {args.auto}", file=sys.stderr)
-        return 2
     about = {"kind": "hello", "device": "cpu", "driver": None, **common.describe_software()}
-    results = common.ResultFile(args.out / f"{name}.json", ("model_type",), common.provenance(about, args.commit))
-    progress, failed = common.Progress(len(chosen)), False
+    results = common.ResultFile(args.out / f"{args.name}.json", ("model_type",), common.provenance(about, args.commit))
+    progress, failed = common.Progress(len(args.chosen)), False
     with ProcessPoolExecutor(args.processes, multiprocessing.get_context("spawn")) as pool:
-        for row in pool.map(partial(check, args.auto), chosen):
+        for row in pool.map(partial(check, args.auto), args.chosen):
             results.add(row)
             failed |= row["status"] in ("differs", "error")
             progress.step(f"{row['model_type']}: {row['status']} {json.dumps(row.get('applied', row.get('note')))}")

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from benchmarks.common import ROOT
+from benchmarks.common import ROOT, write_whole
 
 WORKER = "benchmarks.train_worker"
 GRACE_S = 10  # for a launcher to end its ranks
@@ -49,10 +49,9 @@ class Worker:
     """One launched job; its ranks do their imports and wait at the gate, a file that tells them to go or to stop."""
 
     def __init__(self, job: dict, folder: Path, module: str, port: int):
-        self.gate, self.ready, self.rows = (
-            folder / "gate",
-            *([folder / f"{what}{rank}" for rank in range(job["processes"])] for what in ("ready", "row")),
-        )
+        ranks = range(job["processes"])
+        self.gate = folder / "gate"
+        self.ready, self.rows = ([folder / f"{what}{rank}" for rank in ranks] for what in ("ready", "row"))
         self.log = (folder / "log").open("w+", errors="replace")
         job = job | {"gate": str(self.gate), "owner": os.getpid()}
         command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / job["config_file"]),
@@ -120,9 +119,7 @@ class Worker:
             time.sleep(POLL_S)
 
     def _open(self, word: str) -> None:
-        draft = self.gate.with_suffix(".draft")
-        draft.write_text(word)
-        draft.rename(self.gate)  # at once, so that no rank reads half of it
+        write_whole(self.gate, word)
 
 
 class Relay:

@@ -6,6 +6,7 @@
 The results are compared with the plain definitions, so that a kernel that did not run does not pass.
 """
 
+import functools
 import sys
 from pathlib import Path
 
@@ -37,20 +38,32 @@ def leaf(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, device=DEVICE).bfloat16().requires_grad_()
 
 
+def run(function, leaves: list[torch.Tensor]) -> tuple[list, tuple, tuple]:
+    """Outputs, and the gradients of a backward pass and of a second one."""
+    out = function()
+    outputs = [t for t in (out if isinstance(out, tuple) else (out,)) if t.requires_grad]
+    total = sum((t.float() * torch.arange(t.numel(), device=DEVICE).view(t.shape).cos()).sum() for t in outputs)
+    grads, again = (torch.autograd.grad(total, leaves, retain_graph=first) for first in (True, False))
+    return [t.detach() for t in outputs], grads, again
+
+
 def check(name: str, ours, theirs, leaves: list[torch.Tensor]) -> None:
     """Run forward, and backward twice, of both and compare them."""
     results = []
     for function in (ours, theirs):
-        out = function()
-        outputs = [t for t in (out if isinstance(out, tuple) else (out,)) if t.requires_grad]
-        total = sum((t.float() * torch.arange(t.numel(), device=DEVICE).view(t.shape).cos()).sum() for t in outputs)
-        grads, again = (torch.autograd.grad(total, leaves, retain_graph=first) for first in (True, False))
+        outputs, grads, again = run(function, leaves)
         assert all(torch.equal(a, b) for a, b in zip(grads, again, strict=True)), f"{name}: backward twice differs"
-        results.append([*(t.detach() for t in outputs), *grads])
+        results.append([*outputs, *grads])
     for a, b in zip(*results, strict=True):
         error = (a.float() - b.float()).norm() / b.float().norm().clamp(min=1e-6)
         assert error < 3e-2, f"{name}: {error:.3f}"
     print(name, "ok", flush=True)
+
+
+def check_op(op, leaves: list[torch.Tensor], call, note: str = "", **ours) -> None:
+    """``check`` of ``call(op)`` against the same call of the op's definition; ``ours`` are options of ``op`` alone."""
+    definition = getattr(reference, op.__name__)
+    check(f"{op.__name__} {note}", lambda: call(functools.partial(op, **ours)), lambda: call(definition), leaves)
 
 
 def main() -> None:
@@ -58,75 +71,55 @@ def main() -> None:
     torch.manual_seed(0)
     x, r, w, b = leaf(ROWS, COLS), leaf(ROWS, COLS), leaf(COLS), leaf(COLS)
     narrow, narrow_w = leaf(ROWS, 3, 24), leaf(24)
-    check("rms_norm", lambda: rms_norm(x, w), lambda: reference.rms_norm(x, w), [x, w])
-    check(
-        "rms_norm, narrow", lambda: rms_norm(narrow, narrow_w), lambda: reference.rms_norm(narrow, narrow_w), [narrow]
-    )
-    check("add_rms_norm", lambda: add_rms_norm(x, r, w), lambda: reference.add_rms_norm(x, r, w), [x, r, w])
-    check("layer_norm", lambda: layer_norm(x, w, b), lambda: reference.layer_norm(x, w, b), [x, w, b])
-    gemma = {"weight_offset": 1.0, "scale_in_fp32": True}
-    check("rms_norm, gemma", lambda: rms_norm(x, w, **gemma), lambda: reference.rms_norm(x, w, **gemma), [x, w])
-    check("rms_norm, frozen", lambda: rms_norm(x), lambda: reference.rms_norm(x), [x])
-    check("layer_norm, frozen", lambda: layer_norm(x), lambda: reference.layer_norm(x), [x])
+    check_op(rms_norm, [x, w], lambda op: op(x, w))
+    check_op(rms_norm, [narrow], lambda op: op(narrow, narrow_w), "narrow")
+    check_op(rms_norm, [x, w], lambda op: op(x, w, weight_offset=1.0, scale_in_fp32=True), "gemma")
+    check_op(rms_norm, [x], lambda op: op(x), "frozen")
     fixed = x.detach()
-    check("rms_norm, weight alone", lambda: rms_norm(fixed, w), lambda: reference.rms_norm(fixed, w), [w])
-    bias = lambda op: lambda: op(narrow, narrow_w, narrow_w)  # noqa: E731
-    plain_norm = lambda op: lambda: op(fixed, w, b)  # noqa: E731
-    check("layer_norm, weights alone", plain_norm(layer_norm), plain_norm(reference.layer_norm), [w, b])
-    shift = lambda op: lambda: op(x, None, b)  # noqa: E731
-    check("layer_norm, bias alone", shift(layer_norm), shift(reference.layer_norm), [x, b])
-    check("layer_norm, narrow", bias(layer_norm), bias(reference.layer_norm), [narrow, narrow_w])
+    check_op(rms_norm, [w], lambda op: op(fixed, w), "weight alone")
+    check_op(add_rms_norm, [x, r, w], lambda op: op(x, r, w))
+    check_op(layer_norm, [x, w, b], lambda op: op(x, w, b))
+    check_op(layer_norm, [narrow, narrow_w], lambda op: op(narrow, narrow_w, narrow_w), "narrow")
+    check_op(layer_norm, [x], lambda op: op(x), "frozen")
+    check_op(layer_norm, [w, b], lambda op: op(fixed, w, b), "weights alone")
+    check_op(layer_norm, [x, b], lambda op: op(x, None, b), "bias alone")
     q, k = leaf(2, 3, 19, 24), leaf(2, 1, 19, 24)
     cos, sin = torch.randn(2, 1, 19, 16, device=DEVICE).bfloat16()
-    for options in ({}, {"interleaved": True}, {"interleaved": True, "deinterleave": True, "rotary_dim": 16}):
-        width = 8 if "rotary_dim" in options else 16
-        tables = cos[..., :width], sin[..., :width]
-        check(
-            f"rope {options}",
-            lambda o=options, t=tables: rope(q, k, *t, **o),
-            lambda o=options, t=tables: reference.rope(q, k, *t, **o),
-            [q, k],
-        )
-    alone = lambda op: lambda: op(q, None, cos, sin)  # noqa: E731
-    check("rope, q alone", alone(rope), alone(reference.rope), [q])
-    for leaves in ([x, r], [x], [r]):
-        gate, up = (t if any(t is one for one in leaves) else t.detach() for t in (x, r))
-        both = lambda op, g=gate, u=up: lambda: op(g, u)  # noqa: E731
-        check(f"swiglu, {len(leaves)} trained", both(swiglu), both(reference.swiglu), leaves)
-    check("geglu, packed", lambda: geglu(x), lambda: reference.geglu(x), [x])
-    exact = {"approximate": "none"}
-    check("geglu, exact", lambda: geglu(x, r, **exact), lambda: reference.geglu(x, r, **exact), [x, r])
-    for interleaved in (False, True):
-        options = {"limit": 1.0, "interleaved": interleaved}
-        check(
-            "clamped_swiglu",
-            lambda o=options: clamped_swiglu(x, **o),
-            lambda o=options: reference.clamped_swiglu(x, **o),
-            [x],
-        )
+    paired = cos[..., :8], sin[..., :8]
+    check_op(rope, [q, k], lambda op: op(q, k, cos, sin))
+    check_op(rope, [q], lambda op: op(q, None, cos, sin), "q alone")
+    check_op(rope, [q, k], lambda op: op(q, k, cos, sin, interleaved=True), "interleaved")
+    turn = {"interleaved": True, "deinterleave": True, "rotary_dim": 16}
+    check_op(rope, [q, k], lambda op: op(q, k, *paired, **turn), "deinterleaved")
+    check_op(swiglu, [x, r], lambda op: op(x, r))
+    check_op(swiglu, [x], lambda op: op(x, r.detach()), "gate alone")
+    check_op(swiglu, [r], lambda op: op(fixed, r), "up alone")
+    check_op(geglu, [x], lambda op: op(x), "packed")
+    check_op(geglu, [x, r], lambda op: op(x, r, approximate="none"), "exact")
+    check_op(clamped_swiglu, [x], lambda op: op(x, limit=1.0))
+    check_op(clamped_swiglu, [x], lambda op: op(x, limit=1.0, interleaved=True), "interleaved")
     down = leaf(50, COLS)
     plain = ACTIVATIONS["silu"][1]
     check("gated_linear", lambda: gated_linear(x, r, down), lambda: plain(x, r) @ down.t(), [x, r, down])
     labels = torch.randint(VOCAB, (ROWS,), device=DEVICE)
     labels[::4] = -100
     logits, weight = leaf(ROWS, VOCAB), leaf(VOCAB, COLS)
-    every = {"label_smoothing": 0.1, "z_loss": 1e-3, "softcap": 5.0, "token_weights": torch.rand(ROWS, device=DEVICE)}
     items = torch.tensor(7.0, device=DEVICE)
-    for options in ({}, every, {"num_items": items}, {"reduction": "none"}):
-        ours = lambda o=options: cross_entropy(logits, labels, **o)  # noqa: E731
-        check(f"cross_entropy {list(options)}", ours, lambda o=options: reference.cross_entropy(logits, labels, **o),
-              [logits])  # fmt: skip
-    exact = lambda: reference.linear_cross_entropy(x, weight, labels)  # noqa: E731
-    for options in ({"logits_budget_mib": 0.01}, {"low_memory": True}, {"low_memory": True, "logits_budget_mib": 0.01}):
-        ours = lambda o=options: linear_cross_entropy(x, weight, labels, **o)  # noqa: E731
-        check(f"linear_cross_entropy {options}", ours, exact, [x, weight])
-    capped = {"softcap": 5.0, "label_smoothing": 0.1}
-    capped["num_items"] = items
-    for options in ({}, {"low_memory": True}):
-        ours = lambda o=options: linear_cross_entropy(x, weight, labels, logits_budget_mib=0.01, **capped, **o)  # noqa: E731
-        check(f"linear_cross_entropy, capped {options}", ours,
-              lambda: reference.linear_cross_entropy(x, weight, labels, **capped), [x, weight])  # fmt: skip
+    every = {"label_smoothing": 0.1, "z_loss": 1e-3, "softcap": 5.0, "token_weights": torch.rand(ROWS, device=DEVICE)}
+    check_op(cross_entropy, [logits], lambda op: op(logits, labels))
+    check_op(cross_entropy, [logits], lambda op: op(logits, labels, **every), "with every option")
+    check_op(cross_entropy, [logits], lambda op: op(logits, labels, num_items=items), "num_items")
+    check_op(cross_entropy, [logits], lambda op: op(logits, labels, reduction="none"), "none")
+    tight = {"logits_budget_mib": 0.01}  # many chunks or slabs
+    for options in (tight, {"low_memory": True}, {"low_memory": True, **tight}):
+        check_op(linear_cross_entropy, [x, weight], lambda op: op(x, weight, labels), str(options), **options)
+    capped = {"softcap": 5.0, "label_smoothing": 0.1, "num_items": items}
     wide = [t.detach().float().requires_grad_() for t in (x, weight)]
+    frozen = weight.detach()
+    for options in (tight, {"low_memory": True, **tight}):
+        note = f"capped {options}"
+        check_op(linear_cross_entropy, [x, weight], lambda op: op(x, weight, labels, **capped), note, **options)
+        check_op(linear_logprobs, [x], lambda op: op(x, frozen, labels, softcap=5.0)[0], note, **options)
 
     def under_autocast():
         with torch.autocast(DEVICE, torch.bfloat16):
@@ -134,20 +127,10 @@ def main() -> None:
 
     check("linear_cross_entropy, autocast", under_autocast, lambda: reference.linear_cross_entropy(*wide, labels), wide)
     for speculation in (None, Speculation()):
-        ours = lambda s=speculation: linear_logprobs(x, weight, labels, speculation=s, logits_budget_mib=0.01)[:2]  # noqa: E731
-        check("linear_logprobs", ours, lambda: reference.linear_logprobs(x, weight, labels)[:2], [x, weight])
-    frozen = weight.detach()
-    ours = lambda: linear_logprobs(x, frozen, labels, logits_budget_mib=0.01)[:2]  # noqa: E731
-    check("linear_logprobs, frozen", ours, lambda: reference.linear_logprobs(x, frozen, labels)[:2], [x])
-    for low_memory in (False, True):
-        first = lambda op, **o: lambda: op(x, frozen, labels, softcap=5.0, **o)[0]  # noqa: E731
-        options = {"logits_budget_mib": 0.01, "low_memory": low_memory}
-        check(
-            f"linear_logprobs, capped {options}",
-            first(linear_logprobs, **options),
-            first(reference.linear_logprobs),
-            [x],
-        )
+        note = "" if speculation is None else "speculated"
+        options = {"speculation": speculation, **tight}
+        check_op(linear_logprobs, [x, weight], lambda op: op(x, weight, labels)[:2], note, **options)
+    check_op(linear_logprobs, [x], lambda op: op(x, frozen, labels)[:2], "frozen", **tight)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.common import emit
+from benchmarks.common import emit, write_whole
 from benchmarks.measure import describe_device
 from benchmarks.train_arms import ARMS
 
@@ -188,10 +188,7 @@ def run(job: dict) -> None:
 
 def write(job: dict, row: dict) -> None:
     """Leave this rank's row, whole or not at all, in a file of its own: in one log, those of two ranks can mix."""
-    path = Path(job["gate"]).with_name(f"row{os.environ.get('RANK', '0')}")
-    draft = path.with_suffix(".draft")
-    draft.write_text(json.dumps(row))
-    draft.rename(path)
+    write_whole(Path(job["gate"]).with_name(f"row{os.environ.get('RANK', '0')}"), json.dumps(row))
 
 
 def end(status: int) -> None:

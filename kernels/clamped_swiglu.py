@@ -37,11 +37,12 @@ def _load_pairs(ptr, start, num_cols, INTERLEAVED: tl.constexpr, BLOCK_COLS: tl.
 
 
 @triton.jit
-def _clamp(gate, up, limit):
-    """By comparisons, so that NaN stays NaN."""
+def _factors(gate, up, limit, alpha, offset):
+    """``g * s``, its derivative, and ``u + offset``; clamped by comparisons, so that NaN stays NaN."""
     g = tl.where(gate > limit, limit, gate)
     u = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
-    return g, u
+    s, rest = _sigmoid_and_complement(alpha * g)
+    return g * s, s + alpha * g * s * rest, u + offset
 
 
 @triton.jit
@@ -60,10 +61,9 @@ def _clamped_swiglu_fwd_kernel(
     row = (tl.program_id(0) // col_blocks).to(tl.int64)
     start = (tl.program_id(0) % col_blocks).to(tl.int64) * BLOCK_COLS
     gate, up = _load_pairs(gate_up_ptr + row * row_stride, start, num_cols, INTERLEAVED, BLOCK_COLS)
-    g, u = _clamp(gate, up, limit)
-    s, _ = _sigmoid_and_complement(alpha * g)
+    value, _, shifted = _factors(gate, up, limit, alpha, offset)
     cols = start + tl.arange(0, BLOCK_COLS)
-    out = (g * s * (u + offset)).to(out_ptr.dtype.element_ty)
+    out = (value * shifted).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + row * num_cols + cols, out, mask=cols < num_cols)
 
 
@@ -87,11 +87,9 @@ def _clamped_swiglu_bwd_kernel(
     cols = start + tl.arange(0, BLOCK_COLS)
     dout = tl.load(dout_ptr + row * dout_row_stride + cols, mask=cols < num_cols, other=0.0).to(tl.float32)
     gate, up = _load_pairs(gate_up_ptr + row * row_stride, start, num_cols, INTERLEAVED, BLOCK_COLS)
-    g, u = _clamp(gate, up, limit)
-    s, rest = _sigmoid_and_complement(alpha * g)
-    slope = s + alpha * g * s * rest
-    dgate = tl.where(gate <= limit, dout * (u + offset) * slope, 0.0).to(dgate_up_ptr.dtype.element_ty)
-    dup = tl.where(tl.abs(up) <= limit, dout * g * s, 0.0).to(dgate_up_ptr.dtype.element_ty)
+    value, slope, shifted = _factors(gate, up, limit, alpha, offset)
+    dgate = tl.where(gate <= limit, dout * shifted * slope, 0.0).to(dgate_up_ptr.dtype.element_ty)
+    dup = tl.where(tl.abs(up) <= limit, dout * value, 0.0).to(dgate_up_ptr.dtype.element_ty)
     dgate_up_ptr += row * 2 * num_cols
     if INTERLEAVED:
         lanes = 2 * start + tl.arange(0, 2 * BLOCK_COLS)

@@ -79,6 +79,13 @@ def _backward_by_parts(
     return dweight
 
 
+def _product(a: Tensor, b: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """``a @ b`` as ``shape``; ``out`` keeps an autocast that is on during backward away from it."""
+    out = a.new_empty(shape)
+    torch.mm(a, b, out=out.view(-1, shape[-1]))
+    return out
+
+
 def gated_linear_bwd(
     dout: Tensor, gate: Tensor, up: Tensor | None, weight: Tensor, activation: int, needs_gate: bool, needs_up: bool,
     needs_weight: bool, needs_bias: bool,
@@ -87,17 +94,15 @@ def gated_linear_bwd(
     rows = dout.reshape(-1, dout.shape[-1])
     first, second = _halves(gate, up)
     dgate = dup = dweight = hidden = None
-    if needs_gate or needs_up:
-        dhidden = rows.new_empty(first.shape)
-        # ``out`` also keeps an autocast that is on during backward away from these products.
-        torch.mm(rows, weight.to(rows.dtype), out=dhidden.view(-1, first.shape[-1]))
     if not (needs_gate or needs_up):
         hidden = gated_fwd(first, second, activation).to(rows.dtype) if needs_weight else None
     elif up is None:
+        dhidden = _product(rows, weight.to(rows.dtype), first.shape)
         dgate = torch.empty_like(gate, memory_format=torch.contiguous_format)
         hidden = dhidden if needs_weight else None
         gated_bwd(dhidden, first, second, *dgate.chunk(2, dim=-1), activation, hidden)
     else:
+        dhidden = _product(rows, weight.to(rows.dtype), first.shape)
         dgate = torch.empty_like(dhidden) if needs_gate else None
         dup = dhidden if needs_up else None
         if needs_gate and needs_up and needs_weight and dhidden.nbytes >= PARTED_BYTES:
@@ -106,8 +111,7 @@ def gated_linear_bwd(
             hidden = torch.empty_like(dhidden) if needs_weight else None
             gated_bwd(dhidden, gate, up, dgate, dup, activation, hidden)
     if hidden is not None:
-        dweight = rows.new_empty(rows.shape[1], first.shape[-1])
-        torch.mm(rows.t(), hidden.view(-1, first.shape[-1]), out=dweight)
+        dweight = _product(rows.t(), hidden.view(-1, first.shape[-1]), (rows.shape[1], first.shape[-1]))
     dweight = None if dweight is None else dweight.to(weight.dtype)
     dbias = rows.sum(0, dtype=torch.float32).to(weight.dtype) if needs_bias else None
     return dgate, dup, dweight, dbias

@@ -161,29 +161,31 @@ def probe_experts(module: nn.Module) -> Verdict:
     original = type(module)._apply_gate
     twin = stand_in(module, torch.float32, parameters=False)
     gate_up = torch.randn(5, 48, generator=generator())
+    samples = [(gate_up * size).to(dtype) for dtype, size in SAMPLES]
+    known = [(x, original(twin, x)) for x in samples]
     for variant, activation in ACTIVATIONS.items():
-        if all(
-            difference(activation.definition(x), original(twin, x)) <= TOLERANCE[x.dtype]
-            for x in [(gate_up * size).to(dtype) for dtype, size in SAMPLES]
-        ):
+        if _agrees(activation.definition, known):
             method = _experts_method(original, lambda module, x, op=activation.op: op(x))
             return Replacement("glu", f"{variant}, packed", "_apply_gate", method)
-    return _probe_clamped(module, original, twin, [(gate_up * size).to(dtype) for dtype, size in SAMPLES])
+    return _probe_clamped(module, original, twin, known)
 
 
-def _probe_clamped(module: nn.Module, original, twin: nn.Module, samples: list[torch.Tensor]) -> Verdict:
+def _agrees(definition: Callable, known: list[tuple]) -> bool:
+    """Whether ``definition`` gives the outputs of ``known``, pairs of an input and what the module makes of it."""
+    return all(difference(definition(x), out) <= TOLERANCE[x.dtype] for x, out in known)
+
+
+def _probe_clamped(module: nn.Module, original, twin: nn.Module, known: list[tuple]) -> Verdict:
     """The form of ``clamped_swiglu`` that agrees; limit and alpha are attributes of ``module``, or alpha is 1."""
-    outs = [original(twin, x) for x in samples]
-    limits, alphas = _numbers(module, ("limit", "clamp")), _numbers(module, ("alpha",))
-    named = [name for name in alphas if "alpha" in name]
-    for limit, alpha in itertools.product(limits, (*named, None, *(name for name in alphas if name not in named))):
-        for offset, interleaved in itertools.product((0.0, 1.0), (False, True)):
+    alphas = _numbers(module, ("alpha",))
+    alphas.insert(sum("alpha" in name for name in alphas), None)
+    for limit in _numbers(module, ("limit", "clamp")):
+        # About the limit itself, too: the samples may all be on one side of it.
+        around = known[0][0] * getattr(module, limit)
+        here = [*known, (around, original(twin, around))]
+        for alpha, offset, interleaved in itertools.product(alphas, (0.0, 1.0), (False, True)):
             read = _settings_reader(limit, alpha, offset, interleaved)
-            definition = functools.partial(reference.clamped_swiglu, **read(module))
-            # About the limit itself, too: the samples may all be on one side of it.
-            around = samples[0] * getattr(module, limit)
-            pairs = zip((*samples, around), (*outs, original(twin, around)), strict=True)
-            if all(difference(definition(x), out) <= TOLERANCE[x.dtype] for x, out in pairs):
+            if _agrees(functools.partial(reference.clamped_swiglu, **read(module)), here):
                 method = _experts_method(original, lambda module, x, read=read: clamped_swiglu(x, **read(module)))
                 variant = "swiglu, clamped, packed" + ", interleaved" * interleaved
                 return Replacement("glu", variant, "_apply_gate", method)

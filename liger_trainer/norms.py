@@ -34,9 +34,13 @@ def _autocast_dtype(x):
     return torch.get_autocast_dtype("cuda") if autocast else x.dtype
 
 
-# What ``layer_norm`` is told about its output: torch's own has fp32 under CUDA autocast, one written out that of its
-# input, and Nemotron's, which casts and turns autocast off, that of autocast.
-AUTOCAST_DTYPES = {"torch's": lambda x: None, "the input's": lambda x: x.dtype, "autocast's": _autocast_dtype}
+# By whose dtype the output has under CUDA autocast: that for fp32 and for bf16 input, and what ``layer_norm`` is told.
+# One written out has its input's, and Nemotron's, which casts and turns autocast off, that of autocast.
+AUTOCAST_DTYPES = {
+    "torch's": ((torch.float32, torch.float32), lambda x: None),
+    "the input's": ((torch.float32, torch.bfloat16), lambda x: x.dtype),
+    "autocast's": ((torch.bfloat16, torch.bfloat16), _autocast_dtype),
+}
 
 
 def matches(module: nn.Module) -> bool:
@@ -71,19 +75,23 @@ def probe(module: nn.Module) -> Verdict:
     if kind == "rms_norm":
         forward = _rms_norm_forward(original, has_weight, has_bias, eps, options)
     else:
-        dtype_of = AUTOCAST_DTYPES[_autocast_behaviour(module, original)]
+        _, dtype_of = AUTOCAST_DTYPES[_autocast_behaviour(module, original)]
         forward = _layer_norm_forward(original, has_weight, has_bias, eps, options, dtype_of)
     return Replacement(kind, variant, "forward", lambda config: forward)
 
 
-def _samples(module, original):
-    """(x, parameters, the module's output, tolerance) for each combination of dtypes the module accepts."""
+def _rows(module) -> torch.Tensor:
+    """Random rows of the module's width, of very different sizes: the small ones tell one epsilon from another."""
     weight = module._parameters.get("weight")
     shape = getattr(module, "normalized_shape", WEIGHTLESS_WIDTH)
     width = full_shape(weight)[0] if weight is not None else shape if isinstance(shape, int) else shape[-1]
-    # Rows of very different sizes: the small ones tell one epsilon from another.
     rows = torch.randn(2, 2, 4, width, generator=generator()) + 0.1
-    rows = rows * torch.tensor([1.0, 1e-1, 1e-2, 1e-3])[:, None]
+    return rows * torch.tensor([1.0, 1e-1, 1e-2, 1e-3])[:, None]
+
+
+def _samples(module, original):
+    """(x, parameters, the module's output, tolerance) for each combination of dtypes the module accepts."""
+    rows = _rows(module)
     for x_dtype, dtype in DTYPES:
         twin, x = stand_in(module, dtype), rows.to(x_dtype)
         try:
@@ -122,7 +130,7 @@ def _autocast_behaviour(module, original) -> str:
     """
     if original is nn.LayerNorm.forward:
         return "torch's"
-    x, outs = next(_samples(module, original))[0], []
+    rows, outs = _rows(module), []
     twin = stand_in(module, torch.float32)
     with FakeTensorMode() as mode, torch.no_grad(), _cuda_autocast():
 
@@ -131,13 +139,9 @@ def _autocast_behaviour(module, original) -> str:
 
         twin._parameters = {n: None if p is None else on_cuda(p, p.dtype) for n, p in twin._parameters.items()}
         for x_dtype in (torch.float32, torch.bfloat16):
-            outs.append(original(twin, on_cuda(x, x_dtype)).dtype)
-    for name, expected in {
-        "torch's": [torch.float32, torch.float32],
-        "the input's": [torch.float32, torch.bfloat16],
-        "autocast's": [torch.bfloat16, torch.bfloat16],
-    }.items():
-        if outs == expected:
+            outs.append(original(twin, on_cuda(rows, x_dtype)).dtype)
+    for name, (expected, _) in AUTOCAST_DTYPES.items():
+        if tuple(outs) == expected:
             return name
     raise ValueError(f"under autocast it gives {outs[0]} for fp32 and {outs[1]} for bf16")
 

@@ -75,12 +75,8 @@ def compile_launch(self, grid, tensors, ints, floats, constants, options) -> Non
 
 
 def only_run(name, ours, theirs, leaves) -> None:
-    """In the place of ``sanitize.check``: forward and backward, whose numbers mean nothing here."""
-    out = ours()
-    outputs = [t for t in (out if isinstance(out, tuple) else (out,)) if t.requires_grad]
-    total = sum(t.float().sum() for t in outputs)
-    torch.autograd.grad(total, leaves, retain_graph=True)
-    torch.autograd.grad(total, leaves)
+    """In the place of ``sanitize.check``: the numbers mean nothing here."""
+    sanitize.run(ours, leaves)
 
 
 def main() -> int:

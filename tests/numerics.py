@@ -26,6 +26,14 @@ def assert_no_worse_than_torch(ours, same_dtype, exact, name="output", factor=2.
         assert error <= limit, f"{name}: error {error:.3e}, PyTorch's {baseline:.3e}, limit {limit:.3e}"
 
 
+def random_rows(shape, layout, device):
+    """Random numbers of ``shape`` on ``device``: "contiguous", "sliced" out of wider rows, or "transposed" rows."""
+    x = torch.randn(*shape[:-1], 3 * shape[-1], device=device)[..., shape[-1] : 2 * shape[-1]]
+    if layout == "contiguous":
+        return x.contiguous()
+    return x.transpose(0, -2).contiguous().transpose(0, -2) if layout == "transposed" else x
+
+
 def as_dtype(tensors, dtype):
     """Fresh leaf copies of ``tensors`` in ``dtype`` that keep strides and ``requires_grad``; other values pass."""
     out = []

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from liger_trainer.kernels.clamped_swiglu import clamped_swiglu
-from numerics import as_dtype, assert_no_worse_than_torch
+from numerics import as_dtype, assert_no_worse_than_torch, random_rows
 from tiny_models import assert_same_training, batch, loss_and_gradients, tiny_model
 
 from liger_trainer import apply_liger, gated
@@ -18,12 +18,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 def make(shape, layout="contiguous"):
     """Numbers of which a good part lies beyond a limit of 2."""
     torch.manual_seed(0)
-    x = torch.randn(*shape[:-1], 3 * shape[-1], device=DEVICE).mul_(2)[..., shape[-1] : 2 * shape[-1]]
-    if layout == "contiguous":
-        x = x.contiguous()
-    elif layout == "transposed":
-        x = x.transpose(0, -2).contiguous().transpose(0, -2)
-    return x.requires_grad_()
+    return random_rows(shape, layout, DEVICE).mul_(2).requires_grad_()
 
 
 def run(function, x, **options):

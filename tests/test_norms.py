@@ -5,7 +5,7 @@ import torch
 from liger_trainer.kernels.add_rms_norm import add_rms_norm
 from liger_trainer.kernels.layer_norm import layer_norm
 from liger_trainer.kernels.rms_norm import rms_norm
-from numerics import as_dtype, assert_no_worse_than_torch
+from numerics import as_dtype, assert_no_worse_than_torch, random_rows
 
 from liger_trainer.kernels import add_rms_norm as add_rms_norm_module
 from liger_trainer.kernels import layer_norm as layer_norm_module
@@ -26,13 +26,7 @@ def make(op, shape, affine=True, layout="contiguous"):
     torch.manual_seed(0)
     arguments = []
     for _ in range(NUM_X[op]):
-        x = torch.randn(*shape[:-1], 3 * shape[-1], device=DEVICE) * 2 + 0.5
-        x = x[..., shape[-1] : 2 * shape[-1]]
-        if layout == "contiguous":
-            x = x.contiguous()
-        elif layout == "transposed":
-            x = x.transpose(0, -2).contiguous().transpose(0, -2)
-        arguments.append(x)
+        arguments.append(random_rows(shape, layout, DEVICE).mul_(2).add_(0.5))
     vectors = 2 if op == "layer_norm" else 1
     arguments += [torch.randn(shape[-1], device=DEVICE) + 1 if affine else None for _ in range(vectors)]
     return [t if t is None else t.requires_grad_() for t in arguments]
