@@ -38,20 +38,24 @@ def leaf(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, device=DEVICE).bfloat16().requires_grad_()
 
 
-def run(function, leaves: list[torch.Tensor]) -> tuple[list, tuple, tuple]:
-    """Outputs, and the gradients of a backward pass and of a second one."""
+def run(function, leaves: list[torch.Tensor]) -> tuple[list, tuple, tuple, tuple]:
+    """Outputs, the same of a call that no backward can follow, and the gradients of a backward pass and of a second."""
+    with torch.no_grad():
+        alone = function()
     out = function()
-    outputs = [t for t in (out if isinstance(out, tuple) else (out,)) if t.requires_grad]
+    pairs = zip(out, alone, strict=True) if isinstance(out, tuple) else [(out, alone)]
+    outputs, alone = zip(*((a, b) for a, b in pairs if a.requires_grad), strict=True)
     total = sum((t.float() * torch.arange(t.numel(), device=DEVICE).view(t.shape).cos()).sum() for t in outputs)
     grads, again = (torch.autograd.grad(total, leaves, retain_graph=first) for first in (True, False))
-    return [t.detach() for t in outputs], grads, again
+    return [t.detach() for t in outputs], alone, grads, again
 
 
 def check(name: str, ours, theirs, leaves: list[torch.Tensor]) -> None:
-    """Run forward, and backward twice, of both and compare them."""
+    """Run forward, with and without gradients, and backward twice, of both and compare them."""
     results = []
     for function in (ours, theirs):
-        outputs, grads, again = run(function, leaves)
+        outputs, alone, grads, again = run(function, leaves)
+        assert all(map(torch.equal, outputs, alone)), f"{name}: differs without gradients"
         assert all(torch.equal(a, b) for a, b in zip(grads, again, strict=True)), f"{name}: backward twice differs"
         results.append([*outputs, *grads])
     for a, b in zip(*results, strict=True):
@@ -77,6 +81,9 @@ def main() -> None:
     check_op(rms_norm, [x], lambda op: op(x), "frozen")
     fixed = x.detach()
     check_op(rms_norm, [w], lambda op: op(fixed, w), "weight alone")
+    row = leaf(1, COLS)  # one program: no sum over programs
+    check_op(rms_norm, [row, w], lambda op: op(row, w), "one row")
+    check_op(layer_norm, [row, w, b], lambda op: op(row, w, b), "one row")
     check_op(add_rms_norm, [x, r, w], lambda op: op(x, r, w))
     check_op(layer_norm, [x, w, b], lambda op: op(x, w, b))
     check_op(layer_norm, [narrow, narrow_w], lambda op: op(narrow, narrow_w, narrow_w), "narrow")

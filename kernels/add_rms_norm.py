@@ -24,7 +24,8 @@ class AddRMSNormFunction(Function):
     @staticmethod
     def forward(ctx, x, residual, weight, eps, weight_offset, scale_in_fp32):
         """Save the sum, the weight and rstd."""
-        y, total, rstd = rms_norm_fwd(x, residual, weight, eps, weight_offset, scale_in_fp32)
+        keep_rstd = any(ctx.needs_input_grad)
+        y, total, rstd = rms_norm_fwd(x, residual, weight, eps, weight_offset, scale_in_fp32, keep_rstd)
         ctx.save_for_backward(total, weight, rstd)
         ctx.settings = (weight_offset, scale_in_fp32)
         ctx.set_materialize_grads(False)

@@ -52,7 +52,8 @@ def _reduce_kernel(
     if HAS_NUM_ITEMS:
         scale = 1.0 / tl.load(num_items_ptr).to(tl.float32)
     tl.store(out_ptr, tl.sum(total, 0) * scale)
-    tl.store(scale_ptr, scale)
+    if scale_ptr is not None:
+        tl.store(scale_ptr, scale)
 
 
 _launch_reduce = Launcher(_reduce_kernel)
@@ -61,11 +62,16 @@ _launch_reduce = Launcher(_reduce_kernel)
 def cross_entropy_fwd(
     logits: Tensor, labels: Tensor, transform: LogitTransform, *, ignore_index: int, label_smoothing: float,
     z_loss: float, reduction: str, num_items: Tensor | float | None, token_weights: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """``(loss, lse, scale)`` of ``logits`` ``[N, V]``; ``scale`` (fp32 ``[1]``) is what the reduction multiplies by."""
+    for_backward: bool = True,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """``(loss, lse, scale)`` of ``logits`` ``[N, V]``; ``scale`` (fp32 ``[1]``) is what the reduction multiplies by.
+
+    ``lse`` and ``scale`` are None unless ``for_backward``.
+    """
     num_rows, num_cols = logits.shape
-    token_loss, lse = empty_rows(num_rows, logits.device), empty_rows(num_rows, logits.device)
-    loss, scale = torch.empty((), dtype=torch.float32, device=logits.device), empty_rows(1, logits.device)
+    device = logits.device
+    token_loss, loss = empty_rows(num_rows, device), torch.empty((), dtype=torch.float32, device=device)
+    lse, scale = (empty_rows(num_rows, device), empty_rows(1, device)) if for_backward else (None, None)
     if num_rows:
         loss_rows(
             logits, labels, token_loss, lse, transform, ignore_index=ignore_index, label_smoothing=label_smoothing,
@@ -108,7 +114,7 @@ class CrossEntropyFunction(Function):
         ctx.options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "z_loss": z_loss}
         loss, lse, scale = cross_entropy_fwd(
             logits, labels, transform, reduction=reduction, num_items=num_items, token_weights=token_weights,
-            **ctx.options,
+            for_backward=ctx.needs_input_grad[0], **ctx.options,
         )  # fmt: skip
         ctx.save_for_backward(logits, labels, token_weights, lse, scale)
         return loss

@@ -19,6 +19,7 @@ from .norm_tiles import (
     check_width,
     column_partials,
     load_per_row,
+    new_partials,
     persistent_tiling,
     row_tiling,
     sum_partials,
@@ -32,7 +33,7 @@ def _layer_norm_fwd_kernel(
     weight_ptr,  # [num_cols]
     bias_ptr,  # [num_cols]
     y_ptr,  # [num_rows, num_cols], contiguous
-    stats_ptr,  # [2, num_rows] fp32: mean and rstd
+    stats_ptr,  # [2, num_rows] fp32: mean and rstd; or None
     x_row_stride,
     num_rows,
     num_cols,
@@ -62,8 +63,9 @@ def _layer_norm_fwd_kernel(
     if HAS_BIAS:
         y += bias.to(tl.float32)[None, :]
     tl.store(y_ptr + rows[:, None] * num_cols + cols[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
-    tl.store(stats_ptr + rows[:, None], mean, mask=row_mask)
-    tl.store(stats_ptr + num_rows + rows[:, None], rstd, mask=row_mask)
+    if stats_ptr is not None:
+        tl.store(stats_ptr + rows[:, None], mean, mask=row_mask)
+        tl.store(stats_ptr + num_rows + rows[:, None], rstd, mask=row_mask)
 
 
 @triton.jit
@@ -73,8 +75,8 @@ def _layer_norm_bwd_kernel(
     weight_ptr,  # [num_cols]
     stats_ptr,  # [2, num_rows] fp32: mean and rstd
     dx_ptr,  # [num_rows, num_cols], contiguous
-    dw_partial_ptr,  # [num_programs, num_cols] fp32
-    db_partial_ptr,  # [num_programs, num_cols] fp32
+    dw_partial_ptr,  # [num_programs, num_cols]
+    db_partial_ptr,  # [num_programs, num_cols]
     dy_row_stride,
     x_row_stride,
     num_rows,
@@ -125,9 +127,11 @@ def _layer_norm_bwd_kernel(
             tl.store(dx_ptr + dx_offsets, dx.to(dx_ptr.dtype.element_ty), mask=mask)
     partial_offsets = tl.program_id(0).to(tl.int64) * num_cols + cols
     if NEEDS_DW:
-        tl.store(dw_partial_ptr + partial_offsets, tl.sum(dw, axis=0), mask=col_mask)
+        dw_sum = tl.sum(dw, axis=0).to(dw_partial_ptr.dtype.element_ty)
+        tl.store(dw_partial_ptr + partial_offsets, dw_sum, mask=col_mask)
     if NEEDS_DB:
-        tl.store(db_partial_ptr + partial_offsets, tl.sum(db, axis=0), mask=col_mask)
+        db_sum = tl.sum(db, axis=0).to(db_partial_ptr.dtype.element_ty)
+        tl.store(db_partial_ptr + partial_offsets, db_sum, mask=col_mask)
 
 
 _launch_fwd = Launcher(_layer_norm_fwd_kernel)
@@ -135,13 +139,18 @@ _launch_bwd = Launcher(_layer_norm_bwd_kernel)
 
 
 def layer_norm_fwd(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, weight_offset: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Return ``(y, stats)`` for ``x`` ``[..., num_cols]``: y of ``dtype``, mean and rstd as fp32 ``[2, num_rows]``."""
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, weight_offset: float, dtype: torch.dtype,
+    keep_stats: bool = True,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Return ``(y, stats)`` for ``x`` ``[..., num_cols]``: y of ``dtype``, mean and rstd as fp32 ``[2, num_rows]``.
+
+    The statistics are for backward: where none will follow, ``keep_stats=False`` saves the host their allocation.
+    """
     num_cols = x.shape[-1]
     num_rows = x.numel() // num_cols
     y = dense_like(x, dtype)
-    stats = x.new_empty(2, num_rows, dtype=torch.float32)  # one allocation: each costs the host some 2 us
+    # One allocation: each costs the host some 2 us.
+    stats = x.new_empty(2, num_rows, dtype=torch.float32) if keep_stats else None
     if num_rows:
         x, x_stride = row_layout(x)
         tiling = row_tiling(num_rows, num_cols, sm_count(x))
@@ -170,10 +179,12 @@ def layer_norm_bwd(
     x, x_stride = row_layout(x)
     dy, dy_stride = row_layout(dy)
     wanted, partials = needs_dw + needs_db, None
+    dtype = weight.dtype if needs_dw else bias_dtype
+    apart = wanted == 2 and dtype != bias_dtype
     summed = wanted > 0 and sums_in_backward(wanted * num_cols)
     if summed:
         tiling = persistent_tiling(num_rows, num_cols, sm_count(x), dy.element_size() + x.element_size())
-        partials = x.new_empty(wanted, tiling.num_programs, num_cols, dtype=torch.float32)
+        partials = new_partials(x, wanted, tiling.num_programs, torch.float32 if apart else dtype)
     else:
         tiling = row_tiling(num_rows, num_cols, sm_count(x))
         if wanted:
@@ -193,9 +204,9 @@ def layer_norm_bwd(
             ),
             tiling.options,
         )  # fmt: skip
-    if needs_dw and needs_db and weight.dtype != bias_dtype:
-        return dx, sum_partials(partials[:1], weight.dtype)[0], sum_partials(partials[1:], bias_dtype)[0]
-    sums = sum_partials(partials, weight.dtype if needs_dw else bias_dtype) if wanted else None
+    if apart:
+        return dx, sum_partials(partials[:1], dtype)[0], sum_partials(partials[1:], bias_dtype)[0]
+    sums = sum_partials(partials, dtype) if wanted else None
     return dx, sums[0] if needs_dw else None, sums[-1] if needs_db else None
 
 
@@ -205,7 +216,7 @@ class LayerNormFunction(Function):
     @staticmethod
     def forward(ctx, x, weight, bias, eps, weight_offset, dtype):
         """Save x, the weight, mean and rstd."""
-        y, stats = layer_norm_fwd(x, weight, bias, eps, weight_offset, dtype)
+        y, stats = layer_norm_fwd(x, weight, bias, eps, weight_offset, dtype, any(ctx.needs_input_grad))
         ctx.save_for_backward(x, weight, stats)
         ctx.bias_dtype, ctx.weight_offset = None if bias is None else bias.dtype, weight_offset
         return y

@@ -164,6 +164,14 @@ def column_partials(
     return partials
 
 
+def new_partials(x: Tensor, stack: int, programs: int, dtype: torch.dtype) -> Tensor:
+    """Memory for the sums of each program of a persistent grid, ``[stack, programs, num_cols]``.
+
+    fp32, or at once the gradient's ``dtype`` where one program has the whole sum.
+    """
+    return x.new_empty(stack, programs, x.shape[-1], dtype=torch.float32 if programs > 1 else dtype)
+
+
 @triton.jit
 def _sum_partials_kernel(
     partial_ptr,  # [stack, num_partials, num_cols] fp32
@@ -188,8 +196,10 @@ _launch_sum_partials = Launcher(_sum_partials_kernel)
 
 
 def sum_partials(partials: Tensor, dtype: torch.dtype) -> Tensor:
-    """Sum of fp32 ``partials`` ``[stack, num_partials, num_cols]`` over ``num_partials``, rounded once to ``dtype``."""
+    """Sum of ``partials`` ``[stack, num_partials, num_cols]`` over ``num_partials``, rounded once to ``dtype``."""
     stack, num_partials, num_cols = partials.shape
+    if num_partials == 1:
+        return partials[:, 0].to(dtype)
     out = partials.new_empty(stack, num_cols, dtype=dtype)
     _launch_sum_partials(
         (cdiv(num_cols, 32), stack, 1),

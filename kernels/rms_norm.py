@@ -19,6 +19,7 @@ from .norm_tiles import (
     check_width,
     column_partials,
     load_per_row,
+    new_partials,
     persistent_tiling,
     row_tiling,
     sum_partials,
@@ -42,7 +43,7 @@ def _rms_norm_fwd_kernel(
     weight_ptr,  # [num_cols]
     y_ptr,  # [num_rows, num_cols], contiguous
     total_ptr,  # [num_rows, num_cols], contiguous
-    rstd_ptr,  # [num_rows] fp32
+    rstd_ptr,  # [num_rows] fp32, or None
     x_row_stride,
     residual_row_stride,
     num_rows,
@@ -77,7 +78,8 @@ def _rms_norm_fwd_kernel(
             y = y.to(x_dtype).to(tl.float32)
         y *= scale
     tl.store(y_ptr + out_offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
-    tl.store(rstd_ptr + rows[:, None], rstd, mask=(rows < num_rows)[:, None])
+    if rstd_ptr is not None:
+        tl.store(rstd_ptr + rows[:, None], rstd, mask=(rows < num_rows)[:, None])
 
 
 @triton.jit
@@ -88,7 +90,7 @@ def _rms_norm_bwd_kernel(
     weight_ptr,  # [num_cols]
     rstd_ptr,  # [num_rows] fp32
     dx_ptr,  # [num_rows, num_cols], contiguous
-    partial_ptr,  # [num_programs, num_cols] fp32
+    partial_ptr,  # [num_programs, num_cols]
     dy_row_stride,
     dtotal_row_stride,
     x_row_stride,
@@ -135,7 +137,8 @@ def _rms_norm_bwd_kernel(
             tl.store(dx_ptr + dx_offsets, dx.to(dx_ptr.dtype.element_ty), mask=mask)
     if NEEDS_DW:
         row = tl.program_id(0).to(tl.int64)
-        tl.store(partial_ptr + row * num_cols + cols, tl.sum(dw, axis=0), mask=col_mask)
+        dw_sum = tl.sum(dw, axis=0).to(partial_ptr.dtype.element_ty)
+        tl.store(partial_ptr + row * num_cols + cols, dw_sum, mask=col_mask)
 
 
 _launch_fwd = Launcher(_rms_norm_fwd_kernel)
@@ -143,13 +146,17 @@ _launch_bwd = Launcher(_rms_norm_bwd_kernel)
 
 
 def rms_norm_fwd(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float, weight_offset: float, scale_in_fp32: bool
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Return ``(y, x + residual, rstd)`` for ``x`` and ``residual`` ``[..., num_cols]``; ``rstd`` is ``[num_rows]``."""
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float, weight_offset: float, scale_in_fp32: bool,
+    keep_rstd: bool = True,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """Return ``(y, x + residual, rstd)`` for ``x`` and ``residual`` ``[..., num_cols]``; ``rstd`` is ``[num_rows]``.
+
+    ``rstd`` is for backward: where none will follow, ``keep_rstd=False`` saves the host its allocation.
+    """
     num_cols = x.shape[-1]
     num_rows = x.numel() // num_cols
     y = dense_like(x, out_dtype(x, weight, scale_in_fp32))
-    rstd = x.new_empty(num_rows, dtype=torch.float32)
+    rstd = x.new_empty(num_rows, dtype=torch.float32) if keep_rstd else None
     total, residual_stride = None, 0
     if residual is not None:
         total = dense_like(x)
@@ -186,7 +193,7 @@ def rms_norm_bwd(
     summed = needs_dw and sums_in_backward(num_cols)
     if summed:
         tiling = persistent_tiling(num_rows, num_cols, sm_count(x), streamed)
-        partials = x.new_empty(1, tiling.num_programs, num_cols, dtype=torch.float32)
+        partials = new_partials(x, 1, tiling.num_programs, weight.dtype)
     else:
         tiling = row_tiling(num_rows, num_cols, sm_count(x))
         partials = column_partials(dy, dy_stride, x, x_stride, None, rstd, True, False) if needs_dw else None
@@ -211,7 +218,8 @@ class RMSNormFunction(Function):
     @staticmethod
     def forward(ctx, x, weight, eps, weight_offset, scale_in_fp32):
         """Save x, the weight and rstd."""
-        y, _, rstd = rms_norm_fwd(x, None, weight, eps, weight_offset, scale_in_fp32)
+        keep_rstd = any(ctx.needs_input_grad)
+        y, _, rstd = rms_norm_fwd(x, None, weight, eps, weight_offset, scale_in_fp32, keep_rstd)
         ctx.save_for_backward(x, weight, rstd)
         ctx.settings = (weight_offset, scale_in_fp32)
         return y

@@ -118,7 +118,8 @@ def _loss_rows_kernel(
     label = tl.load(labels_ptr + row).to(tl.int64)
     if label == ignore_index:
         tl.store(loss_ptr + row, 0.0)
-        tl.store(lse_ptr + row, 0.0)
+        if lse_ptr is not None:
+            tl.store(lse_ptr + row, 0.0)
         return
     NEED_SUM: tl.constexpr = HAS_SMOOTHING or STATS > 1
     x_ptr = logits_ptr + row * logits_row_stride
@@ -165,7 +166,8 @@ def _loss_rows_kernel(
     if HAS_SMOOTHING:
         loss += label_smoothing * (lse - mean)
     tl.store(loss_ptr + row, loss * weight)
-    tl.store(lse_ptr + row, lse)
+    if lse_ptr is not None:
+        tl.store(lse_ptr + row, lse)
     if STATS > 0:
         entropy = log_sum - tl.sum((w + shift * s) * factor, 0) / row_sum
         tl.store(stats_ptr + row, log_prob)
@@ -257,11 +259,11 @@ def _num_warps(logits: Tensor, two_passes: bool) -> int:
 
 
 def loss_rows(
-    logits: Tensor, labels: Tensor, loss: Tensor, lse: Tensor, transform: LogitTransform, *, ignore_index: int,
+    logits: Tensor, labels: Tensor, loss: Tensor, lse: Tensor | None, transform: LogitTransform, *, ignore_index: int,
     label_smoothing: float = 0.0, z_loss: float = 0.0, token_weights: Tensor | None = None, stats: Tensor | None = None,
     all_stats: bool = False, write_grad: bool = False, grad_scale: float = 1.0, num_items: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Fill ``loss`` and ``lse`` (fp32 ``[num_rows]``), ``stats`` if given; ``write_grad`` turns logits to dlogits.
+    """Fill ``loss`` and, if given, ``lse`` (fp32 ``[num_rows]``) and ``stats``; ``write_grad`` turns logits to dlogits.
 
     ``stats`` is fp32 ``[5, num_rows]`` of which the first three rows are written, or all five with ``all_stats``.
     dlogits are of ``loss * token_weights * grad_scale / num_items``, in place.

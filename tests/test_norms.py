@@ -19,7 +19,7 @@ OPS = {"rms_norm": rms_norm, "add_rms_norm": add_rms_norm, "layer_norm": layer_n
 NUM_X = {"rms_norm": 1, "add_rms_norm": 2, "layer_norm": 1}  # arguments of x's shape; the rest are vectors
 # Rows x columns: a handful, ragged tiles of several rows, several tiles a program, one row a tile, rows that take all
 # registers, rows that leave none for the weights' sums, and no row at all.
-SHAPES = [(3, 3), (2, 5, 7), (301, 64), (2, 9, 130), (5, 2048), (3, 12000), (9, 16401), (0, 16)]
+SHAPES = [(3, 3), (2, 5, 7), (301, 64), (2, 9, 130), (5, 2048), (3, 12000), (9, 16401), (1, 770), (0, 16)]
 
 
 def make(op, shape, affine=True, layout="contiguous"):
