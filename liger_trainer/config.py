@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-LAYER_KINDS = ("rms_norm", "layer_norm", "rope", "glu")
+LAYER_KINDS = ("rms_norm", "layer_norm", "rope", "glu", "attention")
 KINDS = (*LAYER_KINDS, "fused_loss")
 
 
@@ -23,6 +23,9 @@ class LigerConfig:
     Args:
         rms_norm, layer_norm, rope, glu: replace the model's RMS norms, layer norms, rotary embeddings and gated
             activations (SwiGLU, GeGLU) where a numeric probe shows that our op computes the same.
+        attention: grouped-query attention under a padding mask hands SDPA keys and values as they are, where
+            transformers repeats them for each query head; only where torch has a fused kernel for it. Off by default,
+            because its gain is not measured yet.
         fused_loss: compute the causal-LM loss inside ``lm_head``, chunk by chunk, without building the logits.
         strict: anything asked for and not applied is an error instead of a line in the report.
         logits_budget_mib: upper bound in MiB of the transient logits the fused loss holds at a time. Larger is
@@ -43,6 +46,7 @@ class LigerConfig:
     layer_norm: bool = True
     rope: bool = True
     glu: bool = True
+    attention: bool = False
     fused_loss: bool = True
     strict: bool = False
     logits_budget_mib: int = 512

@@ -17,9 +17,10 @@ from .config import LigerConfig
 from .fused_head import FusedHead, HeadForward, head_linears
 from .head_probe import probe_head
 from .parameter_count import forget_count
+from .rebinding import rebind
 from .report import Applied, LigerReport, Skipped
 from .rules import verdicts
-from .verdicts import Refusal
+from .verdicts import Rebinding, Refusal
 
 _STATE = "_liger_state"
 _MARK = "_is_liger"  # of the functions that are bound to instances
@@ -178,10 +179,20 @@ def add_hooks(core: nn.Module, state: PatchState, before: Callable, after: Calla
 
 
 def _plan(model: nn.Module, core: nn.Module, config: LigerConfig, no_fused_loss: str | None) -> _Plan:
-    edits: list[Edit] = []
     report = LigerReport()
+    edits = _plan_layers(model, config, report)
+    fused = None
+    if config.fused_loss:
+        fused = _plan_head(core, config, no_fused_loss, edits, report)
+    return _Plan(edits, fused, report)
+
+
+def _plan_layers(model: nn.Module, config: LigerConfig, report: LigerReport) -> list[Edit]:
+    edits: list[Edit] = []
     known: dict = {}
+    forwards: dict = {}
     for name, module in model.named_modules():
+        rebindings: list[Rebinding] = []
         for verdict in verdicts(module, known):
             if not config.wants(verdict.kind):
                 continue
@@ -189,18 +200,34 @@ def _plan(model: nn.Module, core: nn.Module, config: LigerConfig, no_fused_loss:
             attribute = _free_attribute(module, verdict.attribute) if not isinstance(verdict, Refusal) else None
             if isinstance(verdict, Refusal):
                 report.skipped.append(Skipped(verdict.kind, name, cls, verdict.reason))
-            elif attribute is None:
+                continue
+            if attribute is None:
                 reason = f"its {verdict.attribute} was already replaced on the instance"
                 report.skipped.append(Skipped(verdict.kind, name, cls, reason))
+                continue
+            report.applied.append(Applied(verdict.kind, name, cls, verdict.variant))
+            if isinstance(verdict, Rebinding):
+                rebindings.append(verdict)
             else:
-                function = verdict.method(config)
-                setattr(function, _MARK, True)
-                edits.append(Edit(module, attribute, types.MethodType(function, module)))
-                report.applied.append(Applied(verdict.kind, name, cls, verdict.variant))
-    fused = None
-    if config.fused_loss:
-        fused = _plan_head(core, config, no_fused_loss, edits, report)
-    return _Plan(edits, fused, report)
+                edits.append(_method_edit(module, attribute, verdict.method(config)))
+        if rebindings:
+            function = _rebound_forward(module, rebindings, forwards)
+            edits.append(_method_edit(module, _free_attribute(module, "forward"), function))
+    return edits
+
+
+def _rebound_forward(module: nn.Module, rebindings: list[Rebinding], known: dict) -> Callable:
+    """The forward with the names of all ``rebindings``; layers that are alike share one."""
+    key = (type(module).forward, *map(id, rebindings))
+    if key not in known:
+        names = {name: value for rebinding in rebindings for name, value in rebinding.names.items()}
+        known[key] = rebind(type(module).forward, names)
+    return known[key]
+
+
+def _method_edit(module: nn.Module, attribute: str, function: Callable) -> Edit:
+    setattr(function, _MARK, True)
+    return Edit(module, attribute, types.MethodType(function, module))
 
 
 def _is_of_class(module: nn.Module, attribute: str, value: Any) -> bool:

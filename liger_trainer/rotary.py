@@ -1,7 +1,6 @@
 """Rule for rotary embeddings: an attention forward that calls a module-level function of ``cos`` and ``sin``.
 
-The function is probed; then the module's forward is rebound on the instance with a copy of its globals in which that
-one name is our adapter. No source is rewritten and no module global changes, so other models keep the original.
+The function is probed; then the module's forward is rebound on the instance with our adapter under that one name.
 """
 
 import enum
@@ -17,7 +16,8 @@ from torch import nn
 from .kernels import reference
 from .kernels.rope import rope
 from .probing import TOLERANCE, difference, generator
-from .verdicts import Refusal, Replacement, Verdict
+from .rebinding import forward_function, rebind
+from .verdicts import Rebinding, Refusal, Verdict
 
 BATCH, TOKENS, HEADS, KV_HEADS, HEAD_DIM = 2, 5, 4, 2, 16
 
@@ -69,11 +69,6 @@ class Form(NamedTuple):
         return cos.shape[-1] * (2 if self.tables is Tables.PAIRS else 1)
 
 
-def _forward_code(module: nn.Module):
-    function = inspect.unwrap(type(module).forward)
-    return function if isinstance(function, types.FunctionType) else None
-
-
 @functools.cache
 def _rotary_names(forward) -> tuple[str, ...]:
     """Names in ``forward`` that are module-level functions with parameters ``cos`` and ``sin``."""
@@ -87,13 +82,13 @@ def _rotary_names(forward) -> tuple[str, ...]:
 
 def matches(module: nn.Module) -> bool:
     """Whether the module's forward calls a function of ``cos`` and ``sin``."""
-    function = _forward_code(module)
+    function = forward_function(module)
     return function is not None and bool(_rotary_names(function))
 
 
 def probe(module: nn.Module) -> Verdict:
     """The adapters for the module's rotary functions, all of which must agree with a form of ``rope``."""
-    function = _forward_code(module)
+    function = forward_function(module)
     adapters, forms = {}, []
     for name in _rotary_names(function):
         form_or_reason = _probe_function(function.__globals__[name])
@@ -101,10 +96,10 @@ def probe(module: nn.Module) -> Verdict:
             return Refusal("rope", f"{name}: {form_or_reason}")
         adapters[name] = _adapter(function.__globals__[name], form_or_reason)
         forms.append(str(form_or_reason))
-    rebound = _with_globals(type(module).forward, adapters)
+    rebound = rebind(type(module).forward, {})
     if isinstance(rebound, str):
         return Refusal("rope", rebound)
-    return Replacement("rope", ", ".join(dict.fromkeys(forms)), "forward", lambda config: rebound)
+    return Rebinding("rope", ", ".join(dict.fromkeys(forms)), adapters)
 
 
 def _layout(original) -> tuple[list[str], int] | str:
@@ -233,31 +228,3 @@ def _fits(form, q, k, cos, sin, unsqueeze_dim) -> bool:
     if turned > head_dim or (turned < head_dim and not form.partial):
         return False
     return cos.shape[0] in (1, batch) and cos.shape[1] == tokens and not (cos.requires_grad or sin.requires_grad)
-
-
-def _with_globals(function, replaced: dict):
-    """A copy of ``function`` that sees ``replaced`` in place of those globals, through any ``functools.wraps`` layers.
-
-    Returns the reason as a string where a wrapper does not hold the function it wraps in its closure.
-    """
-    inner = getattr(function, "__wrapped__", None)
-    closure = function.__closure__
-    if inner is None:
-        namespace = {**function.__globals__, **replaced}
-        # torch.compile looks names up in the module of this name, where the original is, or else in these globals
-        namespace.pop("__name__", None)
-    else:
-        copied = _with_globals(inner, replaced)
-        if isinstance(copied, str):
-            return copied
-        cells = [cell.cell_contents is inner for cell in closure or ()]
-        if not any(cells):
-            return f"its forward is wrapped by {function.__qualname__}, which cannot be rebuilt around another function"
-        closure = tuple(types.CellType(copied) if holds else cell for cell, holds in zip(closure, cells, strict=True))
-        namespace = function.__globals__
-    copy = types.FunctionType(function.__code__, namespace, function.__name__, function.__defaults__, closure)
-    copy.__kwdefaults__, copy.__module__ = function.__kwdefaults__, function.__module__
-    copy.__dict__.update(function.__dict__)
-    if inner is not None:
-        copy.__wrapped__ = copied
-    return copy

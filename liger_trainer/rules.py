@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from . import gated, norms, rotary
+from . import attention, gated, norms, rotary
 from .probing import settings_key
 from .verdicts import Refusal, Rule, Verdict
 
@@ -19,6 +19,7 @@ LAYER_RULES = (
     Rule("glu", gated.matches_mlp, gated.probe_mlp, settings_key),
     Rule("glu", gated.matches_experts, gated.probe_experts, settings_key),
     Rule("rope", rotary.matches, rotary.probe, lambda module: type(module).forward),
+    Rule("attention", attention.matches, attention.probe, lambda module: type(module).forward),
 )
 
 

@@ -1,7 +1,7 @@
 """What a rule says of a module."""
 
 from collections.abc import Callable, Hashable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -21,6 +21,22 @@ class Replacement(NamedTuple):
     method: Callable[[LigerConfig], Callable]
 
 
+class Rebinding(NamedTuple):
+    """The module's ``forward`` can be bound again with ours in place of globals that it looks up, by their ``names``.
+
+    Those of several rules for one module become one forward.
+    """
+
+    kind: str
+    variant: str
+    names: dict[str, Any]
+
+    @property
+    def attribute(self) -> str:
+        """What is set on the instance."""
+        return "forward"
+
+
 class Refusal(NamedTuple):
     """A candidate that stays as it is, and why."""
 
@@ -28,7 +44,7 @@ class Refusal(NamedTuple):
     reason: str
 
 
-Verdict = Replacement | Refusal
+Verdict = Replacement | Rebinding | Refusal
 
 
 class Rule(NamedTuple):

@@ -14,14 +14,17 @@ FILES = sorted(file for folder in FOLDERS for file in (ROOT / folder).glob("**/*
 
 # A module imports from its own layer and from those above it in this list. A new module needs a place here.
 LAYERS = [
-    {"kernels", "config", "errors", "report", "sharding", "verdicts", "environment", "parameter_count"},
-    {"probing", "norms", "rotary", "gated", "rules", "head_probe", "lazy_logits", "fused_head", "medusa_loss"},
+    {"kernels", "config", "errors", "report", "sharding", "verdicts", "environment", "parameter_count", "rebinding"},
+    {
+        "probing", "norms", "rotary", "attention", "gated", "rules", "head_probe", "lazy_logits", "fused_head",
+        "medusa_loss",
+    },
     {"patching"},
     {"arguments", "callbacks", "trl", "auto", "throughput", "checkpoints", "medusa", "medusa_heads"},
     {"failures"},
     {"data", "synthetic", "recipe", "train", "fit", "fit_trial"},
     {"cli"},
-]
+]  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 

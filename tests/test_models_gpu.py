@@ -7,6 +7,7 @@ import torch
 from tiny_models import MODEL_TYPES, batch, tiny_model
 from training import Rows, arguments, losses
 from transformers import Trainer
+from transformers.integrations import sdpa_attention
 
 from liger_trainer import apply_liger, revert_liger
 from liger_trainer.patching import patch_state
@@ -49,6 +50,24 @@ def test_gradients_are_as_good_as_the_unpatched_model_s(model_type, dtype):
         assert all(torch.equal(ours[n], again[n]) for n in ours)
     revert_liger(model)
     assert gradients(model, inputs)[0] == loss
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_grouped_attention_under_a_padding_mask(head_dim, dtype, monkeypatch):
+    inputs = {k: v.cuda() for k, v in batch(rows=4, tokens=96).items()}
+    inputs["attention_mask"][1:, -20:] = 0
+    inputs["labels"][1:, -20:] = -100
+    model = tiny_model("llama", head_dim=head_dim, num_attention_heads=8, attn_implementation="sdpa").cuda()
+    exact_loss, exact = gradients(copy.deepcopy(model).double(), inputs)
+    model = model.to(dtype)
+    loss, theirs = gradients(model, inputs)
+    apply_liger(model, {"attention": True})
+    monkeypatch.setattr(sdpa_attention, "repeat_kv", None)  # the original would call it
+    our_loss, ours = gradients(model, inputs)
+    tiny = {torch.bfloat16: 1e-2, torch.float16: 1e-3}[dtype]
+    assert abs(our_loss - exact_loss) <= 2 * abs(loss - exact_loss) + tiny * abs(exact_loss)
+    assert total_error(ours, exact) <= 1.5 * total_error(theirs, exact) + tiny
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma2", "olmo2", "cohere", "nemotron", "gpt_neox"])

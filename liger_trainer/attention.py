@@ -1,0 +1,102 @@
+"""Rule for grouped-query attention: SDPA gets keys and values as they are, under a mask as well.
+
+Where there is a mask, transformers repeats each key and value head for all query heads that share it, because not all
+of torch's fused kernels take fewer of them, and where none does torch falls back to the definition, which keeps the
+whole attention matrix. But torch can be asked which kernel it would choose. With a fused one the copies are left out:
+``groups`` times the keys and values, in forward and again in recomputation, and the sums of their gradients.
+
+All else is transformers' own function: a copy of it for which the question whether to repeat has another answer.
+"""
+
+import functools
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from .probing import TOLERANCE, difference, generator
+from .rebinding import forward_function, rebind
+from .verdicts import Rebinding, Refusal, Verdict
+
+QUESTION = "use_gqa_in_sdpa"  # what sdpa_attention_forward calls to know whether SDPA groups heads by itself
+VARIANT = "sdpa, grouped heads under a mask"
+
+_without_copies = rebind(sdpa_attention_forward, {QUESTION: lambda *args: True})
+
+
+def grouped_sdpa(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *args, **kwargs
+) -> tuple[Tensor, None]:
+    """transformers' ``sdpa_attention_forward``, without copies of ``key`` and ``value`` where a fused kernel allows.
+
+    ``query`` is ``[batch, heads, tokens, head_dim]``, ``key`` and ``value`` have fewer heads.
+    """
+    fits = not args and _is_fused_grouped(query, key, value, attention_mask, kwargs)
+    attend = _without_copies if fits else sdpa_attention_forward
+    return attend(module, query, key, value, attention_mask, *args, **kwargs)
+
+
+def _is_fused_grouped(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> bool:
+    """Whether torch has a fused kernel for these as they are; a single query and no mask are no concern of ours."""
+    if mask is None or torch.compiler.is_compiling() or query.dim() != 4 or query.shape[2] == 1:
+        return False
+    # Made inside the original: another mask, other keys.
+    if kwargs.get("position_bias") is not None or kwargs.get("cache") is not None:
+        return False
+    choice = torch._fused_sdp_choice(
+        query, key, value, mask, kwargs.get("dropout", 0.0), False, scale=kwargs.get("scaling"), enable_gqa=True
+    )
+    return choice != SDPBackend.MATH.value
+
+
+@functools.cache
+def _interfaces(forward) -> tuple[str, ...]:
+    """Names in ``forward`` that are transformers' table of attention functions."""
+    values = ((name, forward.__globals__.get(name)) for name in forward.__code__.co_names)
+    return tuple(name for name, value in values if isinstance(value, AttentionInterface))
+
+
+def matches(module: nn.Module) -> bool:
+    """Whether the module's forward looks up an attention function, and several query heads share a key head."""
+    groups = getattr(module, "num_key_value_groups", 1)
+    function = forward_function(module)
+    return isinstance(groups, int) and groups > 1 and function is not None and bool(_interfaces(function))
+
+
+def probe(module: nn.Module) -> Verdict:
+    """A table of attention functions in which ``sdpa`` is ours, if it was transformers' own."""
+    function = forward_function(module)
+    tables = {name: function.__globals__[name] for name in _interfaces(function)}
+    if any(table.get("sdpa") is not sdpa_attention_forward for table in tables.values()):
+        return Refusal("attention", "its sdpa is not the one of transformers")
+    if QUESTION not in sdpa_attention_forward.__code__.co_names or _error() > 1:
+        return Refusal("attention", "transformers' sdpa function groups heads in a way that is not known")
+    rebound = rebind(type(module).forward, {})
+    if isinstance(rebound, str):
+        return Refusal("attention", rebound)
+    return Rebinding("attention", VARIANT, {name: _with_ours(table) for name, table in tables.items()})
+
+
+@functools.cache
+def _error() -> float:
+    """How far our call is from the original, in tolerances."""
+    random = generator()
+    query = torch.randn(2, 4, 6, 16, generator=random)
+    key, value = torch.randn(2, 2, 2, 6, 16, generator=random)
+    mask = torch.ones(2, 1, 6, 6, dtype=torch.bool).tril()
+    arguments = (SimpleNamespace(num_key_value_groups=2), query, key, value, mask)
+    ours, theirs = _without_copies(*arguments)[0], sdpa_attention_forward(*arguments)[0]
+    return difference(ours, theirs) / TOLERANCE[torch.float32]
+
+
+def _with_ours(table: AttentionInterface) -> AttentionInterface:
+    copy = AttentionInterface()
+    for name, function in table.items():  # what the model itself put there; the rest is shared by all tables
+        if copy.get(name) is not function:
+            copy[name] = function
+    copy["sdpa"] = grouped_sdpa
+    return copy
