@@ -56,7 +56,7 @@ def fingerprint(job: dict, packages: dict[str, str | None]) -> str:
         "measured": [job[key] for key in ("warmup", "steps", "window", "device", "profile")],
         "arm": job["arm"],
         "python": sys.version_info[:2],
-        "environment": {name: value for name, value in os.environ.items() if name.startswith(ENVIRONMENT)},
+        "environment": {name: v for name, v in os.environ.items() if name.startswith(ENVIRONMENT)} | job["environment"],
         "packages": {name: packages.get(name) for name in used},
         "sources": {path: _source(ROOT / path, names) for path, names in IN_EVERY_ARM.items()},
     }

@@ -38,7 +38,7 @@ AUTO = {
     "AutoModelForImageTextToText": ("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", "models-image-text"),
 }
 TOLERANCE = 1e-4  # of each gradient and of the logits, relative to their norms; the loss a tenth of that
-VOCAB, TOKENS = 131, 12
+VOCAB, TOKENS, PADDING = 131, 12, 4
 # Sizes by the names that configs give them; what a config does not have is left out.
 SIZES = {
     64: "hidden_size d_model n_embd dim embed_dim emb_dim word_embed_proj_dim embedding_size lru_width mamba_d_ssm "
@@ -150,7 +150,10 @@ def train_once(model) -> tuple:
     random = torch.Generator().manual_seed(1)
     ids = torch.randint(3, VOCAB, (2, TOKENS), generator=random)
     labels = ids.masked_fill(torch.rand(ids.shape, generator=random) < 0.3, -100)
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    mask = torch.ones_like(ids)
+    mask[1, -PADDING:] = 0
+    labels = labels.masked_fill(mask == 0, -100)
+    inputs = {"input_ids": ids, "attention_mask": mask}
     torch.manual_seed(1)
     model.train().zero_grad()
     loss = model(**inputs, labels=labels).loss
@@ -219,7 +222,7 @@ def check(auto: str, model_type: str) -> dict:
             return row | {"status": "not built", "note": short(error)}
         row["class"] = type(model).__name__
         try:
-            report = apply_liger(model)
+            report = apply_liger(model, {"attention": True})
             row["applied"] = dict(report.counts)
             left = Counter((skipped.kind, skipped.reason) for skipped in report.skipped)
             row["skipped"] = [{"kind": k, "reason": r, "count": n} for (k, r), n in left.items()]
@@ -249,12 +252,12 @@ def make_table(rows: list[dict]) -> str:
     for row in built:
         applied = row.get("applied", {})
         norms = applied.get("rms_norm", 0) + applied.get("layer_norm", 0)
-        counts = [n or "-" for n in (norms, applied.get("rope", 0), applied.get("glu", 0))]
+        counts = [n or "-" for n in (norms, *(applied.get(kind, 0) for kind in ("rope", "glu", "attention")))]
         differ = f"{row['gradient']:.0e}" if "gradient" in row else row["note"]
         lines.append([row["model_type"], row["status"], *counts, "yes" if "fused_loss" in applied else "-", differ])
         for skipped in row.get("skipped", []):
             left.setdefault(f"{skipped['kind']}: {skipped['reason']}", []).append(row["model_type"])
-    header = ["model type", "numbers", "norms", "rope", "GLU", "fused loss", "gradients differ by"]
+    header = ["model type", "numbers", "norms", "rope", "GLU", "attention", "fused loss", "gradients differ by"]
     parts = [
         summary(rows),
         common.text_table(header, lines, markdown=True),

@@ -42,7 +42,7 @@ def environment(job: dict) -> dict[str, str]:
     else:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(job["processes"])))
         fixed |= {"CUDA_VISIBLE_DEVICES": ",".join(visible.split(",")[: job["processes"]])}
-    return os.environ | fixed
+    return os.environ | fixed | job["environment"]
 
 
 class Worker:

@@ -12,6 +12,7 @@
     window: 2                        # steps between two readings of the clock; divides warmup and steps
     launch: [{name: ..., config_file: configs/single.yaml, num_processes: 1}, ...]
     overrides: {...}                 # of the recipe, for all points
+    environment: {...}               # variables of every run
     points: [{name: ..., recipe: ..., overrides: {...}, vary: {max_length: [1024, 2048]}, steps: 2}, ...]
     smoke: {overrides: {...}, model: {...}, vary: {max_length: [16, 32]}}
 
@@ -33,7 +34,10 @@ from benchmarks.train_arms import ARMS
 from liger_trainer.config import nearest
 
 SUITES = ROOT / "benchmarks" / "suites"
-KEYS = ("title", "figure", "x", "arms", "rounds", "warmup", "steps", "window", "launch", "overrides", "points", "smoke")
+KEYS = (
+    "title", "figure", "x", "arms", "rounds", "warmup", "steps", "window", "launch", "overrides", "environment",
+    "points", "smoke",
+)  # fmt: skip
 REQUIRED = ("title", "figure", "x", "arms", "launch", "points")
 ROUNDS = 3
 TIMES = {"warmup": 2, "steps": 4, "window": 2}
@@ -95,6 +99,7 @@ class Suite:
     rounds: int
     launches: tuple[Launch, ...]
     points: tuple[Point, ...]
+    environment: dict[str, str]
     smoke: bool
 
 
@@ -132,7 +137,11 @@ def load(path: Path, smoke: bool = False) -> Suite:
     about["arms"] = _arms(content["arms"], path)
     about["recipes"] = sorted({point.recipe for point in points})
     about["places"] = [[point.name, launch.name, launch.num_processes] for point in points for launch in launches]
-    return Suite(path.stem, about, tuple(about["arms"]), rounds, launches, points, smoke)
+    environment = content.get("environment") or {}
+    if not isinstance(environment, dict):
+        raise ValueError(f"{path}: environment must be a mapping of names to values, got {environment!r}")
+    environment = {name: str(value) for name, value in environment.items()}
+    return Suite(path.stem, about, tuple(about["arms"]), rounds, launches, points, environment, smoke)
 
 
 def _check_counts(counts: dict[str, Any], where: str) -> None:

@@ -36,6 +36,7 @@ def plan(suite: Suite) -> list[dict]:
             "recipe": point.recipe,
             "overrides": point.overrides,
             "config_file": launch.config_file,
+            "environment": suite.environment,
             "warmup": point.warmup,
             "steps": point.steps,
             "window": point.window,

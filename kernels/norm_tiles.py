@@ -2,8 +2,9 @@
 
 A tile is ``[TILE_ROWS, BLOCK_COLS]`` with ``BLOCK_COLS >= num_cols``: a row never leaves the registers, and narrow
 rows share a program. Weight gradients are summed by a persistent grid: each program adds up its tiles in registers and
-writes one fp32 row of partials; a second kernel adds the rows in a fixed order, so two runs are bit-equal. Rows over
-``MAX_SUMMED_COLS`` leave no registers for such a sum: there a kernel of its own reads x and dy once more, by columns.
+writes one fp32 row of partials; a second kernel adds the rows in a fixed order, so two runs are bit-equal. Where one
+program has all rows, what it writes is the gradient. Rows over ``MAX_SUMMED_COLS`` leave no registers for such a sum:
+there a kernel of its own reads x and dy once more, by columns.
 """
 
 from functools import lru_cache

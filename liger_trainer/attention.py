@@ -24,6 +24,7 @@ from .verdicts import Rebinding, Refusal, Verdict
 
 QUESTION = "use_gqa_in_sdpa"  # what sdpa_attention_forward calls to know whether SDPA groups heads by itself
 VARIANT = "sdpa, grouped heads under a mask"
+FUSED = {b.value for b in (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION)}
 
 _without_copies = rebind(sdpa_attention_forward, {QUESTION: lambda *args: True})
 
@@ -47,10 +48,11 @@ def _is_fused_grouped(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | 
     # Made inside the original: another mask, other keys.
     if kwargs.get("position_bias") is not None or kwargs.get("cache") is not None:
         return False
-    choice = torch._fused_sdp_choice(
-        query, key, value, mask, kwargs.get("dropout", 0.0), False, scale=kwargs.get("scaling"), enable_gqa=True
-    )
-    return choice != SDPBackend.MATH.value
+    options = {"dropout_p": kwargs.get("dropout", 0.0), "scale": kwargs.get("scaling"), "enable_gqa": True}
+    try:
+        return torch._fused_sdp_choice(query, key, value, mask, **options) in FUSED
+    except RuntimeError:  # no kernel is left, where the user has turned off those that group heads
+        return False
 
 
 @functools.cache
@@ -61,42 +63,66 @@ def _interfaces(forward) -> tuple[str, ...]:
 
 
 def matches(module: nn.Module) -> bool:
-    """Whether the module's forward looks up an attention function, and several query heads share a key head."""
+    """Whether the module's forward looks up an attention function, SDPA, and several query heads share a key head."""
     groups = getattr(module, "num_key_value_groups", 1)
+    implementation = getattr(getattr(module, "config", None), "_attn_implementation", "sdpa")
     function = forward_function(module)
-    return isinstance(groups, int) and groups > 1 and function is not None and bool(_interfaces(function))
+    if not isinstance(groups, int) or groups < 2 or implementation != "sdpa" or function is None:
+        return False
+    return bool(_interfaces(function))
 
 
 def probe(module: nn.Module) -> Verdict:
-    """A table of attention functions in which ``sdpa`` is ours, if it was transformers' own."""
+    """A view of the table of attention functions in which ours stands for transformers' own ``sdpa``."""
     function = forward_function(module)
     tables = {name: function.__globals__[name] for name in _interfaces(function)}
     if any(table.get("sdpa") is not sdpa_attention_forward for table in tables.values()):
         return Refusal("attention", "its sdpa is not the one of transformers")
-    if QUESTION not in sdpa_attention_forward.__code__.co_names or _error() > 1:
+    if not _is_known():
         return Refusal("attention", "transformers' sdpa function groups heads in a way that is not known")
     rebound = rebind(type(module).forward, {})
     if isinstance(rebound, str):
         return Refusal("attention", rebound)
-    return Rebinding("attention", VARIANT, {name: _with_ours(table) for name, table in tables.items()})
+    return Rebinding("attention", VARIANT, {name: _WithOurs(table) for name, table in tables.items()})
 
 
 @functools.cache
-def _error() -> float:
-    """How far our call is from the original, in tolerances."""
+def _is_known() -> bool:
+    """Whether the question decides about the copies, and the answer changes no number."""
+    asked = []
+    attend = rebind(sdpa_attention_forward, {QUESTION: lambda *args: asked.append(args) or True})
+    if isinstance(attend, str):
+        return False
     random = generator()
     query = torch.randn(2, 4, 6, 16, generator=random)
     key, value = torch.randn(2, 2, 2, 6, 16, generator=random)
     mask = torch.ones(2, 1, 6, 6, dtype=torch.bool).tril()
     arguments = (SimpleNamespace(num_key_value_groups=2), query, key, value, mask)
-    ours, theirs = _without_copies(*arguments)[0], sdpa_attention_forward(*arguments)[0]
-    return difference(ours, theirs) / TOLERANCE[torch.float32]
+    ours, theirs = attend(*arguments)[0], sdpa_attention_forward(*arguments)[0]
+    return len(asked) == 1 and difference(ours, theirs) <= TOLERANCE[torch.float32]
 
 
-def _with_ours(table: AttentionInterface) -> AttentionInterface:
-    copy = AttentionInterface()
-    for name, function in table.items():  # what the model itself put there; the rest is shared by all tables
-        if copy.get(name) is not function:
-            copy[name] = function
-    copy["sdpa"] = grouped_sdpa
-    return copy
+class _WithOurs(AttentionInterface):
+    """``table`` as it is at each call, but for ours where it has transformers' own ``sdpa``.
+
+    What others put there later (sequence parallelism does) is theirs.
+    """
+
+    def __init__(self, table: AttentionInterface):
+        self.table = table
+
+    def __getitem__(self, name):
+        function = self.table[name]
+        return grouped_sdpa if function is sdpa_attention_forward else function
+
+    def __setitem__(self, name, function):
+        self.table[name] = function
+
+    def __delitem__(self, name):
+        del self.table[name]
+
+    def __iter__(self):
+        return iter(self.table)
+
+    def __len__(self):
+        return len(self.table)

@@ -24,8 +24,8 @@ class LigerConfig:
         rms_norm, layer_norm, rope, glu: replace the model's RMS norms, layer norms, rotary embeddings and gated
             activations (SwiGLU, GeGLU) where a numeric probe shows that our op computes the same.
         attention: grouped-query attention under a padding mask hands SDPA keys and values as they are, where
-            transformers repeats them for each query head; only where torch has a fused kernel for it. Off by default,
-            because its gain is not measured yet.
+            transformers repeats them for each query head; only where torch has a fused kernel for it, and not under
+            torch.compile. Off by default, because its gain is not measured yet.
         fused_loss: compute the causal-LM loss inside ``lm_head``, chunk by chunk, without building the logits.
         strict: anything asked for and not applied is an error instead of a line in the report.
         logits_budget_mib: upper bound in MiB of the transient logits the fused loss holds at a time. Larger is

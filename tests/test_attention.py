@@ -1,86 +1,96 @@
-"""Grouped-query attention under a padding mask: keys and values are not repeated, and nothing else changes."""
+"""Grouped-query attention under a padding mask: SDPA gets keys and values as they are, and nothing else changes."""
 
 import pytest
 import torch
 from tiny_models import assert_same_training, batch, loss_and_gradients, tiny_model
 from torch.nn.attention import SDPBackend
-from transformers.integrations import sdpa_attention
+from transformers import AttentionInterface
 
 from liger_trainer import apply_liger, attention, revert_liger
 
 GROUPED = ("llama", "mistral", "qwen3", "gemma3_text", "mixtral", "cohere", "glm4", "smollm3")
 ON = {"attention": True}
+HEADS, KV_HEADS = 4, 2  # of the tiny models
 
 
 @pytest.fixture
-def copies(monkeypatch):
-    """Counts how often the original function repeats keys or values."""
-    calls = []
-    repeat = sdpa_attention.repeat_kv
-    monkeypatch.setattr(sdpa_attention, "repeat_kv", lambda x, n: calls.append(n) or repeat(x, n))
-    return calls
+def heads(monkeypatch):
+    """The number of key heads of each call of SDPA, and whether it was told to group them."""
+    seen = []
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(query, key, value, **kwargs):
+        assert key.shape[1] == value.shape[1]
+        seen.append((key.shape[1], kwargs.get("enable_gqa", False)))
+        return sdpa(query, key, value, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    return seen
 
 
-def padded(mask_side="right", **sizes):
+REPEATED, AS_THEY_ARE = [(HEADS, False)] * 2, [(KV_HEADS, True)] * 2  # in two layers
+
+
+def sdpa_model(model_type="llama", **overrides):
+    return tiny_model(model_type, attn_implementation="sdpa", **overrides)
+
+
+def padded(side="right"):
     """A batch whose second row has padding on one side."""
-    inputs = batch(**sizes)
+    inputs = batch()
     mask = torch.ones_like(inputs["input_ids"])
-    mask[1, slice(-3, None) if mask_side == "right" else slice(3)] = 0
-    labels = inputs["labels"].masked_fill(mask == 0, -100)
-    return {**inputs, "attention_mask": mask, "labels": labels}
+    mask[1, slice(-3, None) if side == "right" else slice(3)] = 0
+    return {**inputs, "attention_mask": mask, "labels": inputs["labels"].masked_fill(mask == 0, -100)}
 
 
 @pytest.mark.parametrize("model_type", GROUPED)
-@pytest.mark.parametrize("mask_side", ["right", "left"])
-def test_same_numbers_without_copies(model_type, mask_side, copies):
-    model = tiny_model(model_type, attn_implementation="sdpa")
-    inputs = padded(mask_side)
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_same_numbers_without_copies(model_type, side, heads):
+    model = sdpa_model(model_type)
+    inputs = padded(side)
     theirs = loss_and_gradients(model, inputs)
-    assert len(copies) == 4  # keys and values of two layers
-    report = apply_liger(model, ON)
+    assert heads == REPEATED
+    report = apply_liger(model, {**ON, "strict": True})
     assert report.counts["attention"] == report.counts["rope"] == 2
-    copies.clear()  # the probe makes some
-    ours = loss_and_gradients(model, inputs)
-    assert not copies
-    assert_same_training(theirs, ours)
+    heads.clear()  # the probe's
+    assert_same_training(theirs, loss_and_gradients(model, inputs))
+    assert heads == AS_THEY_ARE
     revert_liger(model)
     assert all("forward" not in vars(module) for module in model.modules())
+    heads.clear()
     loss_and_gradients(model, inputs)
-    assert len(copies) == 4
+    assert heads == REPEATED
 
 
-def test_off_by_default_and_each_by_itself(copies):
-    model = tiny_model("llama", attn_implementation="sdpa")
+def test_off_by_default_and_by_itself(heads):
+    model = sdpa_model()
     assert "attention" not in apply_liger(model).counts
     revert_liger(model)
-    only = dict.fromkeys(("rms_norm", "glu", "rope", "fused_loss"), False)
-    assert apply_liger(model, {**ON, **only}).counts == {"attention": 2}
-    copies.clear()
+    others = dict.fromkeys(("rms_norm", "glu", "rope", "fused_loss"), False)
+    assert apply_liger(model, {**ON, **others}).counts == {"attention": 2}
+    heads.clear()
     loss_and_gradients(model, padded())
-    assert not copies
+    assert heads == AS_THEY_ARE
 
 
-def test_where_no_fused_kernel_takes_groups_keys_are_repeated(copies, monkeypatch):
-    model = tiny_model("llama", attn_implementation="sdpa")
+def no_kernel(*args, **kwargs):
+    raise RuntimeError("No available kernel. Aborting execution.")
+
+
+@pytest.mark.parametrize("choice", [lambda *args, **kwargs: SDPBackend.MATH.value, no_kernel], ids=["math", "none"])
+def test_where_no_fused_kernel_takes_groups_keys_are_repeated(choice, heads, monkeypatch):
+    model = sdpa_model()
     inputs = padded()
     theirs = loss_and_gradients(model, inputs)
-    asked = []
-
-    def choice(*args, **kwargs):
-        asked.append(kwargs)
-        return SDPBackend.MATH.value
-
-    monkeypatch.setattr(torch, "_fused_sdp_choice", choice)
     apply_liger(model, ON)
-    copies.clear()
+    monkeypatch.setattr(torch, "_fused_sdp_choice", choice)
+    heads.clear()
     assert_same_training(theirs, loss_and_gradients(model, inputs))
-    assert len(copies) == 4
-    assert len(asked) == 2
-    assert all(kwargs["enable_gqa"] for kwargs in asked)
+    assert heads == REPEATED
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-def test_generation_and_other_implementations_are_unchanged(implementation):
+def test_generation_is_unchanged(implementation):
     model = tiny_model("llama", attn_implementation=implementation).eval()
     inputs = padded("left")
     inputs.pop("labels")
@@ -90,27 +100,46 @@ def test_generation_and_other_implementations_are_unchanged(implementation):
     assert torch.equal(model.generate(**inputs, **options), theirs)
 
 
-def test_an_attention_function_of_the_model_s_own_is_left_alone(monkeypatch):
-    model = tiny_model("llama", attn_implementation="sdpa")
-    table = type(model.model.layers[0].self_attn).forward.__globals__["ALL_ATTENTION_FUNCTIONS"]
-    monkeypatch.setitem(table._local_mapping, "sdpa", lambda *args, **kwargs: None)
-    report = apply_liger(model, ON)
+def test_what_is_no_candidate():
+    for model in (sdpa_model(num_key_value_heads=HEADS), tiny_model("llama", attn_implementation="eager")):
+        assert "attention" not in apply_liger(model, {**ON, "strict": True}).counts
+
+
+@pytest.fixture
+def table():
+    """Llama's table of attention functions, put back as it was afterwards."""
+    table = type(sdpa_model().model.layers[0].self_attn).forward.__globals__["ALL_ATTENTION_FUNCTIONS"]
+    shared, own = dict(AttentionInterface._global_mapping), dict(table._local_mapping)
+    yield table
+    for mapping, before in ((AttentionInterface._global_mapping, shared), (table._local_mapping, own)):
+        mapping.clear()
+        mapping.update(before)
+
+
+def test_an_attention_function_that_is_not_transformers_own_is_left_alone(table):
+    table["sdpa"] = lambda *args, **kwargs: None
+    report = apply_liger(sdpa_model(), ON)
     assert "attention" not in report.counts
-    assert [s.reason for s in report.skipped if s.kind == "attention"] == [
-        "its sdpa is not the one of transformers"
-    ] * 2
+    reasons = [s.reason for s in report.skipped if s.kind == "attention"]
+    assert reasons == ["its sdpa is not the one of transformers"] * 2
 
 
-def test_heads_that_are_not_shared_are_no_candidates():
-    model = tiny_model("llama", num_key_value_heads=4)
-    report = apply_liger(model, {**ON, "strict": True})
-    assert "attention" not in report.counts
-
-
-def test_functions_that_were_registered_later_are_found():
-    model = tiny_model("llama", attn_implementation="sdpa")
+@pytest.mark.parametrize("how", ["in the table", "in all tables", "by a name of its own"])
+def test_attention_functions_that_come_later_are_used(how, table):
+    model = sdpa_model()
     apply_liger(model, ON)
-    forward = vars(model.model.layers[0].self_attn)["forward"].__func__
-    table = forward.__globals__["ALL_ATTENTION_FUNCTIONS"]
-    assert table["sdpa"] is attention.grouped_sdpa
-    assert "flex_attention" in table
+    calls = []
+
+    def later(*args, **kwargs):
+        calls.append(kwargs)
+        return attention.sdpa_attention_forward(*args, **kwargs)
+
+    if how == "in the table":
+        table["sdpa"] = later
+    elif how == "in all tables":
+        AttentionInterface.register("sdpa", later)
+    else:
+        table["mine"] = later
+        model.config._attn_implementation = "mine"
+    loss_and_gradients(model, padded())
+    assert len(calls) == 2

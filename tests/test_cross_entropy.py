@@ -37,6 +37,8 @@ def check(logits, labels, dtype, upstream=None, **options):
     truth = run(reference.cross_entropy, exact, labels, upstream, **options)
     for name, *values in zip(("loss", "dlogits"), ours, theirs, truth, strict=True):
         assert_no_worse_than_torch(*values, name)
+    with torch.no_grad():  # where nothing is kept for backward
+        assert torch.equal(cross_entropy(same, labels, **options), ours[0])
 
 
 # 101 is one masked block; 4613 is two unmasked ones and a ragged rest

@@ -7,7 +7,6 @@ import torch
 from tiny_models import MODEL_TYPES, batch, tiny_model
 from training import Rows, arguments, losses
 from transformers import Trainer
-from transformers.integrations import sdpa_attention
 
 from liger_trainer import apply_liger, revert_liger
 from liger_trainer.patching import patch_state
@@ -63,8 +62,17 @@ def test_grouped_attention_under_a_padding_mask(head_dim, dtype, monkeypatch):
     model = model.to(dtype)
     loss, theirs = gradients(model, inputs)
     apply_liger(model, {"attention": True})
-    monkeypatch.setattr(sdpa_attention, "repeat_kv", None)  # the original would call it
+    key_heads = []
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(query, key, value, **kwargs):
+        key_heads.append(key.shape[1])
+        return sdpa(query, key, value, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
     our_loss, ours = gradients(model, inputs)
+    if torch.cuda.get_device_capability() >= (9, 0):  # where cuDNN's kernel is preferred
+        assert key_heads == [2, 2]
     tiny = {torch.bfloat16: 1e-2, torch.float16: 1e-3}[dtype]
     assert abs(our_loss - exact_loss) <= 2 * abs(loss - exact_loss) + tiny * abs(exact_loss)
     assert total_error(ours, exact) <= 1.5 * total_error(theirs, exact) + tiny

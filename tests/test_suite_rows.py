@@ -42,6 +42,7 @@ def first_job(name, arm):
         ({"x": {"key": "max_length", "label": "l"}}, "'max_length', which is no key of its overrides or vary"),
         ({"steps": 3, "window": 2}, "warmup and steps must be multiples of window"),
         ({"points": [{"name": "a", "recipe": "recipes/shapes/llama3.2_1b.yaml", "steps": 4}]}, "'a': warmup and steps"),
+        ({"environment": ["A=1"]}, r"environment must be a mapping of names to values, got \['A=1'\]"),
         ({"rounds": 0}, "rounds must be an integer of at least 1, got 0"),
         (
             {"launch": [{"name": "a", "config_file": "configs/no.yaml", "num_processes": 1}]},
@@ -59,6 +60,12 @@ def test_a_bad_suite_is_refused(change, message, tmp_path):
     path.write_text(yaml.safe_dump(content | change))
     with pytest.raises(ValueError, match=message):
         suite.load(path)
+
+
+def test_a_suite_s_environment_is_that_of_its_runs():
+    job = first_job("paper_models", "hf")
+    assert relay.environment(job)["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
+    assert relay.environment(first_job("step_1b", "hf")).get("PYTORCH_CUDA_ALLOC_CONF") != "expandable_segments:True"
 
 
 def test_a_point_may_have_times_of_its_own():
@@ -239,7 +246,8 @@ def test_a_fingerprint_follows_what_is_measured(monkeypatch):
     assert len(set(before.values())) == len(before)
     assert of("hf") == of("hf", x=1, point="renamed", round=7), "names are not measured"
     for change in ({"steps": 6}, {"processes": 3}, {"device": "cpu"}, {"config_file": "configs/ddp.yaml"},
-                   {"recipe": "recipes/paper/qwen2_7b.yaml"}, {"overrides": {"max_length": 7}}):  # fmt: skip
+                   {"recipe": "recipes/paper/qwen2_7b.yaml"}, {"overrides": {"max_length": 7}},
+                   {"environment": {"A": "1"}}):  # fmt: skip
         assert of("hf", **change) != before["hf"], change
     zero = of("hf", config_file="configs/zero3.yaml")
     packages |= {"liger-kernel": "2", "deepspeed": "2"}
