@@ -65,6 +65,7 @@ UNSET = (  # None by default in some configs, and needed
     "pad_token_id", "head_dim", "num_attention_heads", "num_key_value_heads", "n_routed_experts", "n_shared_experts",
     "num_experts_per_tok", "rope_theta",
 )  # fmt: skip
+EVERYTHING = {"attention": True, "padding_mask": True}  # what is off by default
 OWN = {"lfm2_moe": {"layer_types": ["conv", "full_attention"]}}  # what a model type needs beside
 PER_LAYER = ("layer_types", "mlp_layer_types", "layers_block_type", "block_types", "moe_layer_freq", "no_rope_layers")
 
@@ -144,23 +145,24 @@ def tiny_model(model_type: str, auto: str = "AutoModelForCausalLM"):
 
 
 def train_once(model) -> tuple:
-    """The loss of one forward pass, every parameter's gradient, and the logits in evaluation."""
+    """The losses of a batch with padding on the right and of one with it on the left, their gradients, the logits."""
     import torch
 
     random = torch.Generator().manual_seed(1)
     ids = torch.randint(3, VOCAB, (2, TOKENS), generator=random)
     labels = ids.masked_fill(torch.rand(ids.shape, generator=random) < 0.3, -100)
-    mask = torch.ones_like(ids)
-    mask[1, -PADDING:] = 0
-    labels = labels.masked_fill(mask == 0, -100)
-    inputs = {"input_ids": ids, "attention_mask": mask}
+    right, left = torch.ones_like(ids), torch.ones_like(ids)
+    right[1, -PADDING:], left[0, :PADDING] = 0, 0
     torch.manual_seed(1)
     model.train().zero_grad()
-    loss = model(**inputs, labels=labels).loss
-    loss.backward()
+    masks = (right, left)
+    losses = [model(input_ids=ids, attention_mask=m, labels=labels.masked_fill(m == 0, -100)).loss for m in masks]
+    losses = torch.stack(losses)
+    losses.sum().backward()
     with torch.no_grad():
-        logits = model.eval()(**inputs).logits
-    return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, logits
+        model.eval()
+        logits = torch.stack([model(input_ids=ids, attention_mask=m).logits for m in masks])
+    return losses.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, logits
 
 
 def differences(ours: tuple, theirs: tuple) -> dict:
@@ -222,7 +224,7 @@ def check(auto: str, model_type: str) -> dict:
             return row | {"status": "not built", "note": short(error)}
         row["class"] = type(model).__name__
         try:
-            report = apply_liger(model, {"attention": True})
+            report = apply_liger(model, EVERYTHING)
             row["applied"] = dict(report.counts)
             left = Counter((skipped.kind, skipped.reason) for skipped in report.skipped)
             row["skipped"] = [{"kind": k, "reason": r, "count": n} for (k, r), n in left.items()]
@@ -254,10 +256,12 @@ def make_table(rows: list[dict]) -> str:
         norms = applied.get("rms_norm", 0) + applied.get("layer_norm", 0)
         counts = [n or "-" for n in (norms, *(applied.get(kind, 0) for kind in ("rope", "glu", "attention")))]
         differ = f"{row['gradient']:.0e}" if "gradient" in row else row["note"]
-        lines.append([row["model_type"], row["status"], *counts, "yes" if "fused_loss" in applied else "-", differ])
+        whole = ["yes" if kind in applied else "-" for kind in ("padding_mask", "fused_loss")]
+        lines.append([row["model_type"], row["status"], *counts, *whole, differ])
         for skipped in row.get("skipped", []):
             left.setdefault(f"{skipped['kind']}: {skipped['reason']}", []).append(row["model_type"])
-    header = ["model type", "numbers", "norms", "rope", "GLU", "attention", "fused loss", "gradients differ by"]
+    header = ["model type", "numbers", "norms", "rope", "GLU", "attention", "padding mask", "fused loss"]
+    header.append("gradients differ by")
     parts = [
         summary(rows),
         common.text_table(header, lines, markdown=True),

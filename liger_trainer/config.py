@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 LAYER_KINDS = ("rms_norm", "layer_norm", "rope", "glu", "attention")
-KINDS = (*LAYER_KINDS, "fused_loss")
+KINDS = (*LAYER_KINDS, "padding_mask", "fused_loss")
 
 
 def nearest(name: str, valid) -> str:
@@ -26,6 +26,9 @@ class LigerConfig:
         attention: grouped-query attention under a padding mask hands SDPA keys and values as they are, where
             transformers repeats them for each query head; only where torch has a fused kernel for it, and not under
             torch.compile. Off by default, because its gain is not measured yet.
+        padding_mask: training batches whose padding is on the right and has no labels are given to causal attention
+            without their mask, which changes neither loss nor gradients. Off by default, because its gain is not
+            measured yet.
         fused_loss: compute the causal-LM loss inside ``lm_head``, chunk by chunk, without building the logits.
         strict: anything asked for and not applied is an error instead of a line in the report.
         logits_budget_mib: upper bound in MiB of the transient logits the fused loss holds at a time. Larger is
@@ -47,6 +50,7 @@ class LigerConfig:
     rope: bool = True
     glu: bool = True
     attention: bool = False
+    padding_mask: bool = False
     fused_loss: bool = True
     strict: bool = False
     logits_budget_mib: int = 512

@@ -16,6 +16,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from .config import LigerConfig
 from .fused_head import FusedHead, HeadForward, head_linears
 from .head_probe import probe_head
+from .padding import leave_out_mask, why_masks_stay
 from .parameter_count import forget_count
 from .rebinding import rebind
 from .report import Applied, LigerReport, Skipped
@@ -74,6 +75,7 @@ class PatchState:
 class _Plan(NamedTuple):
     edits: list[Edit]
     fused: FusedHead | None
+    drops_masks: bool
     report: LigerReport
 
 
@@ -136,6 +138,8 @@ def apply_with(model: nn.Module, config: LigerConfig, no_fused_loss: str | None 
     setattr(core, _STATE, state)
     if plan.fused is not None:
         add_hooks(core, state, plan.fused.before_forward, plan.fused.after_forward)
+    if plan.drops_masks:
+        state.handles.append(core.register_forward_pre_hook(leave_out_mask, with_kwargs=True))
     return state.report
 
 
@@ -184,7 +188,16 @@ def _plan(model: nn.Module, core: nn.Module, config: LigerConfig, no_fused_loss:
     fused = None
     if config.fused_loss:
         fused = _plan_head(core, config, no_fused_loss, edits, report)
-    return _Plan(edits, fused, report)
+    return _Plan(edits, fused, config.padding_mask and _plan_masks(core, report), report)
+
+
+def _plan_masks(core: nn.Module, report: LigerReport) -> bool:
+    reason, cls = why_masks_stay(core), type(core).__name__
+    if reason is None:
+        report.applied.append(Applied("padding_mask", "", cls, "left out where padding is on the right"))
+    else:
+        report.skipped.append(Skipped("padding_mask", "", cls, reason))
+    return reason is None
 
 
 def _plan_layers(model: nn.Module, config: LigerConfig, report: LigerReport) -> list[Edit]:

@@ -16,8 +16,8 @@ FILES = sorted(file for folder in FOLDERS for file in (ROOT / folder).glob("**/*
 LAYERS = [
     {"kernels", "config", "errors", "report", "sharding", "verdicts", "environment", "parameter_count", "rebinding"},
     {
-        "probing", "norms", "rotary", "attention", "gated", "rules", "head_probe", "lazy_logits", "fused_head",
-        "medusa_loss",
+        "probing", "norms", "rotary", "attention", "padding", "gated", "rules", "head_probe", "lazy_logits",
+        "fused_head", "medusa_loss",
     },
     {"patching"},
     {"arguments", "callbacks", "trl", "auto", "throughput", "checkpoints", "medusa", "medusa_heads"},

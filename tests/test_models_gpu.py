@@ -53,7 +53,8 @@ def test_gradients_are_as_good_as_the_unpatched_model_s(model_type, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_grouped_attention_under_a_padding_mask(head_dim, dtype, monkeypatch):
+@pytest.mark.parametrize("option", ["attention", "padding_mask"])
+def test_attention_to_padded_rows(option, head_dim, dtype, monkeypatch):
     inputs = {k: v.cuda() for k, v in batch(rows=4, tokens=96).items()}
     inputs["attention_mask"][1:, -20:] = 0
     inputs["labels"][1:, -20:] = -100
@@ -61,17 +62,19 @@ def test_grouped_attention_under_a_padding_mask(head_dim, dtype, monkeypatch):
     exact_loss, exact = gradients(copy.deepcopy(model).double(), inputs)
     model = model.to(dtype)
     loss, theirs = gradients(model, inputs)
-    apply_liger(model, {"attention": True})
-    key_heads = []
+    apply_liger(model, {option: True})
+    key_heads, masked = [], []
     sdpa = torch.nn.functional.scaled_dot_product_attention
 
-    def spy(query, key, value, **kwargs):
+    def spy(query, key, value, attn_mask=None, **kwargs):
         key_heads.append(key.shape[1])
-        return sdpa(query, key, value, **kwargs)
+        masked.append(attn_mask is not None)
+        return sdpa(query, key, value, attn_mask=attn_mask, **kwargs)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
     our_loss, ours = gradients(model, inputs)
-    if torch.cuda.get_device_capability() >= (9, 0):  # where cuDNN's kernel is preferred
+    assert masked == [option == "attention"] * 2
+    if option == "padding_mask" or torch.cuda.get_device_capability() >= (9, 0):  # where cuDNN's kernel is preferred
         assert key_heads == [2, 2]
     tiny = {torch.bfloat16: 1e-2, torch.float16: 1e-3}[dtype]
     assert abs(our_loss - exact_loss) <= 2 * abs(loss - exact_loss) + tiny * abs(exact_loss)

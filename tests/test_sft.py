@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from trl import DPOTrainer, SFTTrainer
 
 import liger_trainer
-from liger_trainer import LigerDPOConfig, LigerSFTConfig
+from liger_trainer import LigerDPOConfig, LigerSFTConfig, patching
 from liger_trainer.kernels import launch
 from liger_trainer.patching import patch_state
 
@@ -85,6 +85,23 @@ def test_sft_is_the_same(model_type, options, tmp_path):
     state = patch_state(runs[1].model)
     assert state.trl_head.calls_fused > 0
     assert not state.report.skipped
+
+
+def test_sft_without_masks_of_right_padding(tmp_path, monkeypatch):
+    left_out = []
+
+    def spy(*args):
+        changed = leave_out_mask(*args)
+        left_out.append(changed is not None)
+        return changed
+
+    leave_out_mask = patching.leave_out_mask
+    monkeypatch.setattr(patching, "leave_out_mask", spy)
+    theirs = run_sft(tmp_path, False)
+    ours = run_sft(tmp_path, True, liger_config={"padding_mask": True, "attention": True})
+    assert_same_run(theirs, ours)
+    assert_same_metrics(theirs, ours)
+    assert left_out == [True] * 5
 
 
 def test_sft_with_lora(tmp_path):

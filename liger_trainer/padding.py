@@ -1,0 +1,58 @@
+"""Right padding needs no mask in causal attention, where no token sees what comes after it.
+
+A mask makes SDPA compute the whole square of scores where the causal half would do, and transformers repeat keys and
+values for each query head. With padding on the right only, causal attention and no label at padding, the loss and its
+gradients are the same without it: padded positions get other hidden states, and nothing depends on those.
+
+Whether a batch is like that is read off it at each training forward. That makes the host wait once, as transformers'
+own look at a mask would; without a mask there is none.
+"""
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+IGNORE_INDEX = -100
+# What the forward may be called with: other arguments might say where tokens are, or ask for hidden states.
+KNOWN = {
+    "input_ids", "inputs_embeds", "attention_mask", "labels", "num_items_in_batch", "use_cache", "return_dict",
+    "fused_lm_head",
+}  # fmt: skip
+NEED_NO_MASK = ("sdpa", "eager")  # others leave padding out by it
+DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
+
+
+def why_masks_stay(core: nn.Module) -> str | None:
+    """Why padding masks cannot be left out of ``core``'s training forward, or None where they can."""
+    if not isinstance(core, PreTrainedModel) or type(core).__module__.partition(".")[0] != "transformers":
+        return "it is no model of transformers: what else it does with a mask is not known"
+    config = core.config.get_text_config()
+    causal = [module.is_causal for module in core.modules() if hasattr(module, "is_causal")]
+    if core.config.is_encoder_decoder or not causal or not all(causal):
+        return "not all of its attention says that it is causal"
+    if config._attn_implementation not in NEED_NO_MASK:
+        return f"{config._attn_implementation} attention leaves padding out by the mask"
+    if any(getattr(config, name, 0) for name in DROPOUTS):
+        return "its attention has dropout, whose random numbers depend on the mask"
+    if getattr(config, "output_router_logits", False):
+        return "its router's loss leaves padding out by the mask"
+    return None
+
+
+def leave_out_mask(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    """Forward pre-hook: the same arguments without ``attention_mask``, where it changes neither loss nor gradients."""
+    mask, labels = kwargs.get("attention_mask"), kwargs.get("labels")
+    if args or not module.training or not torch.is_tensor(mask) or not torch.is_tensor(labels):
+        return None
+    if torch.compiler.is_compiling() or mask.dim() != 2 or mask.shape != labels.shape:
+        return None
+    if any(name not in KNOWN and value is not None and value is not False for name, value in kwargs.items()):
+        return None
+    return (args, {**kwargs, "attention_mask": None}) if _is_right_padding(mask, labels) else None
+
+
+def _is_right_padding(mask: Tensor, labels: Tensor) -> bool:
+    held = mask != 0
+    gaps = held[:, 1:] & ~held[:, :-1]
+    labelled = ~held & (labels != IGNORE_INDEX)
+    return not bool(gaps.any() | labelled.any())

@@ -1,0 +1,159 @@
+"""Padding masks that change neither loss nor gradients are left out, and all others stay."""
+
+import copy
+
+import pytest
+import torch
+from tiny_models import assert_same_training, batch, loss_and_gradients, tiny_model
+from training import Rows, assert_same_run, train
+from transformers import AutoModelForCausalLM
+
+from liger_trainer import apply_liger, revert_liger
+
+ON = {"padding_mask": True}
+CAUSAL = ("llama", "mistral", "qwen3", "gemma3_text", "phi3", "olmo2", "cohere", "gpt_neox", "deepseek_v3")
+
+
+@pytest.fixture
+def masks(monkeypatch):
+    """Whether each call of SDPA had a mask."""
+    seen = []
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(*args, attn_mask=None, **kwargs):
+        seen.append(attn_mask is not None)
+        return sdpa(*args, attn_mask=attn_mask, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    return seen
+
+
+def causal_model(model_type="llama", **overrides):
+    return tiny_model(model_type, attn_implementation="sdpa", **overrides)
+
+
+def padded(held=lambda mask: mask[1, -3:].zero_()):
+    """A batch with the padding that ``held`` writes into its mask."""
+    inputs = batch()
+    mask = torch.ones_like(inputs["input_ids"])
+    held(mask)
+    return {**inputs, "attention_mask": mask, "labels": inputs["labels"].masked_fill(mask == 0, -100)}
+
+
+@pytest.mark.parametrize("model_type", CAUSAL)
+def test_same_loss_and_gradients_without_the_mask(model_type, masks):
+    model = causal_model(model_type)
+    inputs = padded()
+    theirs = loss_and_gradients(model, inputs)
+    assert all(masks)
+    with_mask = len(masks)
+    assert apply_liger(model, {**ON, "strict": True}).counts["padding_mask"] == 1
+    masks.clear()
+    assert_same_training(theirs, loss_and_gradients(model, inputs))
+    assert masks == [False] * with_mask
+    twin = copy.deepcopy(model)
+    masks.clear()
+    loss_and_gradients(twin, inputs)
+    assert not any(masks)
+    revert_liger(model)
+    masks.clear()
+    loss_and_gradients(model, inputs)
+    assert all(masks)
+
+
+def test_eager_attention_has_no_mask_either():
+    model = tiny_model("gemma2", attn_implementation="eager")
+    inputs, seen = padded(), []
+    model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["attention_mask"]), with_kwargs=True
+    )
+    theirs = loss_and_gradients(model, inputs)
+    apply_liger(model, ON)
+    assert_same_training(theirs, loss_and_gradients(model, inputs))
+    assert seen[0] is inputs["attention_mask"]
+    assert seen[1] is None
+
+
+def label_padding(inputs):
+    inputs["labels"][1, -1] = 5
+
+
+@pytest.mark.parametrize(
+    ("held", "change"),
+    [
+        (lambda mask: mask[1, :3].zero_(), None),
+        (lambda mask: mask[1, 4:6].zero_(), None),
+        (lambda mask: mask[1, -3:].zero_(), label_padding),
+        (lambda mask: mask[1, -3:].zero_(), lambda inputs: inputs.update(position_ids=torch.arange(11)[None])),
+        (lambda mask: mask[1, -3:].zero_(), lambda inputs: inputs.update(output_hidden_states=True)),
+    ],
+    ids=["left", "gap", "labelled", "positions", "hidden states"],
+)
+def test_masks_that_matter_stay(held, change, masks):
+    model = causal_model()
+    inputs = padded(held)
+    if change is not None:
+        change(inputs)
+    theirs = loss_and_gradients(model, inputs)
+    apply_liger(model, ON)
+    masks.clear()
+    assert_same_training(theirs, loss_and_gradients(model, inputs))
+    assert all(masks)
+
+
+def test_masks_stay_in_evaluation_and_without_labels(masks):
+    model = causal_model()
+    apply_liger(model, ON)
+    inputs = padded()
+    model.eval()(**inputs)
+    inputs.pop("labels")
+    model.train()(**inputs)
+    assert len(masks) == 4
+    assert all(masks)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "overrides", "reason"),
+    [
+        ("llama", {"attention_dropout": 0.1}, "its attention has dropout"),
+        ("mixtral", {}, "its router's loss leaves padding out by the mask"),
+        ("llama", {"attn_implementation": "flex_attention"}, "flex_attention attention leaves padding out by the mask"),
+    ],
+)
+def test_models_that_need_masks_keep_them(model_type, overrides, reason):
+    model = tiny_model(model_type, **overrides)
+    report = apply_liger(model, ON)
+    assert "padding_mask" not in report.counts
+    assert [s.reason[: len(reason)] for s in report.skipped] == [reason]
+
+
+def test_what_is_not_known_to_be_causal_keeps_its_masks():
+    config = causal_model().config
+    config.is_encoder_decoder = True
+    report = apply_liger(AutoModelForCausalLM.from_config(config), ON)
+    assert [s.reason for s in report.skipped] == ["not all of its attention says that it is causal"]
+    skipped = {s.kind: s.reason for s in apply_liger(torch.nn.Linear(2, 2), ON).skipped}
+    assert skipped["padding_mask"].startswith("it is no model of transformers")
+    assert not apply_liger(causal_model()).skipped, "it is off by default"
+
+
+class PaddedRows(Rows):
+    """Rows whose labels end where their mask does."""
+
+    def __getitem__(self, index):
+        row = dict(self.rows[index])
+        row["attention_mask"] = (row["labels"] != -100).long()
+        return row
+
+
+@pytest.mark.parametrize("config", [ON, {**ON, "attention": True, "fused_loss": False}], ids=["alone", "and attention"])
+def test_training_is_the_same(config, tmp_path, masks):
+    rows = PaddedRows(valid=lambda i: (12, 3, 7, 1)[i % 4])
+    options = {"dataset": rows, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "optim": "sgd"}
+    theirs = train(tmp_path, False, model=causal_model(), **options)
+    assert all(masks)
+    masks.clear()
+    ours = train(tmp_path, True, model=causal_model(), liger_config=config, **options)
+    assert masks
+    assert not any(masks)
+    assert_same_run(theirs, ours)
