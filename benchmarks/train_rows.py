@@ -11,7 +11,7 @@ from benchmarks.train_arms import ARMS
 
 KEYS = ("point", "launch", "processes", "arm")
 # What has to be the same for rounds to belong to one row.
-SETTINGS = ("recipe", "overrides", "config_file", "warmup", "steps", "window")
+SETTINGS = ("recipe", "overrides", "config_file", "environment", "warmup", "steps", "window")
 MEMORY = ("peak_allocated_gib", "peak_reserved_gib", "static_gib", "gradients_gib", "above_static_gib")
 SAME = ("first_loss", "last_loss", "first_grad_norm", "last_grad_norm")  # in all arms, if they compute the same
 MEDIANS = ("tokens_per_s", "padded_tokens_per_s", "step_ms", *MEMORY, *SAME)
@@ -70,13 +70,17 @@ def missing_packages(job: dict) -> list[str]:
     return missing
 
 
+def _settings(row: dict) -> list:
+    return [row.get(key) or None for key in SETTINGS]  # rows are older than some keys
+
+
 def kept_rounds(job: dict, rows: dict[tuple, dict], keep_old: bool = False) -> list[dict]:
     """The rounds of ``job``'s row that stand: those with its fingerprint. What failed is tried again.
 
     ``keep_old``: those of the same settings, whatever else has changed.
     """
     row = rows.get(key_of(job))
-    if row is None or any(row.get(k) != job[k] for k in SETTINGS):
+    if row is None or _settings(row) != _settings(job):
         return []
     good = [r for r in row["rounds"] if r["status"] in ("ok", "oom")]
     return [r for r in good if keep_old or r.get("fingerprint") == job["fingerprint"]]
@@ -109,7 +113,7 @@ def judge(row: dict, hf: dict | None) -> dict:
         return row
     row = {k: v for k, v in row.items() if k != "note"} | {"status": "ok"}
     ours, theirs = (r.get("first_grad_norm") if r else None for r in (row, hf))
-    if hf is not None and any(row.get(k) != hf.get(k) for k in SETTINGS):
+    if hf is not None and _settings(row) != _settings(hf):
         return row  # HF's row is of other settings: not the same work
     if ours is None or theirs is None or abs(ours - theirs) <= GRAD_NORM_TOLERANCE * theirs:
         return row

@@ -36,9 +36,19 @@ def grouped_sdpa(
 
     ``query`` is ``[batch, heads, tokens, head_dim]``, ``key`` and ``value`` have fewer heads.
     """
-    fits = not args and _is_fused_grouped(query, key, value, attention_mask, kwargs)
-    attend = _without_copies if fits else sdpa_attention_forward
-    return attend(module, query, key, value, attention_mask, *args, **kwargs)
+    states = _as_in_sdpa(query, key, value)
+    if not args and _is_fused_grouped(*states, attention_mask, kwargs):
+        return _without_copies(module, *states, attention_mask, **kwargs)
+    return sdpa_attention_forward(module, query, key, value, attention_mask, *args, **kwargs)
+
+
+def _as_in_sdpa(*states: Tensor) -> list[Tensor]:
+    """The states in the dtype that SDPA itself would give them under autocast: its kernels are chosen by that."""
+    device = states[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return list(states)
+    dtype = torch.get_autocast_dtype(device)
+    return [state if state.dtype == torch.float64 else state.to(dtype) for state in states]
 
 
 def _is_fused_grouped(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> bool:

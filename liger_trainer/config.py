@@ -27,8 +27,8 @@ class LigerConfig:
             transformers repeats them for each query head; only where torch has a fused kernel for it, and not under
             torch.compile. Off by default, because its gain is not measured yet.
         padding_mask: training batches whose padding is on the right and has no labels are given to causal attention
-            without their mask, which changes neither loss nor gradients. Off by default, because its gain is not
-            measured yet.
+            without their mask, which changes neither loss nor gradients; hidden states at padding are others. Not under
+            torch.compile. Off by default, because its gain is not measured yet.
         fused_loss: compute the causal-LM loss inside ``lm_head``, chunk by chunk, without building the logits.
         strict: anything asked for and not applied is an error instead of a line in the report.
         logits_budget_mib: upper bound in MiB of the transient logits the fused loss holds at a time. Larger is

@@ -5,11 +5,12 @@ values for each query head. With padding on the right only, causal attention and
 gradients are the same without it: padded positions get other hidden states, and nothing depends on those.
 
 Whether a batch is like that is read off it at each training forward. That makes the host wait once, as transformers'
-own look at a mask would; without a mask there is none.
+own look at a mask does, which falls away. In a compiled forward nothing can be read, and masks stay.
 """
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers import PreTrainedModel
 
 IGNORE_INDEX = -100
@@ -19,7 +20,6 @@ KNOWN = {
     "fused_lm_head",
 }  # fmt: skip
 NEED_NO_MASK = ("sdpa", "eager")  # others leave padding out by it
-DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
 
 
 def why_masks_stay(core: nn.Module) -> str | None:
@@ -27,16 +27,28 @@ def why_masks_stay(core: nn.Module) -> str | None:
     if not isinstance(core, PreTrainedModel) or type(core).__module__.partition(".")[0] != "transformers":
         return "it is no model of transformers: what else it does with a mask is not known"
     config = core.config.get_text_config()
-    causal = [module.is_causal for module in core.modules() if hasattr(module, "is_causal")]
-    if core.config.is_encoder_decoder or not causal or not all(causal):
+    says_so = all(getattr(each, "is_causal", True) for each in (core.config, config))  # a config can turn it off
+    attentions = [module for module in core.modules() if hasattr(module, "is_causal")]
+    causal = says_so and bool(attentions) and all(module.is_causal for module in attentions)
+    if core.config.is_encoder_decoder or not causal:
         return "not all of its attention says that it is causal"
     if config._attn_implementation not in NEED_NO_MASK:
         return f"{config._attn_implementation} attention leaves padding out by the mask"
-    if any(getattr(config, name, 0) for name in DROPOUTS):
+    if any(map(_has_dropout, attentions)):
         return "its attention has dropout, whose random numbers depend on the mask"
-    if getattr(config, "output_router_logits", False):
+    if _has_router_loss(core):
         return "its router's loss leaves padding out by the mask"
     return None
+
+
+def _has_router_loss(core: PreTrainedModel) -> bool:
+    return bool(getattr(core.config.get_text_config(), "output_router_logits", False))
+
+
+def _has_dropout(module: nn.Module) -> bool:
+    """Whether the module, or a ``nn.Dropout`` in it, has a dropout rate that is not zero, by whatever name."""
+    rates = [value for name, value in vars(module).items() if "drop" in name and isinstance(value, float)]
+    return any(rates) or any(child.p for child in module.modules() if isinstance(child, nn.Dropout))
 
 
 def leave_out_mask(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
@@ -44,7 +56,10 @@ def leave_out_mask(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple,
     mask, labels = kwargs.get("attention_mask"), kwargs.get("labels")
     if args or not module.training or not torch.is_tensor(mask) or not torch.is_tensor(labels):
         return None
-    if torch.compiler.is_compiling() or mask.dim() != 2 or mask.shape != labels.shape:
+    if torch.compiler.is_compiling() or isinstance(mask, FakeTensor) or mask.dim() != 2 or mask.shape != labels.shape:
+        return None
+    positions = getattr(module.config.get_text_config(), "max_position_embeddings", None)
+    if _has_router_loss(module) or (positions and mask.shape[1] > positions):  # OPT has none for padding beyond
         return None
     if any(name not in KNOWN and value is not None and value is not False for name, value in kwargs.items()):
         return None
@@ -54,5 +69,5 @@ def leave_out_mask(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple,
 def _is_right_padding(mask: Tensor, labels: Tensor) -> bool:
     held = mask != 0
     gaps = held[:, 1:] & ~held[:, :-1]
-    labelled = ~held & (labels != IGNORE_INDEX)
+    labelled = ~held & (labels != IGNORE_INDEX).to(mask.device)
     return not bool(gaps.any() | labelled.any())

@@ -67,7 +67,8 @@ class ThroughputCallback(TrainerCallback):
         self.warmup_left = WARMUP_STEPS
         if self.hook is not None:  # a run that broke off, as auto_find_batch_size lets them
             self.hook.remove()
-        self.hook = model.register_forward_pre_hook(self.count_tokens, with_kwargs=True)
+        # First of all hooks: another may leave the attention mask out.
+        self.hook = model.register_forward_pre_hook(self.count_tokens, with_kwargs=True, prepend=True)
         if args.device.type == "cuda":
             for index in range(torch.cuda.device_count()):
                 torch.cuda.reset_peak_memory_stats(index)

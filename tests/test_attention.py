@@ -73,11 +73,27 @@ def test_off_by_default_and_by_itself(heads):
     assert heads == AS_THEY_ARE
 
 
+def test_under_autocast_the_kernel_is_that_of_the_narrow_dtype(heads):
+    model = sdpa_model()
+    inputs = padded()
+    results = []
+    for patched in (False, True):
+        if patched:
+            apply_liger(model, {**ON, "fused_loss": False, "glu": False, "rms_norm": False})
+            heads.clear()
+        with torch.autocast("cpu", torch.bfloat16):
+            results.append(loss_and_gradients(model, inputs))
+    assert heads == AS_THEY_ARE
+    assert_same_training(*results, tolerance=3e-2)
+
+
 def no_kernel(*args, **kwargs):
     raise RuntimeError("No available kernel. Aborting execution.")
 
 
-@pytest.mark.parametrize("choice", [lambda *args, **kwargs: SDPBackend.MATH.value, no_kernel], ids=["math", "none"])
+@pytest.mark.parametrize(
+    "choice", [lambda *a, **k: SDPBackend.MATH.value, lambda *a, **k: SDPBackend.ERROR.value, no_kernel]
+)
 def test_where_no_fused_kernel_takes_groups_keys_are_repeated(choice, heads, monkeypatch):
     model = sdpa_model()
     inputs = padded()

@@ -8,7 +8,7 @@ from tiny_models import assert_same_training, batch, loss_and_gradients, tiny_mo
 from training import Rows, assert_same_run, train
 from transformers import AutoModelForCausalLM
 
-from liger_trainer import apply_liger, revert_liger
+from liger_trainer import apply_liger, padding, revert_liger
 
 ON = {"padding_mask": True}
 CAUSAL = ("llama", "mistral", "qwen3", "gemma3_text", "phi3", "olmo2", "cohere", "gpt_neox", "deepseek_v3")
@@ -101,6 +101,27 @@ def test_masks_that_matter_stay(held, change, masks):
     assert all(masks)
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda ids, mask, labels: ((ids, mask), {"labels": labels}),
+        lambda ids, mask, labels: ((), {"input_ids": ids, "attention_mask": mask, "labels": labels[:, 1:]}),
+        lambda ids, mask, labels: ((), {"input_ids": ids, "attention_mask": mask[:, None, None], "labels": labels}),
+        lambda ids, mask, labels: ((), {"input_ids": ids, "attention_mask": mask}),
+    ],
+    ids=["positional", "labels of another shape", "4-D mask", "no labels"],
+)
+def test_calls_of_another_form_are_not_touched(call):
+    inputs = padded()
+    args, kwargs = call(inputs["input_ids"], inputs["attention_mask"], inputs["labels"])
+    model = causal_model().train()
+    assert padding.leave_out_mask(model, args, kwargs) is None
+    assert padding.leave_out_mask(model.eval(), (), inputs) is None
+    others = {"use_cache": None, "return_dict": True, "output_attentions": False}
+    _, changed = padding.leave_out_mask(model.train(), (), {**inputs, **others})
+    assert changed == {**inputs, **others, "attention_mask": None}
+
+
 def test_masks_stay_in_evaluation_and_without_labels(masks):
     model = causal_model()
     apply_liger(model, ON)
@@ -118,6 +139,7 @@ def test_masks_stay_in_evaluation_and_without_labels(masks):
         ("llama", {"attention_dropout": 0.1}, "its attention has dropout"),
         ("mixtral", {}, "its router's loss leaves padding out by the mask"),
         ("llama", {"attn_implementation": "flex_attention"}, "flex_attention attention leaves padding out by the mask"),
+        ("gptj", {"attn_pdrop": 0.1, "attn_implementation": "eager"}, "its attention has dropout"),
     ],
 )
 def test_models_that_need_masks_keep_them(model_type, overrides, reason):
@@ -134,7 +156,34 @@ def test_what_is_not_known_to_be_causal_keeps_its_masks():
     assert [s.reason for s in report.skipped] == ["not all of its attention says that it is causal"]
     skipped = {s.kind: s.reason for s in apply_liger(torch.nn.Linear(2, 2), ON).skipped}
     assert skipped["padding_mask"].startswith("it is no model of transformers")
+    stranger = causal_model()
+    stranger.__class__ = type("Stranger", (type(stranger),), {"__module__": "elsewhere"})
+    assert [s.reason for s in apply_liger(stranger, ON).skipped if s.kind == "padding_mask"] == [
+        skipped["padding_mask"]
+    ]
+    partly = causal_model()
+    partly.model.layers[1].self_attn.is_causal = False
+    assert "padding_mask" not in apply_liger(partly, ON).counts
     assert not apply_liger(causal_model()).skipped, "it is off by default"
+
+
+def test_what_changes_after_applying_is_seen():
+    model = causal_model("mixtral", output_router_logits=False).train()
+    apply_liger(model, {**ON, "strict": True})
+    inputs = padded()
+    assert padding.leave_out_mask(model, (), inputs) is not None
+    model.config.output_router_logits = True  # TRL does so after it has made the Trainer
+    assert padding.leave_out_mask(model, (), inputs) is None
+
+
+def test_rows_padded_beyond_the_table_of_positions_keep_their_mask():
+    model = tiny_model(
+        "opt", max_position_embeddings=8, ffn_dim=96, word_embed_proj_dim=64, attention_dropout=0.0, dropout=0.0
+    )
+    inputs = padded(lambda mask: mask[:, 8:].zero_())
+    loss = loss_and_gradients(model, inputs)[0]
+    assert apply_liger(model, ON).counts["padding_mask"] == 1
+    torch.testing.assert_close(loss_and_gradients(model, inputs)[0], loss)
 
 
 class PaddedRows(Rows):

@@ -62,10 +62,15 @@ def test_a_bad_suite_is_refused(change, message, tmp_path):
         suite.load(path)
 
 
-def test_a_suite_s_environment_is_that_of_its_runs():
-    job = first_job("paper_models", "hf")
+def test_a_suite_s_environment_is_that_of_its_runs(monkeypatch):
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
+    job = first_job("paper_models", "hf") | {"fingerprint": "now"}
     assert relay.environment(job)["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
-    assert relay.environment(first_job("step_1b", "hf")).get("PYTORCH_CUDA_ALLOC_CONF") != "expandable_segments:True"
+    assert "PYTORCH_CUDA_ALLOC_CONF" not in relay.environment(first_job("step_1b", "hf"))
+    row = train_rows.combine(job, [GOOD | {"fingerprint": "now"}])
+    for environment, kept in ((job["environment"], 1), ({}, 0)):
+        rows = {train_rows.key_of(job): row | {"environment": environment}}
+        assert len(train_rows.kept_rounds(job, rows, keep_old=True)) == kept
 
 
 def test_a_point_may_have_times_of_its_own():

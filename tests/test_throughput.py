@@ -14,7 +14,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from liger_trainer import data, throughput
+from liger_trainer import apply_liger, data, throughput
 from liger_trainer.throughput import FlopCount, ThroughputCallback
 
 LENGTHS = [4, 8, 6, 8, 3, 8, 2, 8, 7, 8, 5, 8, 8, 8, 1, 8]  # 16 examples, in batches of 2
@@ -111,9 +111,11 @@ def test_logs_tokens_and_time_of_each_interval(tmp_path, monkeypatch, tokenizer,
     assert not [hook for hook in model._forward_pre_hooks.values() if hook != clock.forward]
 
 
-@pytest.mark.parametrize("strategy", ["epoch", "no"])
-def test_intervals_closed_by_an_epoch_or_the_end(tmp_path, monkeypatch, tokenizer, strategy):
+@pytest.mark.parametrize(("strategy", "mask"), [("epoch", "given"), ("no", "given"), ("epoch", "left out")])
+def test_intervals_closed_by_an_epoch_or_the_end(tmp_path, monkeypatch, tokenizer, strategy, mask):
     model = small_model()
+    if mask == "left out":
+        assert apply_liger(model, {"padding_mask": True}).counts["padding_mask"] == 1
     Clock(model, monkeypatch)
     rows = [{"input_ids": [5] * n, "attention_mask": [1] * n, "labels": [5] * n} for n in LENGTHS]
     args = arguments(tmp_path, logging_strategy=strategy, save_strategy="no", num_train_epochs=2)
