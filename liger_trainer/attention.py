@@ -36,9 +36,10 @@ def grouped_sdpa(
 
     ``query`` is ``[batch, heads, tokens, head_dim]``, ``key`` and ``value`` have fewer heads.
     """
-    states = _as_in_sdpa(query, key, value)
-    if not args and _is_fused_grouped(*states, attention_mask, kwargs):
-        return _without_copies(module, *states, attention_mask, **kwargs)
+    if not args and _would_repeat(query, attention_mask, kwargs):
+        states = _as_in_sdpa(query, key, value)
+        if _has_fused_kernel(*states, attention_mask, kwargs):
+            return _without_copies(module, *states, attention_mask, **kwargs)
     return sdpa_attention_forward(module, query, key, value, attention_mask, *args, **kwargs)
 
 
@@ -51,13 +52,15 @@ def _as_in_sdpa(*states: Tensor) -> list[Tensor]:
     return [state if state.dtype == torch.float64 else state.to(dtype) for state in states]
 
 
-def _is_fused_grouped(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> bool:
-    """Whether torch has a fused kernel for these as they are; a single query and no mask are no concern of ours."""
+def _would_repeat(query: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> bool:
+    """Whether the original would repeat keys, and with the mask and the keys that it is given."""
     if mask is None or torch.compiler.is_compiling() or query.dim() != 4 or query.shape[2] == 1:
         return False
-    # Made inside the original: another mask, other keys.
-    if kwargs.get("position_bias") is not None or kwargs.get("cache") is not None:
-        return False
+    return kwargs.get("position_bias") is None and kwargs.get("cache") is None
+
+
+def _has_fused_kernel(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, kwargs: dict[str, Any]) -> bool:
+    """Whether torch would choose a fused kernel for these as they are."""
     options = {"dropout_p": kwargs.get("dropout", 0.0), "scale": kwargs.get("scaling"), "enable_gqa": True}
     try:
         return torch._fused_sdp_choice(query, key, value, mask, **options) in FUSED
