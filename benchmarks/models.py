@@ -5,9 +5,9 @@
     python benchmarks/models.py --auto AutoModelForImageTextToText   # with text alone
 
 Two batches, one with padding on the right and one with it on the left, forward and backward and in evaluation, in fp32
-on the CPU, where the ops run their definitions: this tests
-what patching does to a model, not the kernels. Results go to ``<out>/models*.json``, and ``liger-trainer plot --update
-docs/models.md`` makes the table of them. Exit status 1 where a model fails or differs.
+on the CPU, where the ops run their definitions: this tests what patching does to a model, not the kernels. Results go
+to ``<out>/models*.json``, and ``liger-trainer plot --update docs/models.md`` makes the table of them. Exit status 1
+where a model fails or differs.
 """
 
 import argparse

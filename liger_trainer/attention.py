@@ -19,8 +19,8 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from .probing import TOLERANCE, difference, generator
-from .rebinding import forward_function, rebind
-from .verdicts import Rebinding, Refusal, Verdict
+from .rebinding import forward_function, rebind, rebinding
+from .verdicts import Refusal, Verdict
 
 QUESTION = "use_gqa_in_sdpa"  # what sdpa_attention_forward calls to know whether SDPA groups heads by itself
 VARIANT = "sdpa, grouped heads under a mask"
@@ -93,10 +93,7 @@ def probe(module: nn.Module) -> Verdict:
         return Refusal("attention", "its sdpa is not the one of transformers")
     if not _is_known():
         return Refusal("attention", "transformers' sdpa function groups heads in a way that is not known")
-    rebound = rebind(type(module).forward, {})
-    if isinstance(rebound, str):
-        return Refusal("attention", rebound)
-    return Rebinding("attention", VARIANT, {name: _WithOurs(table) for name, table in tables.items()})
+    return rebinding("attention", VARIANT, module, {name: _WithOurs(table) for name, table in tables.items()})
 
 
 @functools.cache

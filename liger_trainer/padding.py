@@ -11,9 +11,10 @@ own look at a mask does, which falls away. In a compiled forward nothing can be 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-IGNORE_INDEX = -100
+from .fused_head import IGNORE_INDEX
+
 # What the forward may be called with: other arguments might say where tokens are, or ask for hidden states.
 KNOWN = {
     "input_ids", "inputs_embeds", "attention_mask", "labels", "num_items_in_batch", "use_cache", "return_dict",
@@ -36,13 +37,13 @@ def why_masks_stay(core: nn.Module) -> str | None:
         return f"{config._attn_implementation} attention leaves padding out by the mask"
     if any(map(_has_dropout, attentions)):
         return "its attention has dropout, whose random numbers depend on the mask"
-    if _has_router_loss(core):
+    if _has_router_loss(config):
         return "its router's loss leaves padding out by the mask"
     return None
 
 
-def _has_router_loss(core: PreTrainedModel) -> bool:
-    return bool(getattr(core.config.get_text_config(), "output_router_logits", False))
+def _has_router_loss(config: PreTrainedConfig) -> bool:
+    return bool(getattr(config, "output_router_logits", False))
 
 
 def _has_dropout(module: nn.Module) -> bool:
@@ -58,8 +59,9 @@ def leave_out_mask(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple,
         return None
     if torch.compiler.is_compiling() or isinstance(mask, FakeTensor) or mask.dim() != 2 or mask.shape != labels.shape:
         return None
-    positions = getattr(module.config.get_text_config(), "max_position_embeddings", None)
-    if _has_router_loss(module) or (positions and mask.shape[1] > positions):  # OPT has none for padding beyond
+    config = module.config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None)
+    if _has_router_loss(config) or (positions and mask.shape[1] > positions):  # OPT has none for padding beyond
         return None
     if any(name not in KNOWN and value is not None and value is not False for name, value in kwargs.items()):
         return None

@@ -210,10 +210,10 @@ def _plan_layers(model: nn.Module, config: LigerConfig, report: LigerReport) -> 
             if not config.wants(verdict.kind):
                 continue
             cls = type(module).__name__
-            attribute = _free_attribute(module, verdict.attribute) if not isinstance(verdict, Refusal) else None
             if isinstance(verdict, Refusal):
                 report.skipped.append(Skipped(verdict.kind, name, cls, verdict.reason))
                 continue
+            attribute = _free_attribute(module, verdict.attribute)
             if attribute is None:
                 reason = f"its {verdict.attribute} was already replaced on the instance"
                 report.skipped.append(Skipped(verdict.kind, name, cls, reason))

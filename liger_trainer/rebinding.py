@@ -8,11 +8,19 @@ import types
 
 from torch import nn
 
+from .verdicts import Rebinding, Refusal, Verdict
+
 
 def forward_function(module: nn.Module) -> types.FunctionType | None:
     """The function at the bottom of the class's forward, below any ``functools.wraps`` layers."""
     function = inspect.unwrap(type(module).forward)
     return function if isinstance(function, types.FunctionType) else None
+
+
+def rebinding(kind: str, variant: str, module: nn.Module, names: dict) -> Verdict:
+    """The verdict that ``names`` can be replaced in the module's forward, or that it cannot be rebuilt."""
+    reason = rebind(type(module).forward, {})
+    return Refusal(kind, reason) if isinstance(reason, str) else Rebinding(kind, variant, names)
 
 
 def rebind(function, replaced: dict) -> types.FunctionType | str:

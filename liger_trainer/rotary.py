@@ -16,8 +16,8 @@ from torch import nn
 from .kernels import reference
 from .kernels.rope import rope
 from .probing import TOLERANCE, difference, generator
-from .rebinding import forward_function, rebind
-from .verdicts import Rebinding, Refusal, Verdict
+from .rebinding import forward_function, rebinding
+from .verdicts import Refusal, Verdict
 
 BATCH, TOKENS, HEADS, KV_HEADS, HEAD_DIM = 2, 5, 4, 2, 16
 
@@ -96,10 +96,7 @@ def probe(module: nn.Module) -> Verdict:
             return Refusal("rope", f"{name}: {form_or_reason}")
         adapters[name] = _adapter(function.__globals__[name], form_or_reason)
         forms.append(str(form_or_reason))
-    rebound = rebind(type(module).forward, {})
-    if isinstance(rebound, str):
-        return Refusal("rope", rebound)
-    return Rebinding("rope", ", ".join(dict.fromkeys(forms)), adapters)
+    return rebinding("rope", ", ".join(dict.fromkeys(forms)), module, adapters)
 
 
 def _layout(original) -> tuple[list[str], int] | str:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_models import assert_same_training, batch, loss_and_gradients, tiny_model
+from tiny_models import assert_same_training, loss_and_gradients, padded_batch, sdpa_model, tiny_model
 from torch.nn.attention import SDPBackend
 from transformers import AttentionInterface
 
@@ -31,16 +31,9 @@ def heads(monkeypatch):
 REPEATED, AS_THEY_ARE = [(HEADS, False)] * 2, [(KV_HEADS, True)] * 2  # in two layers
 
 
-def sdpa_model(model_type="llama", **overrides):
-    return tiny_model(model_type, attn_implementation="sdpa", **overrides)
-
-
 def padded(side="right"):
     """A batch whose second row has padding on one side."""
-    inputs = batch()
-    mask = torch.ones_like(inputs["input_ids"])
-    mask[1, slice(-3, None) if side == "right" else slice(3)] = 0
-    return {**inputs, "attention_mask": mask, "labels": inputs["labels"].masked_fill(mask == 0, -100)}
+    return padded_batch(lambda mask: mask[1, slice(-3, None) if side == "right" else slice(3)].zero_())
 
 
 @pytest.mark.parametrize("model_type", GROUPED)

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from tiny_models import assert_same_training, batch, loss_and_gradients, tiny_model
+from tiny_models import assert_same_training, loss_and_gradients, padded_batch, sdpa_model, tiny_model
 from training import Rows, assert_same_run, train
 from transformers import AutoModelForCausalLM
 
@@ -28,21 +28,14 @@ def masks(monkeypatch):
     return seen
 
 
-def causal_model(model_type="llama", **overrides):
-    return tiny_model(model_type, attn_implementation="sdpa", **overrides)
-
-
-def padded(held=lambda mask: mask[1, -3:].zero_()):
-    """A batch with the padding that ``held`` writes into its mask."""
-    inputs = batch()
-    mask = torch.ones_like(inputs["input_ids"])
-    held(mask)
-    return {**inputs, "attention_mask": mask, "labels": inputs["labels"].masked_fill(mask == 0, -100)}
+def padded(pad=lambda mask: mask[1, -3:].zero_()):
+    """A batch with padding, by default on the right of its second row."""
+    return padded_batch(pad)
 
 
 @pytest.mark.parametrize("model_type", CAUSAL)
 def test_same_loss_and_gradients_without_the_mask(model_type, masks):
-    model = causal_model(model_type)
+    model = sdpa_model(model_type)
     inputs = padded()
     theirs = loss_and_gradients(model, inputs)
     assert all(masks)
@@ -90,7 +83,7 @@ def label_padding(inputs):
     ids=["left", "gap", "labelled", "positions", "hidden states"],
 )
 def test_masks_that_matter_stay(held, change, masks):
-    model = causal_model()
+    model = sdpa_model()
     inputs = padded(held)
     if change is not None:
         change(inputs)
@@ -114,7 +107,7 @@ def test_masks_that_matter_stay(held, change, masks):
 def test_calls_of_another_form_are_not_touched(call):
     inputs = padded()
     args, kwargs = call(inputs["input_ids"], inputs["attention_mask"], inputs["labels"])
-    model = causal_model().train()
+    model = sdpa_model().train()
     assert padding.leave_out_mask(model, args, kwargs) is None
     assert padding.leave_out_mask(model.eval(), (), inputs) is None
     others = {"use_cache": None, "return_dict": True, "output_attentions": False}
@@ -123,7 +116,7 @@ def test_calls_of_another_form_are_not_touched(call):
 
 
 def test_masks_stay_in_evaluation_and_without_labels(masks):
-    model = causal_model()
+    model = sdpa_model()
     apply_liger(model, ON)
     inputs = padded()
     model.eval()(**inputs)
@@ -150,25 +143,26 @@ def test_models_that_need_masks_keep_them(model_type, overrides, reason):
 
 
 def test_what_is_not_known_to_be_causal_keeps_its_masks():
-    config = causal_model().config
+    config = sdpa_model().config
     config.is_encoder_decoder = True
     report = apply_liger(AutoModelForCausalLM.from_config(config), ON)
     assert [s.reason for s in report.skipped] == ["not all of its attention says that it is causal"]
     skipped = {s.kind: s.reason for s in apply_liger(torch.nn.Linear(2, 2), ON).skipped}
     assert skipped["padding_mask"].startswith("it is no model of transformers")
-    stranger = causal_model()
+    stranger = sdpa_model()
     stranger.__class__ = type("Stranger", (type(stranger),), {"__module__": "elsewhere"})
-    assert [s.reason for s in apply_liger(stranger, ON).skipped if s.kind == "padding_mask"] == [
-        skipped["padding_mask"]
-    ]
-    partly = causal_model()
+    reasons = [s.reason for s in apply_liger(stranger, ON).skipped if s.kind == "padding_mask"]
+    assert reasons == [skipped["padding_mask"]]
+    everywhere = sdpa_model(is_causal=False)  # transformers then lets every token see all others
+    assert "padding_mask" not in apply_liger(everywhere, ON).counts
+    partly = sdpa_model()
     partly.model.layers[1].self_attn.is_causal = False
     assert "padding_mask" not in apply_liger(partly, ON).counts
-    assert not apply_liger(causal_model()).skipped, "it is off by default"
+    assert not apply_liger(sdpa_model()).skipped, "it is off by default"
 
 
 def test_what_changes_after_applying_is_seen():
-    model = causal_model("mixtral", output_router_logits=False).train()
+    model = sdpa_model("mixtral", output_router_logits=False).train()
     apply_liger(model, {**ON, "strict": True})
     inputs = padded()
     assert padding.leave_out_mask(model, (), inputs) is not None
@@ -199,10 +193,10 @@ class PaddedRows(Rows):
 def test_training_is_the_same(config, tmp_path, masks):
     rows = PaddedRows(valid=lambda i: (12, 3, 7, 1)[i % 4])
     options = {"dataset": rows, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "optim": "sgd"}
-    theirs = train(tmp_path, False, model=causal_model(), **options)
+    theirs = train(tmp_path, False, model=sdpa_model(), **options)
     assert all(masks)
     masks.clear()
-    ours = train(tmp_path, True, model=causal_model(), liger_config=config, **options)
+    ours = train(tmp_path, True, model=sdpa_model(), liger_config=config, **options)
     assert masks
     assert not any(masks)
     assert_same_run(theirs, ours)

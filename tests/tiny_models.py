@@ -70,6 +70,19 @@ def batch(rows: int = 2, tokens: int = 11, seed: int = 1, ignored: float = 0.3) 
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
 
+def padded_batch(pad) -> dict[str, torch.Tensor]:
+    """A batch with the padding that ``pad(mask)`` writes into its mask; padding has no labels."""
+    inputs = batch()
+    mask = torch.ones_like(inputs["input_ids"])
+    pad(mask)
+    return {**inputs, "attention_mask": mask, "labels": inputs["labels"].masked_fill(mask == 0, -100)}
+
+
+def sdpa_model(model_type: str = "llama", **overrides):
+    """``tiny_model`` whose attention is SDPA."""
+    return tiny_model(model_type, attn_implementation="sdpa", **overrides)
+
+
 def loss_and_gradients(model, inputs):
     """Loss of one training forward and every parameter's gradient."""
     model.train()

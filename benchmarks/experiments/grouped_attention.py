@@ -21,7 +21,7 @@ if not __package__:
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 
 from benchmarks.measure import extra_peak_mib, median_ms, relative_error
-from liger_trainer.attention import grouped_sdpa
+from liger_trainer.attention import FUSED, grouped_sdpa
 
 # batch, tokens, query heads, key heads, head_dim
 SHAPES = {
@@ -61,14 +61,16 @@ def measure(name: str, shape: tuple[int, ...], device: str) -> None:
         query, key, value = leaves
         if way == "repeated":
             key, value = (repeat_kv(t, module.num_key_value_groups) for t in (key, value))
-        choice = SDPBackend(torch._fused_sdp_choice(query, key, value, mask, 0.0, False, enable_gqa=way == "grouped"))
+        kernel = SDPBackend(torch._fused_sdp_choice(query, key, value, mask, 0.0, False, enable_gqa=way == "grouped"))
+        if way == "grouped" and kernel.value not in FUSED:
+            print(f"{name:14s} no fused kernel groups heads: the keys of the next line are repeated as well")
         gradients = both()
         expected = expected or gradients
         error = max(relative_error(a, b.float()) for a, b in zip(gradients, expected, strict=True))
         fwd, full = median_ms(forward, device), median_ms(both, device)
         memory = extra_peak_mib(both, leaves, device) or 0.0
         print(
-            f"{name:14s} {way:9s} {choice.name:22s} forward {fwd:7.3f} ms, with backward {full:7.3f} ms, "
+            f"{name:14s} {way:9s} {kernel.name:22s} forward {fwd:7.3f} ms, with backward {full:7.3f} ms, "
             f"{memory:6.0f} MiB, gradients differ by {error:.1e}",
             flush=True,
         )
