@@ -8,6 +8,7 @@ from typing import Any
 
 LAYER_KINDS = ("rms_norm", "layer_norm", "rope", "glu", "attention")
 KINDS = (*LAYER_KINDS, "padding_mask", "fused_loss")
+BY_BATCH = ("padding_mask",)  # replaces nothing, and each batch decides: no promise that ``strict`` could hold us to
 
 
 def nearest(name: str, valid) -> str:
@@ -30,7 +31,8 @@ class LigerConfig:
             without their mask, which changes neither loss nor gradients; hidden states at padding are others. Not under
             torch.compile. Off by default, because its gain is not measured yet.
         fused_loss: compute the causal-LM loss inside ``lm_head``, chunk by chunk, without building the logits.
-        strict: anything asked for and not applied is an error instead of a line in the report.
+        strict: anything asked for and not applied is an error instead of a line in the report; but for
+            ``padding_mask``, which is up to each batch.
         logits_budget_mib: upper bound in MiB of the transient logits the fused loss holds at a time. Larger is
             faster up to a point, smaller is leaner; it changes no result.
         low_memory: the fused loss computes the logits twice instead of keeping an fp32 sum of ``lm_head``'s gradient,

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from .config import LigerConfig
+from .config import BY_BATCH, LigerConfig
 from .fused_head import FusedHead, HeadForward, head_linears
 from .head_probe import probe_head
 from .padding import leave_out_mask, why_masks_stay
@@ -129,8 +129,9 @@ def apply_with(model: nn.Module, config: LigerConfig, no_fused_loss: str | None 
             return state.report
         revert_liger(model)  # resized, wrapped or unpickled since: what is there now is planned anew
     plan = _plan(model, core, config, no_fused_loss)
-    if config.strict and plan.report.skipped:
-        lines = "\n".join(f"  {s.kind} {s.module} ({s.cls}): {s.reason}" for s in plan.report.skipped)
+    refused = [s for s in plan.report.skipped if s.kind not in BY_BATCH]
+    if config.strict and refused:
+        lines = "\n".join(f"  {s.kind} {s.module} ({s.cls}): {s.reason}" for s in refused)
         raise ValueError(f"strict=True and these were asked for but cannot be applied:\n{lines}")
     state = PatchState(config, plan.report, plan.fused, edits=plan.edits)
     for edit in plan.edits:
