@@ -66,7 +66,6 @@ UNSET = (  # None by default in some configs, and needed
     "pad_token_id", "head_dim", "num_attention_heads", "num_key_value_heads", "n_routed_experts", "n_shared_experts",
     "num_experts_per_tok", "rope_theta",
 )  # fmt: skip
-EVERYTHING = {"attention": True, "padding_mask": True}  # what is off by default
 OWN = {"lfm2_moe": {"layer_types": ["conv", "full_attention"]}}  # what a model type needs beside
 PER_LAYER = ("layer_types", "mlp_layer_types", "layers_block_type", "block_types", "moe_layer_freq", "no_rope_layers")
 
@@ -225,7 +224,7 @@ def check(auto: str, model_type: str) -> dict:
             return row | {"status": "not built", "note": short(error)}
         row["class"] = type(model).__name__
         try:
-            report = apply_liger(model, EVERYTHING)
+            report = apply_liger(model)
             row["applied"] = dict(report.counts)
             left = Counter((skipped.kind, skipped.reason) for skipped in report.skipped)
             row["skipped"] = [{"kind": k, "reason": r, "count": n} for (k, r), n in left.items()]

@@ -26,10 +26,10 @@ class LigerConfig:
             activations (SwiGLU, GeGLU) where a numeric probe shows that our op computes the same.
         attention: grouped-query attention under a padding mask hands SDPA keys and values as they are, where
             transformers repeats them for each query head; only where torch has a fused kernel for it, and not under
-            torch.compile. Off by default, because its gain is not measured yet.
+            torch.compile.
         padding_mask: training batches whose padding is on the right and has no labels are given to causal attention
             without their mask, which changes neither loss nor gradients; hidden states at padding are others. Not under
-            torch.compile. Off by default, because its gain is not measured yet.
+            torch.compile.
         fused_loss: compute the causal-LM loss inside ``lm_head``, chunk by chunk, without building the logits.
         strict: anything asked for and not applied is an error instead of a line in the report; but for
             ``padding_mask``, which is up to each batch.
@@ -51,8 +51,8 @@ class LigerConfig:
     layer_norm: bool = True
     rope: bool = True
     glu: bool = True
-    attention: bool = False
-    padding_mask: bool = False
+    attention: bool = True
+    padding_mask: bool = True
     fused_loss: bool = True
     strict: bool = False
     logits_budget_mib: int = 512

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.loss.loss_utils import ForCausalLMLoss
 
 from .config import LigerConfig
 from .head_probe import HeadForm
@@ -152,6 +153,14 @@ class HeadForward:
     def forward(self, input: Tensor) -> Tensor:
         """Replaces ``nn.Linear.forward`` on the instance."""
         return self.fused.head_forward(self.head, input)
+
+
+def why_other_loss(model: nn.Module) -> str | None:
+    """None where the model's loss function is transformers' ``ForCausalLMLoss`` or the fused one, else which it is."""
+    function = model.loss_function
+    if function is ForCausalLMLoss or isinstance(getattr(function, "__self__", None), FusedHead):
+        return None
+    return f"its loss function is {getattr(function, '__name__', repr(function))}, not ForCausalLMLoss"
 
 
 def head_linears(head: nn.Module) -> list[nn.Module]:

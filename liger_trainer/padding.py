@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .fused_head import IGNORE_INDEX
+from .fused_head import IGNORE_INDEX, why_other_loss
 
 # What the forward may be called with: other arguments might say where tokens are, or ask for hidden states.
 KNOWN = {
@@ -39,7 +39,9 @@ def why_masks_stay(core: nn.Module) -> str | None:
         return "its attention has dropout, whose random numbers depend on the mask"
     if _has_router_loss(config):
         return "its router's loss leaves padding out by the mask"
-    return None
+    if core.get_output_embeddings() is None:
+        return "it has no output embeddings, and what its loss is made of is not known"
+    return why_other_loss(core)
 
 
 def _has_router_loss(config: PreTrainedConfig) -> bool:
@@ -64,6 +66,8 @@ def leave_out_mask(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple,
     if _has_router_loss(config) or (positions and mask.shape[1] > positions):  # OPT has none for padding beyond
         return None
     if any(name not in KNOWN and value is not None and value is not False for name, value in kwargs.items()):
+        return None
+    if why_other_loss(module):  # one that was set since may depend on logits without label
         return None
     return (args, {**kwargs, "attention_mask": None}) if _is_right_padding(mask, labels) else None
 

@@ -11,10 +11,9 @@ from typing import Any, NamedTuple
 
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.loss.loss_utils import ForCausalLMLoss
 
 from .config import BY_BATCH, LigerConfig
-from .fused_head import FusedHead, HeadForward, head_linears
+from .fused_head import FusedHead, HeadForward, head_linears, why_other_loss
 from .head_probe import probe_head
 from .padding import leave_out_mask, why_masks_stay
 from .parameter_count import forget_count
@@ -270,10 +269,7 @@ def _plan_head(core, config, no_fused_loss, edits, report) -> FusedHead | None:
         reason = f"its weights are tensor-parallel (tp_size {core.tp_size}), and no vocabulary-sharded head is fused"
     elif "." in name:
         reason = f"its output embeddings are nested ({name})"
-    elif core.loss_function is not ForCausalLMLoss:
-        name_of_loss = getattr(core.loss_function, "__name__", repr(core.loss_function))
-        reason = f"its loss function is {name_of_loss}, not ForCausalLMLoss"
-    else:
+    elif (reason := why_other_loss(core)) is None:
         form = probe_head(core, name, linears[0])
         reason = form if isinstance(form, str) else None
     if reason is not None:

@@ -9,7 +9,7 @@ from transformers import AttentionInterface
 from liger_trainer import apply_liger, attention, revert_liger
 
 GROUPED = ("llama", "mistral", "qwen3", "gemma3_text", "mixtral", "cohere", "glm4", "smollm3")
-ON = {"attention": True}
+ON = {"attention": True, "padding_mask": False}  # with a mask, also where it is on the right
 HEADS, KV_HEADS = 4, 2  # of the tiny models
 
 
@@ -55,9 +55,9 @@ def test_same_numbers_without_copies(model_type, side, heads):
     assert heads == REPEATED
 
 
-def test_off_by_default_and_by_itself(heads):
+def test_by_itself_and_turned_off(heads):
     model = sdpa_model()
-    assert "attention" not in apply_liger(model).counts
+    assert "attention" not in apply_liger(model, {"attention": False}).counts
     revert_liger(model)
     others = dict.fromkeys(("rms_norm", "glu", "rope", "fused_loss"), False)
     assert apply_liger(model, {**ON, **others}).counts == {"attention": 2}

@@ -58,7 +58,8 @@ def test_attention_to_padded_rows(option, head_dim, dtype, monkeypatch):
     inputs = {k: v.cuda() for k, v in batch(rows=4, tokens=96).items()}
     inputs["attention_mask"][1:, -20:] = 0
     inputs["labels"][1:, -20:] = -100
-    model = tiny_model("llama", head_dim=head_dim, num_attention_heads=8, attn_implementation="sdpa").cuda()
+    shape = {"head_dim": head_dim, "num_attention_heads": 8, "max_position_embeddings": 96}
+    model = tiny_model("llama", attn_implementation="sdpa", **shape).cuda()
     exact_loss, exact = gradients(copy.deepcopy(model).double(), inputs)
     model = model.to(dtype)
     loss, theirs = gradients(model, inputs)

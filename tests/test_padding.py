@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
-from tiny_models import assert_same_training, loss_and_gradients, padded_batch, sdpa_model, tiny_model
+from tiny_models import assert_same_training, loss_and_gradients, padded_batch, sdpa_model, tiny_config, tiny_model
 from training import Rows, assert_same_run, train
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from liger_trainer import apply_liger, padding, revert_liger
 
@@ -158,7 +158,8 @@ def test_what_is_not_known_to_be_causal_keeps_its_masks():
     partly = sdpa_model()
     partly.model.layers[1].self_attn.is_causal = False
     assert "padding_mask" not in apply_liger(partly, ON).counts
-    assert not apply_liger(sdpa_model()).skipped, "it is off by default"
+    off = apply_liger(sdpa_model(is_causal=False), {"padding_mask": False})
+    assert not off.skipped, "what is not asked for is not skipped"
 
 
 def test_what_changes_after_applying_is_seen():
@@ -168,6 +169,11 @@ def test_what_changes_after_applying_is_seen():
     assert padding.leave_out_mask(model, (), inputs) is not None
     model.config.output_router_logits = True  # TRL does so after it has made the Trainer
     assert padding.leave_out_mask(model, (), inputs) is None
+    model.config.output_router_logits = False
+    model.loss_function = lambda logits, labels, **kwargs: logits.float().square().mean()  # of padding, too
+    assert padding.leave_out_mask(model, (), inputs) is None
+    report = apply_liger(AutoModelForSequenceClassification.from_config(tiny_config("llama")), ON)
+    assert [s.reason[:27] for s in report.skipped if s.kind == "padding_mask"] == ["it has no output embeddings"]
 
 
 def test_rows_padded_beyond_the_table_of_positions_keep_their_mask():

@@ -6,7 +6,15 @@ import sys
 import pytest
 import torch
 from liger_trainer.kernels.gated_linear import gated_linear
-from tiny_models import MODEL_TYPES, assert_same_training, batch, loss_and_gradients, tiny_config, tiny_model
+from tiny_models import (
+    MODEL_TYPES,
+    assert_same_training,
+    batch,
+    kernels_skipped,
+    loss_and_gradients,
+    tiny_config,
+    tiny_model,
+)
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -60,7 +68,7 @@ def test_same_numbers_and_nothing_skipped(model_type, triton, monkeypatch):
     counts = report.counts
     assert counts.get("rms_norm", 0) + counts.get("layer_norm", 0) == norms
     assert (counts.get("rope", 0), counts.get("glu", 0), counts["fused_loss"]) == (ropes, mlps, 1)
-    assert not report.skipped
+    assert not kernels_skipped(report)
     assert_same_training(theirs, loss_and_gradients(model, inputs))
     assert apply_liger(model, {"strict": True}) is report  # idempotent
 
@@ -187,7 +195,7 @@ def test_shift_labels_are_used_as_given():
 def test_kinds_can_be_turned_off_and_the_report_reads_well():
     model = tiny_model("qwen3")
     report = apply_liger(model, LigerConfig(rope=False, fused_loss=False))
-    assert report.counts == {"rms_norm": 9, "glu": 2}
+    assert report.counts == {"rms_norm": 9, "glu": 2, "attention": 2, "padding_mask": 1}
     text = str(report)
     assert "model.layers.*.self_attn.q_norm" in text
     assert "swiglu" in text
@@ -197,7 +205,8 @@ def test_kinds_can_be_turned_off_and_the_report_reads_well():
 def test_meta_device_model_is_patched_without_weights():
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(tiny_config("llama"))
-    assert apply_liger(model).counts == {"rms_norm": 5, "rope": 2, "glu": 2, "fused_loss": 1}
+    expected = {"rms_norm": 5, "rope": 2, "glu": 2, "attention": 2, "padding_mask": 1, "fused_loss": 1}
+    assert apply_liger(model).counts == expected
     assert all(p.is_meta for p in model.parameters())
 
 
@@ -253,7 +262,7 @@ def test_models_that_change_their_logits_are_left_to_the_ordinary_path():
     model.__class__ = Squared
     theirs = loss_and_gradients(model, inputs)
     report = apply_liger(model)
-    assert [s.kind for s in report.skipped] == ["fused_loss"]
+    assert [s.kind for s in report.skipped] == ["fused_loss", "padding_mask"]
     assert_same_training(theirs, loss_and_gradients(model, inputs))
 
 

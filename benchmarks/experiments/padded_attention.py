@@ -1,0 +1,119 @@
+"""SDPA of right-padded rows: keys repeated for each query head, grouped keys as they are, and no mask at all.
+
+    python benchmarks/experiments/padded_attention.py
+
+Forward and backward at the attention of the paper's models and of others: transformers' function, ours
+(liger_trainer/attention.py), and causal attention that is given no mask (liger_trainer/padding.py), the last with each
+kernel of torch, too. Prints the kernel that torch chooses, times, extra memory, and the largest difference of the
+gradients, where padding has none. ``--smoke`` runs tiny shapes on the CPU.
+"""
+
+import argparse
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+
+from benchmarks.measure import extra_peak_mib, median_ms, relative_error
+from liger_trainer.attention import FUSED, grouped_sdpa
+
+# batch, tokens, query heads, key heads, head_dim
+SHAPES = {
+    "Mistral-7B": (128, 384, 32, 8, 128),
+    "Llama-3-8B": (64, 352, 32, 8, 128),
+    "Qwen2-7B": (48, 320, 28, 4, 128),
+    "Gemma-7B": (48, 320, 16, 16, 256),
+    "Phi-3-mini": (128, 384, 32, 32, 96),
+    "Llama-3.2-1B": (8, 1024, 32, 8, 64),
+}
+SMOKE = {"tiny": (2, 16, 4, 2, 16)}
+KERNELS = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
+
+
+def inputs(batch: int, tokens: int, heads: int, kv_heads: int, head_dim: int, device: str) -> tuple:
+    """Query, key and value as projections and ``transpose(1, 2)`` leave them, a causal mask with padding, upstream."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    sizes = (heads, kv_heads, kv_heads)
+    states = [torch.randn(batch, tokens, n, head_dim, device=device, dtype=dtype).transpose(1, 2) for n in sizes]
+    lengths = torch.randint(tokens // 4, tokens + 1, (batch, 1, 1, 1), device=device)
+    columns = torch.arange(tokens, device=device)
+    upstream = torch.randn(batch, tokens, heads, head_dim, device=device, dtype=dtype)
+    upstream *= columns[:, None, None] < lengths  # no loss depends on padding
+    return [s.requires_grad_() for s in states], (columns[:, None] >= columns) & (columns < lengths), upstream
+
+
+def chosen(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> SDPBackend:
+    """The kernel that torch chooses."""
+    grouped = key.shape[1] != query.shape[1]
+    return SDPBackend(torch._fused_sdp_choice(query, key, value, mask, 0.0, mask is None, enable_gqa=grouped))
+
+
+def measure(name: str, shape: tuple[int, ...], device: str) -> None:
+    """Print a line for each way."""
+    leaves, mask, upstream = inputs(*shape, device)
+    groups = shape[2] // shape[3]
+    module = SimpleNamespace(num_key_value_groups=groups, is_causal=True)
+    repeated = [leaves[0], *(repeat_kv(t, groups) for t in leaves[1:])]
+    ways = {
+        "repeated": (sdpa_attention_forward, mask, chosen(*repeated, mask), None),
+        "grouped": (grouped_sdpa, mask, chosen(*leaves, mask), None),
+        "no mask": (sdpa_attention_forward, None, chosen(*leaves, None), None),
+    }
+    if groups > 1 and ways["grouped"][2].value not in FUSED:
+        print(f"{name:12s} no fused kernel groups heads under a mask: the line of grouped heads repeats them as well")
+    for kernel in KERNELS if device == "cuda" else ():
+        ways[f"no mask {kernel.name.partition('_')[0].lower()}"] = (sdpa_attention_forward, None, kernel, kernel)
+    expected = None
+    for way, (attend, given, kernel, only) in ways.items():
+        if way == "grouped" and groups == 1:
+            continue
+        with sdpa_kernel(only) if only else nullcontext():
+            try:
+                expected = line(
+                    f"{name:12s} {way:17s} {kernel.name:19s}", module, attend, leaves, given, upstream, expected
+                )
+            except RuntimeError as error:
+                print(f"{name:12s} {way:17s} {str(error).splitlines()[0][:100]}", flush=True)
+
+
+def line(title, module, attend, leaves, mask, upstream, expected) -> list[Tensor]:
+    """Measure and print one way; returns the gradients that others are compared with."""
+    device = upstream.device.type
+
+    def forward():
+        return attend(module, *leaves, mask)[0]
+
+    def both():
+        return torch.autograd.grad(forward(), leaves, upstream)
+
+    gradients = both()
+    expected = expected or gradients
+    error = max(relative_error(a, b.float()) for a, b in zip(gradients, expected, strict=True))
+    fwd, full = median_ms(forward, device), median_ms(both, device)
+    memory = extra_peak_mib(both, leaves, device) or 0.0
+    numbers = f"forward {fwd:7.3f} ms, with backward {full:7.3f} ms, {memory:6.0f} MiB"
+    print(f"{title} {numbers}, gradients differ by {error:.1e}", flush=True)
+    return expected
+
+
+def main() -> int:
+    """Measure all shapes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smoke", action="store_true", help="tiny shapes on the CPU")
+    smoke = parser.parse_args().smoke
+    for name, shape in (SMOKE if smoke else SHAPES).items():
+        measure(name, shape, "cpu" if smoke else "cuda")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
