@@ -14,13 +14,17 @@ METRICS = {
 
 
 def make_tables(stem: str, data: dict, source: str) -> dict[str, str]:
-    """The Markdown tables by name: every row (``stem``), a line a place (``stem-brief``), means (``stem-average``)."""
+    """The Markdown tables by name.
+
+    Every row (``stem``), a line a place with all arms (``-brief``) or with what ours gains over each (``-gains``), and
+    means over the places (``-average``).
+    """
     rows, about = data["results"], data["suite"]
     made = {stem: train_tables.train_text(rows, about, markdown=True) + source}
     made[f"{stem}-brief"] = train_tables.brief_text(rows, about, markdown=True) + source
-    average = train_tables.average_text(rows, about, markdown=True)
-    if average:
-        made[f"{stem}-average"] = average + source
+    for name, make in (("gains", train_tables.gains_text), ("average", train_tables.average_text)):
+        if text := make(rows, about, markdown=True):
+            made[f"{stem}-{name}"] = text + source
     return made
 
 

@@ -5,6 +5,7 @@ import statistics
 from benchmarks.common import format_number, text_table
 from benchmarks.tables import LABELS
 from benchmarks.train_arms import ARMS
+from benchmarks.train_changes import change, percent, percent_and_range
 from benchmarks.train_rows import GRAD_NORM_TOLERANCE, counts_text, place_of
 
 # What the averages over points are of, and how they are called.
@@ -34,18 +35,6 @@ def in_order(rows: list[dict], about: dict) -> list[dict]:
     return sorted(rows, key=lambda row: (places.index(place_of(row)), arms.index(row["arm"])))
 
 
-def change(row: dict, base: dict | None, metric: str) -> float | None:
-    """``row``'s metric over that of ``base``, minus one; None where one of them has none or both are the same row."""
-    if base is None or base is row or not row.get(metric) or not base.get(metric):
-        return None
-    return row[metric] / base[metric] - 1
-
-
-def percent(value: float | None) -> str | None:
-    """A change with its sign."""
-    return None if value is None else f"{value:+.1%}"
-
-
 def gib(value: float | None) -> str | None:
     """With one decimal."""
     return None if value is None else f"{value:.1f}"
@@ -66,7 +55,7 @@ def bases(rows: list[dict], arm: str = "hf") -> dict[tuple, dict]:
 
 
 def train_text(rows: list[dict], about: dict, markdown: bool = False) -> str:
-    """One line a place and arm: medians over the rounds, their spread, and changes against HF at the same place.
+    """One line a place and arm: medians over the rounds, their spread, and changes against HF in the same rounds.
 
     Args:
         rows: of one result file.
@@ -88,7 +77,7 @@ def train_text(rows: list[dict], about: dict, markdown: bool = False) -> str:
             lines.append([*line, row["status"].upper(), *[None] * (len(header) - len(line) - 2), counts_text(row)])
             continue
         mark = "~" if row["status"] == "inexact" else ""
-        line += [format_number(row["tokens_per_s"]) + mark, percent(change(row, hf, "tokens_per_s"))]
+        line += [format_number(row["tokens_per_s"]) + mark, percent_and_range(row, hf, "tokens_per_s")]
         line += [f"{row['spread']:.1%}" if row["spread"] is not None and len(row["rounds"]) > 1 else None]
         line += [row["padded_tokens_per_s"]] if padding else []
         line += [efficiency(row, shown)] if scaling else []
@@ -127,6 +116,19 @@ def brief_text(rows: list[dict], about: dict, markdown: bool = False) -> str:
     header = [*places.values(), *(LABELS[arm] if markdown else arm for arm in arms)]
     parts = [text_table(header, lines, markdown), inexact_text(shown), not_measured(rows, about, markdown)]
     return "\n\n".join(part for part in parts if part)
+
+
+def gains_text(rows: list[dict], about: dict, markdown: bool = False) -> str:
+    """Our tokens per second against each other arm's: a line a place. An empty text where ours or all others lack."""
+    places, good = columns_of(rows, about), [row for row in in_order(rows, about) if row["status"] == "ok"]
+    arms = [arm for arm in ARMS if any(row["arm"] == arm != "ours" for row in good)]
+    others = {arm: bases(good, arm) for arm in arms}
+    lines = []
+    for place, row in bases(good, "ours").items():
+        gains = (percent_and_range(row, others[arm].get(place), "tokens_per_s") for arm in arms)
+        lines.append([*(row[key] for key in places), *gains])
+    header = [*places.values(), *(f"over {LABELS[arm] if markdown else arm}" for arm in arms)]
+    return text_table(header, lines, markdown) if lines and arms else ""
 
 
 def inexact_text(rows: list[dict]) -> str:

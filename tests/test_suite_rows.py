@@ -22,6 +22,7 @@ with pytest.MonkeyPatch.context() as patch:  # a checkout's folder, not installe
         suite,
         train,
         train_arms,
+        train_changes,
         train_rows,
         train_tables,
     )
@@ -141,6 +142,24 @@ def test_rounds_are_interleaved_and_combined():
         assert not train_rows.has_failed(mixed | {"arm": "hf"}), "a peer's failure is a result"
     oom = train_rows.combine(jobs[1], [OOM])
     assert (oom["status"], train_rows.has_failed(oom)) == ("oom", False)
+
+
+def test_arms_are_compared_in_the_rounds_that_they_share():
+    """Of two machines, the second 20 % faster, ours is 30 %, 32 % and 31 % ahead; the medians would say 45 %."""
+    job = first_job("step_1b", "hf")
+    speeds = {"hf": [(0, 100.0), (0, 100.0), (1, 120.0)], "ours": [(0, 130.0), (1, 158.4), (1, 999.0), (0, 131.0)]}
+    hf, ours = (
+        train_rows.combine(job, [GOOD | {"run": run, "tokens_per_s": speed} for run, speed in rounds])
+        for rounds in speeds.values()
+    )
+    assert sorted(train_changes.changes_by_round(ours, hf, "tokens_per_s")) == pytest.approx([0.30, 0.31, 0.32])
+    assert train_changes.change(ours, hf, "tokens_per_s") == pytest.approx(0.31)
+    assert train_changes.percent_and_range(ours, hf, "tokens_per_s") == "+31.0% (+30.0 to +32.0)"
+    alone = train_rows.combine(job, [GOOD | {"run": 7, "tokens_per_s": 50.0}])
+    assert train_changes.percent_and_range(alone, hf, "tokens_per_s") == "-50.0%", "no round in common"
+    failed = train_rows.combine(job, [OOM | {"run": 0}, GOOD | {"run": 0, "tokens_per_s": 150.0}])
+    assert train_changes.percent_and_range(failed, hf, "tokens_per_s") == "+50.0%"
+    assert train_changes.percent_and_range(hf, None, "tokens_per_s") is None
 
 
 def test_what_a_result_file_knows_is_kept_and_what_it_does_not_is_run(tmp_path):
@@ -294,7 +313,7 @@ def test_plots_and_tables(name, tmp_path):
     stem = f"train-{name}-gpu"
     (tmp_path / f"{stem}.json").write_text(json.dumps(train_data(name)))
     page = tmp_path / "page.md"
-    tables = (f"<!-- table:{stem}{part} -->\nold\n<!-- /table -->\n" for part in ("", "-brief", "-average"))
+    tables = (f"<!-- table:{stem}{part} -->\nold\n<!-- /table -->\n" for part in ("", "-brief", "-gains", "-average"))
     page.write_text("a\n" + "".join(tables))
     assert plot.main(["--results", str(tmp_path), "--update", str(page)]) == 0
     assert (tmp_path / f"{stem}.png").read_bytes().startswith(b"\x89PNG")
@@ -304,6 +323,10 @@ def test_plots_and_tables(name, tmp_path):
     brief = [line for line in text[text.index(f"{stem}-brief") :].splitlines() if line.startswith("| ")]
     assert any("(20.0)" in line and "(15.4)" in line for line in brief), brief
     assert any(" OOM |" in line for line in brief)
+    gains = text[text.index(f"table:{stem}-gains") : text.index(f"table:{stem}-average")]
+    assert "over HF eager" in gains
+    assert "+30.0% (+30.0 to +30.0)" in gains
+    assert "+4.0% (+4.0 to +4.0)" in gains
     average = text[text.index(f"table:{stem}-average") :].splitlines()
     for against in ("    HF eager |   +30.0%", "liger-kernel |    +4.0%"):
         assert any(f"| liger_trainer | {against}" in line for line in average), average
