@@ -4,12 +4,14 @@
 
 Forward and backward at the attention of the paper's models and of others: transformers' function, ours
 (liger_trainer/attention.py), and causal attention that is given no mask (liger_trainer/padding.py), the last with each
-kernel of torch, too. Prints the kernel that torch chooses, times, extra memory, and the largest difference of the
-gradients, where padding has none. ``--smoke`` runs tiny shapes on the CPU.
+kernel of torch, too. Prints the kernel that torch chooses, times, extra memory, the first call at a new length, for
+which cuDNN plans anew, and the largest difference of the gradients, where padding has none. ``--smoke`` runs tiny
+shapes on the CPU.
 """
 
 import argparse
 import sys
+import time
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -59,50 +61,65 @@ def chosen(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> SD
 
 def measure(name: str, shape: tuple[int, ...], device: str) -> None:
     """Print a line for each way."""
+    batch, tokens, *heads = shape
     leaves, mask, upstream = inputs(*shape, device)
+    other_leaves, other_mask, other_upstream = inputs(batch, tokens - 8, *heads, device)
     groups = shape[2] // shape[3]
     module = SimpleNamespace(num_key_value_groups=groups, is_causal=True)
     repeated = [leaves[0], *(repeat_kv(t, groups) for t in leaves[1:])]
     ways = {
-        "repeated": (sdpa_attention_forward, mask, chosen(*repeated, mask), None),
-        "grouped": (grouped_sdpa, mask, chosen(*leaves, mask), None),
-        "no mask": (sdpa_attention_forward, None, chosen(*leaves, None), None),
+        "repeated": (sdpa_attention_forward, True, chosen(*repeated, mask), None),
+        "grouped": (grouped_sdpa, True, chosen(*leaves, mask), None),
+        "no mask": (sdpa_attention_forward, False, chosen(*leaves, None), None),
     }
-    if groups > 1 and ways["grouped"][2].value not in FUSED:
+    if groups == 1:
+        del ways["grouped"]
+    elif ways["grouped"][2].value not in FUSED:
         print(f"{name:12s} no fused kernel groups heads under a mask: the line of grouped heads repeats them as well")
     for kernel in KERNELS if device == "cuda" else ():
-        ways[f"no mask {kernel.name.partition('_')[0].lower()}"] = (sdpa_attention_forward, None, kernel, kernel)
+        ways[f"no mask {kernel.name.partition('_')[0].lower()}"] = (sdpa_attention_forward, False, kernel, kernel)
     expected = None
-    for way, (attend, given, kernel, only) in ways.items():
-        if way == "grouped" and groups == 1:
-            continue
+    for way, (attend, masked, kernel, only) in ways.items():
+
+        def forward(attend=attend, masked=masked):
+            return attend(module, *leaves, mask if masked else None)[0]
+
+        def both(forward=forward):
+            return torch.autograd.grad(forward(), leaves, upstream)
+
+        def both_at_another_length(attend=attend, masked=masked):
+            out = attend(module, *other_leaves, other_mask if masked else None)[0]
+            return torch.autograd.grad(out, other_leaves, other_upstream)
+
         with sdpa_kernel(only) if only else nullcontext():
             try:
-                expected = line(
-                    f"{name:12s} {way:17s} {kernel.name:19s}", module, attend, leaves, given, upstream, expected
-                )
+                gradients = both()
             except RuntimeError as error:
                 print(f"{name:12s} {way:17s} {str(error).splitlines()[0][:100]}", flush=True)
+                continue
+            expected = expected or gradients
+            error = max(relative_error(a, b.float()) for a, b in zip(gradients, expected, strict=True))
+            fwd, full, first = (
+                median_ms(forward, device),
+                median_ms(both, device),
+                once_ms(both_at_another_length, device),
+            )
+            memory = extra_peak_mib(both, leaves, device) or 0.0
+        print(
+            f"{name:12s} {way:17s} {kernel.name:19s} forward {fwd:7.3f} ms, with backward {full:7.3f} ms, "
+            f"first time {first:6.1f} ms, {memory:6.0f} MiB, gradients differ by {error:.1e}",
+            flush=True,
+        )
 
 
-def line(title, module, attend, leaves, mask, upstream, expected) -> list[Tensor]:
-    """Measure and print one way; returns the gradients that others are compared with."""
-    device = upstream.device.type
-
-    def forward():
-        return attend(module, *leaves, mask)[0]
-
-    def both():
-        return torch.autograd.grad(forward(), leaves, upstream)
-
-    gradients = both()
-    expected = expected or gradients
-    error = max(relative_error(a, b.float()) for a, b in zip(gradients, expected, strict=True))
-    fwd, full = median_ms(forward, device), median_ms(both, device)
-    memory = extra_peak_mib(both, leaves, device) or 0.0
-    numbers = f"forward {fwd:7.3f} ms, with backward {full:7.3f} ms, {memory:6.0f} MiB"
-    print(f"{title} {numbers}, gradients differ by {error:.1e}", flush=True)
-    return expected
+def once_ms(function, device: str) -> float:
+    """The time of one call, host and device."""
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    wait()
+    start = time.perf_counter()
+    function()
+    wait()
+    return (time.perf_counter() - start) * 1e3
 
 
 def main() -> int:
