@@ -36,7 +36,7 @@ def grouped_sdpa(
 
     ``query`` is ``[batch, heads, tokens, head_dim]``, ``key`` and ``value`` have fewer heads.
     """
-    if not args and _would_repeat(query, attention_mask, kwargs):
+    if not args and _may_leave_out_copies(query, attention_mask, kwargs):
         states = _as_in_sdpa(query, key, value)
         if _has_fused_kernel(*states, attention_mask, kwargs):
             return _without_copies(module, *states, attention_mask, **kwargs)
@@ -52,8 +52,8 @@ def _as_in_sdpa(*states: Tensor) -> list[Tensor]:
     return [state if state.dtype == torch.float64 else state.to(dtype) for state in states]
 
 
-def _would_repeat(query: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> bool:
-    """Whether the original would repeat keys, and with the mask and the keys that it is given."""
+def _may_leave_out_copies(query: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> bool:
+    """Whether a mask is for several queries, and no position bias or paged cache comes before the copies."""
     if mask is None or torch.compiler.is_compiling() or query.dim() != 4 or query.shape[2] == 1:
         return False
     return kwargs.get("position_bias") is None and kwargs.get("cache") is None

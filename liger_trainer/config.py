@@ -24,7 +24,7 @@ class LigerConfig:
     Args:
         rms_norm, layer_norm, rope, glu: replace the model's RMS norms, layer norms, rotary embeddings and gated
             activations (SwiGLU, GeGLU) where a numeric probe shows that our op computes the same.
-        attention: grouped-query attention under a padding mask hands SDPA keys and values as they are, where
+        attention: grouped-query attention under a mask hands SDPA keys and values as they are, where
             transformers repeats them for each query head; only where torch has a fused kernel for it, and not under
             torch.compile.
         padding_mask: training batches whose padding is on the right and has no labels are given to causal attention

@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .fused_head import IGNORE_INDEX
 from .kernels.launch import use_triton
 from .kernels.linear_cross_entropy import linear_cross_entropy
 from .kernels.scale_gradients import graph_is_kept, scale_gradients
 
-IGNORE_INDEX = -100
 # In fp16, the largest factor that gradients carry from forward to backward, like a loss scale of that size. No larger:
 # a GradScaler lowers its own scale where gradients overflow, but knows nothing of this one.
 MAX_LATE_SCALE = 2.0**10

@@ -4,54 +4,76 @@ A mask makes SDPA compute the whole square of scores where the causal half would
 values for each query head. With padding on the right only, causal attention and no label at padding, the loss and its
 gradients are the same without it: padded positions get other hidden states, and nothing depends on those.
 
-Whether a batch is like that is read off it at each training forward. That makes the host wait once, as transformers'
-own look at a mask does, which falls away. In a compiled forward nothing can be read, and masks stay.
+Whether a batch is like that is read off it at each training forward, for which the host waits once. transformers' own
+look at a mask falls away; without a cache it looks at the positions instead. Where nothing can be read (in a compiled
+or traced forward, in a captured graph) masks stay.
 """
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
+from transformers.utils.import_utils import is_tracing
 
 from .fused_head import IGNORE_INDEX, why_other_loss
+from .rebinding import forward_function
 
 # What the forward may be called with: other arguments might say where tokens are, or ask for hidden states.
-KNOWN = {
+HARMLESS_ARGUMENTS = {
     "input_ids", "inputs_embeds", "attention_mask", "labels", "num_items_in_batch", "use_cache", "return_dict",
     "fused_lm_head",
 }  # fmt: skip
-NEED_NO_MASK = ("sdpa", "eager")  # others leave padding out by it
+HIDDEN_STATES = ("output_hidden_states", "output_attentions")
+DENSE_MASKS = ("sdpa", "eager")  # implementations whose masks only cost time; others leave padding out by them
+PACKAGES = {"builtins", "abc", "typing", "torch", "transformers", "peft"}  # whose modules are known
 
 
 def why_masks_stay(core: nn.Module) -> str | None:
     """Why padding masks cannot be left out of ``core``'s training forward, or None where they can."""
-    if not isinstance(core, PreTrainedModel) or type(core).__module__.partition(".")[0] != "transformers":
+    if not isinstance(core, PreTrainedModel):
         return "it is no model of transformers: what else it does with a mask is not known"
-    config = core.config.get_text_config()
-    says_so = all(getattr(each, "is_causal", True) for each in (core.config, config))  # a config can turn it off
+    for module in core.modules():
+        if not isinstance(module, nn.Linear) and not _is_known(type(module)):
+            return f"what {type(module).__name__} does with a mask is not known"
     attentions = [module for module in core.modules() if hasattr(module, "is_causal")]
-    causal = says_so and bool(attentions) and all(module.is_causal for module in attentions)
-    if core.config.is_encoder_decoder or not causal:
+    if core.config.is_encoder_decoder or not attentions or not all(module.is_causal for module in attentions):
         return "not all of its attention says that it is causal"
-    if config._attn_implementation not in NEED_NO_MASK:
-        return f"{config._attn_implementation} attention leaves padding out by the mask"
+    implementation = core.config.get_text_config()._attn_implementation
+    if implementation not in DENSE_MASKS:
+        return f"{implementation} attention leaves padding out by the mask"
     if any(map(_has_dropout, attentions)):
         return "its attention has dropout, whose random numbers depend on the mask"
-    if _has_router_loss(config):
-        return "its router's loss leaves padding out by the mask"
+    if _warns_without_mask(core.base_model):
+        return "it warns of padding that has no mask"
     if core.get_output_embeddings() is None:
         return "it has no output embeddings, and what its loss is made of is not known"
+    return _why_mask_stays_now(core)
+
+
+def _is_known(cls: type) -> bool:
+    return all(base.__module__.partition(".")[0] in PACKAGES for base in cls.__mro__)
+
+
+def _has_dropout(attention: nn.Module) -> bool:
+    """Whether its own dropout has a rate that is not zero, by whatever name; LoRA's is in its projections."""
+    rates = [value for name, value in vars(attention).items() if "drop" in name and isinstance(value, float)]
+    return any(rates) or any(child.p for child in attention.children() if isinstance(child, nn.Dropout))
+
+
+def _warns_without_mask(module: nn.Module) -> bool:
+    function = forward_function(module)
+    return function is not None and "warn_if_padding_and_no_attention_mask" in function.__code__.co_names
+
+
+def _why_mask_stays_now(core: nn.Module) -> str | None:
+    """Reasons that can come and go with settings, so that each forward asks again."""
+    configs = (core.config, core.config.get_text_config())
+    if not all(getattr(config, "is_causal", True) for config in configs):
+        return "not all of its attention says that it is causal"
+    if any(getattr(config, "output_router_logits", False) for config in configs):
+        return "its router's loss leaves padding out by the mask"
+    if any(getattr(config, name, False) for config in configs for name in HIDDEN_STATES):
+        return "its hidden states are returned, those of padding, too"
     return why_other_loss(core)
-
-
-def _has_router_loss(config: PreTrainedConfig) -> bool:
-    return bool(getattr(config, "output_router_logits", False))
-
-
-def _has_dropout(module: nn.Module) -> bool:
-    """Whether the module, or a ``nn.Dropout`` in it, has a dropout rate that is not zero, by whatever name."""
-    rates = [value for name, value in vars(module).items() if "drop" in name and isinstance(value, float)]
-    return any(rates) or any(child.p for child in module.modules() if isinstance(child, nn.Dropout))
 
 
 def leave_out_mask(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
@@ -59,17 +81,25 @@ def leave_out_mask(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple,
     mask, labels = kwargs.get("attention_mask"), kwargs.get("labels")
     if args or not module.training or not torch.is_tensor(mask) or not torch.is_tensor(labels):
         return None
-    if torch.compiler.is_compiling() or isinstance(mask, FakeTensor) or mask.dim() != 2 or mask.shape != labels.shape:
+    if _cannot_be_read(mask) or _cannot_be_read(labels):
         return None
-    config = module.config.get_text_config()
-    positions = getattr(config, "max_position_embeddings", None)
-    if _has_router_loss(config) or (positions and mask.shape[1] > positions):  # OPT has none for padding beyond
+    if not all(map(_is_harmless, kwargs, kwargs.values())) or mask.dim() != 2 or mask.shape != labels.shape:
         return None
-    if any(name not in KNOWN and value is not None and value is not False for name, value in kwargs.items()):
+    positions = getattr(module.config.get_text_config(), "max_position_embeddings", None)
+    if positions and mask.shape[1] > positions:  # OPT has none for padding beyond
         return None
-    if why_other_loss(module):  # one that was set since may depend on logits without label
+    if _why_mask_stays_now(module) is not None:
         return None
     return (args, {**kwargs, "attention_mask": None}) if _is_right_padding(mask, labels) else None
+
+
+def _is_harmless(name: str, value) -> bool:
+    return name in HARMLESS_ARGUMENTS or value is None or (name in HIDDEN_STATES and value is False)
+
+
+def _cannot_be_read(tensor: Tensor) -> bool:
+    """Whether a look at its values is an error, or would be taken for all later ones."""
+    return is_tracing(tensor) or tensor.is_meta or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def _is_right_padding(mask: Tensor, labels: Tensor) -> bool:

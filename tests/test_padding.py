@@ -4,7 +4,9 @@ import copy
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from tiny_models import assert_same_training, loss_and_gradients, padded_batch, sdpa_model, tiny_config, tiny_model
+from torch._subclasses.fake_tensor import FakeTensorMode
 from training import Rows, assert_same_run, train
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -79,8 +81,9 @@ def label_padding(inputs):
         (lambda mask: mask[1, -3:].zero_(), label_padding),
         (lambda mask: mask[1, -3:].zero_(), lambda inputs: inputs.update(position_ids=torch.arange(11)[None])),
         (lambda mask: mask[1, -3:].zero_(), lambda inputs: inputs.update(output_hidden_states=True)),
+        (lambda mask: mask[1, -3:].zero_(), lambda inputs: inputs.update(is_causal=False)),
     ],
-    ids=["left", "gap", "labelled", "positions", "hidden states"],
+    ids=["left", "gap", "labelled", "positions", "hidden states", "not causal"],
 )
 def test_masks_that_matter_stay(held, change, masks):
     model = sdpa_model()
@@ -132,6 +135,7 @@ def test_masks_stay_in_evaluation_and_without_labels(masks):
         ("llama", {"attention_dropout": 0.1}, "its attention has dropout"),
         ("mixtral", {}, "its router's loss leaves padding out by the mask"),
         ("llama", {"attn_implementation": "flex_attention"}, "flex_attention attention leaves padding out by the mask"),
+        ("gpt2", {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}, "it warns of padding that has no mask"),
         ("gptj", {"attn_pdrop": 0.1, "attn_implementation": "eager"}, "its attention has dropout"),
     ],
 )
@@ -142,38 +146,90 @@ def test_models_that_need_masks_keep_them(model_type, overrides, reason):
     assert [s.reason[: len(reason)] for s in report.skipped] == [reason]
 
 
+def masks_stay(model, config=ON):
+    """Why, as the report says it; None where they do not."""
+    reasons = [s.reason for s in apply_liger(model, config).skipped if s.kind == "padding_mask"]
+    return reasons[0] if reasons else None
+
+
 def test_what_is_not_known_to_be_causal_keeps_its_masks():
     config = sdpa_model().config
     config.is_encoder_decoder = True
-    report = apply_liger(AutoModelForCausalLM.from_config(config), ON)
-    assert [s.reason for s in report.skipped] == ["not all of its attention says that it is causal"]
-    skipped = {s.kind: s.reason for s in apply_liger(torch.nn.Linear(2, 2), ON).skipped}
-    assert skipped["padding_mask"].startswith("it is no model of transformers")
-    stranger = sdpa_model()
-    stranger.__class__ = type("Stranger", (type(stranger),), {"__module__": "elsewhere"})
-    reasons = [s.reason for s in apply_liger(stranger, ON).skipped if s.kind == "padding_mask"]
-    assert reasons == [skipped["padding_mask"]]
-    everywhere = sdpa_model(is_causal=False)  # transformers then lets every token see all others
-    assert "padding_mask" not in apply_liger(everywhere, ON).counts
+    not_causal = "not all of its attention says that it is causal"
+    assert masks_stay(AutoModelForCausalLM.from_config(config)) == not_causal
+    assert masks_stay(sdpa_model(is_causal=False)) == not_causal  # transformers then lets every token see all others
     partly = sdpa_model()
     partly.model.layers[1].self_attn.is_causal = False
-    assert "padding_mask" not in apply_liger(partly, ON).counts
-    off = apply_liger(sdpa_model(is_causal=False), {"padding_mask": False})
-    assert not off.skipped, "what is not asked for is not skipped"
+    assert masks_stay(partly) == not_causal
+    assert masks_stay(torch.nn.Linear(2, 2)).startswith("it is no model of transformers")
+    reward = AutoModelForSequenceClassification.from_config(tiny_config("llama"))
+    assert masks_stay(reward).startswith("it has no output embeddings")
+    assert masks_stay(sdpa_model(is_causal=False), {"padding_mask": False}) is None, "it is not asked for"
 
 
-def test_what_changes_after_applying_is_seen():
-    model = sdpa_model("mixtral", output_router_logits=False).train()
-    apply_liger(model, {**ON, "strict": True})
+def elsewhere(module):
+    """The module as one of a class that a user wrote."""
+    module.__class__ = type("Stranger", (type(module),), {"__module__": "elsewhere"})
+
+
+@pytest.mark.parametrize("choose", [lambda m: m, lambda m: m.model.layers[0].self_attn, lambda m: m.model.norm])
+def test_with_classes_of_others_masks_stay(choose):
+    model = sdpa_model()
+    elsewhere(choose(model))
+    choose(model).__class__ = type("Sharded", (type(choose(model)),), {"__module__": "torch.distributed"})
+    assert masks_stay(model) == "what Sharded does with a mask is not known"
+
+
+def test_sharded_and_quantised_classes_and_adapters_are_no_strangers():
+    model = sdpa_model()
+    model.__class__ = type("FSDPLlama", (type(model),), {"__module__": "torch.distributed.fsdp"})  # as fully_shard does
+    elsewhere(model.model.layers[0].mlp.up_proj)  # a Linear: one token after the other
+    targets = ["q_proj", "v_proj"]
+    assert masks_stay(get_peft_model(model, LoraConfig(target_modules=targets, lora_dropout=0.1))) is None
+
+
+@pytest.mark.parametrize(
+    ("model_type", "overrides", "change"),
+    [
+        ("mixtral", {"output_router_logits": False}, {"output_router_logits": True}),  # TRL does so, after applying
+        ("llama", {}, {"is_causal": False}),
+        ("llama", {}, {"output_hidden_states": True}),
+    ],
+)
+def test_what_changes_after_applying_is_seen(model_type, overrides, change):
+    model = sdpa_model(model_type, **overrides).train()
+    assert masks_stay(model) is None
     inputs = padded()
     assert padding.leave_out_mask(model, (), inputs) is not None
-    model.config.output_router_logits = True  # TRL does so after it has made the Trainer
-    assert padding.leave_out_mask(model, (), inputs) is None
-    model.config.output_router_logits = False
+    loss_function = model.loss_function
     model.loss_function = lambda logits, labels, **kwargs: logits.float().square().mean()  # of padding, too
     assert padding.leave_out_mask(model, (), inputs) is None
-    report = apply_liger(AutoModelForSequenceClassification.from_config(tiny_config("llama")), ON)
-    assert [s.reason[:27] for s in report.skipped if s.kind == "padding_mask"] == ["it has no output embeddings"]
+    model.loss_function = loss_function
+    assert padding.leave_out_mask(model, (), inputs) is not None
+    for name, value in change.items():
+        setattr(model.config, name, value)
+    assert padding.leave_out_mask(model, (), inputs) is None
+
+
+def test_where_nothing_can_be_read_masks_stay(monkeypatch):
+    model = sdpa_model().train()
+    inputs = padded()
+    seen = []
+
+    def left_out(tensors):
+        seen.append(padding.leave_out_mask(model, (), tensors) is not None)
+        return tensors["labels"].sum()
+
+    left_out(inputs)
+    torch.func.vmap(lambda mask: left_out({**inputs, "attention_mask": mask}))(inputs["attention_mask"][None])
+    left_out({name: tensor.to("meta") for name, tensor in inputs.items()})
+    with FakeTensorMode() as mode:
+        left_out({name: mode.from_tensor(tensor) for name, tensor in inputs.items()})
+    mask = inputs["attention_mask"]
+    torch.jit.trace(lambda mask: left_out({**inputs, "attention_mask": mask}), mask, check_trace=False)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    left_out(inputs)
+    assert seen == [True] + [False] * 5
 
 
 def test_rows_padded_beyond_the_table_of_positions_keep_their_mask():
