@@ -24,6 +24,7 @@ HARMLESS_ARGUMENTS = {
 }  # fmt: skip
 HIDDEN_STATES = ("output_hidden_states", "output_attentions")
 DENSE_MASKS = ("sdpa", "eager")  # implementations whose masks only cost time; others leave padding out by them
+NOT_CAUSAL = "not all of its attention says that it is causal"
 PACKAGES = {"builtins", "abc", "typing", "torch", "transformers", "peft"}  # whose modules are known
 
 
@@ -36,7 +37,7 @@ def why_masks_stay(core: nn.Module) -> str | None:
             return f"what {type(module).__name__} does with a mask is not known"
     attentions = [module for module in core.modules() if hasattr(module, "is_causal")]
     if core.config.is_encoder_decoder or not attentions or not all(module.is_causal for module in attentions):
-        return "not all of its attention says that it is causal"
+        return NOT_CAUSAL
     implementation = core.config.get_text_config()._attn_implementation
     if implementation not in DENSE_MASKS:
         return f"{implementation} attention leaves padding out by the mask"
@@ -68,7 +69,7 @@ def _why_mask_stays_now(core: nn.Module) -> str | None:
     """Reasons that can come and go with settings, so that each forward asks again."""
     configs = (core.config, core.config.get_text_config())
     if not all(getattr(config, "is_causal", True) for config in configs):
-        return "not all of its attention says that it is causal"
+        return NOT_CAUSAL
     if any(getattr(config, "output_router_logits", False) for config in configs):
         return "its router's loss leaves padding out by the mask"
     if any(getattr(config, name, False) for config in configs for name in HIDDEN_STATES):

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from liger_trainer import apply_liger, padding, revert_liger
 
-ON = {"padding_mask": True}
+ON = {"padding_mask": True, "attention": False}
 CAUSAL = ("llama", "mistral", "qwen3", "gemma3_text", "phi3", "olmo2", "cohere", "gpt_neox", "deepseek_v3")
 
 

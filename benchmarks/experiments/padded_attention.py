@@ -3,8 +3,8 @@
     python benchmarks/experiments/padded_attention.py
 
 Forward and backward at the attention of the paper's models and of others: transformers' function, ours
-(liger_trainer/attention.py), and causal attention that is given no mask (liger_trainer/padding.py), the last with each
-kernel of torch, too. Prints the kernel that torch chooses, times, extra memory, the first call at a new length, for
+(liger_trainer/attention.py), and causal attention that is given no mask (liger_trainer/padding.py), the last with the
+kernels that torch does not choose, too. Prints the kernel, times, extra memory, the first call at a new length, for
 which cuDNN plans anew, and the largest difference of the gradients, where padding has none. ``--smoke`` runs tiny
 shapes on the CPU.
 """
@@ -13,8 +13,10 @@ import argparse
 import sys
 import time
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,7 +27,7 @@ if not __package__:
 
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 
-from benchmarks.measure import extra_peak_mib, median_ms, relative_error
+from benchmarks.measure import extra_peak_mib, median_ms, relative_error, synchronize
 from liger_trainer.attention import FUSED, grouped_sdpa
 
 # batch, tokens, query heads, key heads, head_dim
@@ -41,8 +43,16 @@ SMOKE = {"tiny": (2, 16, 4, 2, 16)}
 KERNELS = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
 
 
-def inputs(batch: int, tokens: int, heads: int, kv_heads: int, head_dim: int, device: str) -> tuple:
-    """Query, key and value as projections and ``transpose(1, 2)`` leave them, a causal mask with padding, upstream."""
+class Rows(NamedTuple):
+    """Leaves of a graph, what hides padding and later tokens from them, and the gradient of the output."""
+
+    states: list[Tensor]  # query, key and value as projections and ``transpose(1, 2)`` leave them
+    mask: Tensor
+    upstream: Tensor
+
+
+def padded_rows(batch: int, tokens: int, heads: int, kv_heads: int, head_dim: int, device: str) -> Rows:
+    """Random rows with padding on the right."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     sizes = (heads, kv_heads, kv_heads)
     states = [torch.randn(batch, tokens, n, head_dim, device=device, dtype=dtype).transpose(1, 2) for n in sizes]
@@ -50,7 +60,7 @@ def inputs(batch: int, tokens: int, heads: int, kv_heads: int, head_dim: int, de
     columns = torch.arange(tokens, device=device)
     upstream = torch.randn(batch, tokens, heads, head_dim, device=device, dtype=dtype)
     upstream *= columns[:, None, None] < lengths  # no loss depends on padding
-    return [s.requires_grad_() for s in states], (columns[:, None] >= columns) & (columns < lengths), upstream
+    return Rows([s.requires_grad_() for s in states], (columns[:, None] >= columns) & (columns < lengths), upstream)
 
 
 def chosen(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> SDPBackend:
@@ -59,52 +69,57 @@ def chosen(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> SD
     return SDPBackend(torch._fused_sdp_choice(query, key, value, mask, 0.0, mask is None, enable_gqa=grouped))
 
 
+def groups_of(rows: Rows) -> int:
+    """Query heads that share a key head."""
+    return rows.states[0].shape[1] // rows.states[1].shape[1]
+
+
+def output(attend, rows: Rows, masked: bool) -> Tensor:
+    """What the attention function returns for the rows."""
+    module = SimpleNamespace(num_key_value_groups=groups_of(rows), is_causal=True)
+    return attend(module, *rows.states, rows.mask if masked else None)[0]
+
+
+def gradients(attend, rows: Rows, masked: bool) -> list[Tensor]:
+    """Forward and backward."""
+    return torch.autograd.grad(output(attend, rows, masked), rows.states, rows.upstream)
+
+
+def ways_of(name: str, rows: Rows, device: str) -> dict[str, tuple]:
+    """What to measure: function, whether it is given the mask, its kernel, and whether that is not torch's choice."""
+    query, *shared = rows.states
+    repeated = [query, *(repeat_kv(t, groups_of(rows)) for t in shared)]
+    ways = {"repeated": (sdpa_attention_forward, True, chosen(*repeated, rows.mask), False)}
+    if groups_of(rows) > 1:
+        ways["grouped"] = (grouped_sdpa, True, chosen(*rows.states, rows.mask), False)
+        if ways["grouped"][2].value not in FUSED:
+            print(f"{name:12s} no fused kernel groups heads under a mask: the line of grouped heads repeats them, too")
+    ways["no mask"] = (sdpa_attention_forward, False, chosen(*rows.states, None), False)
+    for kernel in KERNELS if device == "cuda" else ():
+        if kernel != ways["no mask"][2]:
+            way = f"no mask {kernel.name.partition('_')[0].lower()}"
+            ways[way] = (sdpa_attention_forward, False, kernel, True)
+    return ways
+
+
 def measure(name: str, shape: tuple[int, ...], device: str) -> None:
     """Print a line for each way."""
     batch, tokens, *heads = shape
-    leaves, mask, upstream = inputs(*shape, device)
-    other_leaves, other_mask, other_upstream = inputs(batch, tokens - 8, *heads, device)
-    groups = shape[2] // shape[3]
-    module = SimpleNamespace(num_key_value_groups=groups, is_causal=True)
-    repeated = [leaves[0], *(repeat_kv(t, groups) for t in leaves[1:])]
-    ways = {
-        "repeated": (sdpa_attention_forward, True, chosen(*repeated, mask), None),
-        "grouped": (grouped_sdpa, True, chosen(*leaves, mask), None),
-        "no mask": (sdpa_attention_forward, False, chosen(*leaves, None), None),
-    }
-    if groups == 1:
-        del ways["grouped"]
-    elif ways["grouped"][2].value not in FUSED:
-        print(f"{name:12s} no fused kernel groups heads under a mask: the line of grouped heads repeats them as well")
-    for kernel in KERNELS if device == "cuda" else ():
-        ways[f"no mask {kernel.name.partition('_')[0].lower()}"] = (sdpa_attention_forward, False, kernel, kernel)
+    rows, shorter = (padded_rows(batch, n, *heads, device) for n in (tokens, tokens - 8))
     expected = None
-    for way, (attend, masked, kernel, only) in ways.items():
-
-        def forward(attend=attend, masked=masked):
-            return attend(module, *leaves, mask if masked else None)[0]
-
-        def both(forward=forward):
-            return torch.autograd.grad(forward(), leaves, upstream)
-
-        def both_at_another_length(attend=attend, masked=masked):
-            out = attend(module, *other_leaves, other_mask if masked else None)[0]
-            return torch.autograd.grad(out, other_leaves, other_upstream)
-
-        with sdpa_kernel(only) if only else nullcontext():
+    for way, (attend, masked, kernel, forced) in ways_of(name, rows, device).items():
+        forward, both = (partial(function, attend, rows, masked) for function in (output, gradients))
+        with sdpa_kernel(kernel) if forced else nullcontext():
             try:
-                gradients = both()
+                ours = both()
             except RuntimeError as error:
                 print(f"{name:12s} {way:17s} {str(error).splitlines()[0][:100]}", flush=True)
                 continue
-            expected = expected or gradients
-            error = max(relative_error(a, b.float()) for a, b in zip(gradients, expected, strict=True))
-            fwd, full, first = (
-                median_ms(forward, device),
-                median_ms(both, device),
-                once_ms(both_at_another_length, device),
-            )
-            memory = extra_peak_mib(both, leaves, device) or 0.0
+            expected = expected or ours
+            error = max(relative_error(a, b.float()) for a, b in zip(ours, expected, strict=True))
+            fwd, full = median_ms(forward, device), median_ms(both, device)
+            first = once_ms(partial(gradients, attend, shorter, masked), device)
+            memory = extra_peak_mib(both, rows.states, device) or 0.0
         print(
             f"{name:12s} {way:17s} {kernel.name:19s} forward {fwd:7.3f} ms, with backward {full:7.3f} ms, "
             f"first time {first:6.1f} ms, {memory:6.0f} MiB, gradients differ by {error:.1e}",
@@ -114,11 +129,10 @@ def measure(name: str, shape: tuple[int, ...], device: str) -> None:
 
 def once_ms(function, device: str) -> float:
     """The time of one call, host and device."""
-    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-    wait()
+    synchronize(device)
     start = time.perf_counter()
     function()
-    wait()
+    synchronize(device)
     return (time.perf_counter() - start) * 1e3
 
 
