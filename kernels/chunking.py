@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import reference
 from .launch import cdiv
-from .weight_sum import WeightSum, mm_into
+from .weight_sum import WeightSum, bytes_over_gradient, mm_into
 
 ROW_ALIGNMENT = 16  # elements: rows of the logits buffer start on 32 bytes whatever the vocabulary
 CHUNK_ALIGNMENT = 128  # tokens: a GEMM tile
@@ -60,13 +60,18 @@ def valid_rows(labels: Tensor, vocab_size: int, ignore_index: int) -> ValidRows:
     return ValidRows(labels.index_select(0, index), index, labels.shape[0])
 
 
-def rows_per_chunk(num_rows: int, vocab_size: int, itemsize: int, budget_mib: float) -> int:
-    """Tokens whose logits fit in ``budget_mib``, in about equal chunks of sizes that GEMMs like."""
+def rows_per_chunk(num_rows: int, vocab_size: int, itemsize: int, budget_mib: float, sum_bytes: int = 0) -> int:
+    """Tokens whose logits fit in ``budget_mib``, in about equal chunks of sizes that GEMMs like.
+
+    All of them, whatever the budget, where their logits take no more than those of a chunk and ``sum_bytes``, what a
+    sum over several chunks takes: one chunk needs no sum, so it is both leaner and faster.
+    """
     row_bytes = cdiv(vocab_size, ROW_ALIGNMENT) * ROW_ALIGNMENT * itemsize
     limit = max(1, int(budget_mib * 2**20) // row_bytes)
-    if limit >= 2 * LARGE_CHUNK_ALIGNMENT and num_rows > MANY_CHUNKS * limit:
-        return equal_parts(num_rows, limit, LARGE_CHUNK_ALIGNMENT)
-    return equal_parts(num_rows, limit, CHUNK_ALIGNMENT if limit >= CHUNK_ALIGNMENT else 1)
+    large = limit >= 2 * LARGE_CHUNK_ALIGNMENT and num_rows > MANY_CHUNKS * limit
+    tile = LARGE_CHUNK_ALIGNMENT if large else CHUNK_ALIGNMENT if limit >= CHUNK_ALIGNMENT else 1
+    size = equal_parts(num_rows, limit, tile)
+    return num_rows if (num_rows - size) * row_bytes <= sum_bytes else size
 
 
 def equal_parts(total: int, limit: int, unit: int) -> int:
@@ -78,16 +83,20 @@ def equal_parts(total: int, limit: int, unit: int) -> int:
 
 
 class LinearChunks:
-    """``hidden @ weight.T + bias`` for the valid rows, a chunk at a time, in the GEMMs' dtype."""
+    """``hidden @ weight.T + bias`` for the valid rows, a chunk at a time, in the GEMMs' dtype.
+
+    ``weight_wanted``: whether the weight's gradient will be summed over the chunks.
+    """
 
     def __init__(
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: ValidRows, dtype: torch.dtype,
-        budget_mib: float,
+        budget_mib: float, weight_wanted: bool,
     ):  # fmt: skip
         self.hidden, self.rows = hidden, rows
         self.weight = weight.to(dtype)
         self.bias = None if bias is None else bias.to(dtype)
-        self.size = rows_per_chunk(rows.count, weight.shape[0], self.weight.element_size(), budget_mib)
+        sum_bytes = bytes_over_gradient(weight, self.grad_dtype(weight)) if weight_wanted else 0
+        self.size = rows_per_chunk(rows.count, weight.shape[0], self.weight.element_size(), budget_mib, sum_bytes)
 
     @property
     def single(self) -> bool:

@@ -89,7 +89,8 @@ def linear_cross_entropy(
     per-token ``TokenStats``. The host waits for the device once, to count the labels that are not ignored.
 
     ``logits_budget_mib`` bounds the transient buffer of logits: fewer, larger chunks are faster. Beside it stands a sum
-    of the weight's gradient in fp32, which takes the memory of the gradient once more if that has 16 bits.
+    of the weight's gradient in fp32, which takes the memory of the gradient once more if that has 16 bits; where all
+    logits take less than a chunk's and that sum together, they are one chunk, which needs none.
     ``low_memory`` does without: it computes the logits twice, in slabs of the vocabulary that take at most 64 MiB, and
     beside these needs only the gradient of ``hidden`` in fp32. Both ways are equally precise.
     Under ``torch.compile`` the op is one node of the graph.

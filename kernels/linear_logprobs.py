@@ -109,8 +109,9 @@ def _forward_by_chunks(hidden, weight, bias, labels, rows, guess, options):
     token_loss, lse = empty_rows(rows.count, hidden.device), empty_rows(rows.count, hidden.device)
     stats = empty_rows(NUM_STATS * rows.count, hidden.device).view(NUM_STATS, -1)
     scale = _guess_scale(rows, options)
-    chunks = LinearChunks(hidden, weight, bias, rows, options.dtype, options.budget_mib)
-    sums = GradientSums(chunks, hidden, weight, bias, options.wanted if guess else (False,) * 3)
+    wanted = options.wanted if guess else (False,) * 3
+    chunks = LinearChunks(hidden, weight, bias, rows, options.dtype, options.budget_mib, wanted[1])
+    sums = GradientSums(chunks, hidden, weight, bias, wanted)
     for span, x, logits in chunks:
         loss_rows(
             logits, rows.labels[span], token_loss[span], lse[span], options.transform,
@@ -174,7 +175,7 @@ def _recompute(options, hidden, weight, bias, rows, lse, entropy, log_prob_grad,
             coefficients = log_prob_coefficients(log_prob_grad, entropy_grad, entropy)
             grads = slabs.gradients(lse, coefficients, options.transform, options.wanted)
         else:
-            chunks = LinearChunks(hidden, weight, bias, rows, options.dtype, options.budget_mib)
+            chunks = LinearChunks(hidden, weight, bias, rows, options.dtype, options.budget_mib, weight_wanted=False)
             sums = GradientSums(chunks, hidden, weight, bias, options.wanted)
             for span, x, logits in chunks:
                 log_prob_grad_rows(

@@ -30,18 +30,27 @@ def add_mm_into(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return torch.addmm(out, a.to(out.dtype), b.to(out.dtype), out=out)
 
 
+def lent_rows(vocab_size: int, dtype: torch.dtype) -> int:
+    """Rows of the fp32 sum that lie in the memory of a gradient of ``dtype``."""
+    return 0 if dtype == torch.float32 else vocab_size // 2 // ALIGNMENT * ALIGNMENT
+
+
+def bytes_over_gradient(weight: Tensor, dtype: torch.dtype) -> int:
+    """What a ``WeightSum`` takes beside its result in ``dtype``."""
+    vocab_size, width = weight.shape
+    return 0 if dtype == torch.float32 else (vocab_size - lent_rows(vocab_size, dtype)) * width * 4
+
+
 class WeightSum:
     """``sum of dlogits.T @ x`` over chunks, ``[V, H]``; the result is in ``dtype``."""
 
     def __init__(self, weight: Tensor, dtype: torch.dtype):
         vocab_size, width = weight.shape
-        self.started = False
-        if dtype == torch.float32:
-            self.total = torch.empty((vocab_size, width), dtype=dtype, device=weight.device)
-            self.half, self.parts = 0, [(slice(None), self.total)]
-            return
+        self.started, self.half = False, lent_rows(vocab_size, dtype)
         self.total = torch.empty((vocab_size, width), dtype=dtype, device=weight.device)
-        self.half = vocab_size // 2 // ALIGNMENT * ALIGNMENT
+        if dtype == torch.float32:
+            self.parts = [(slice(None), self.total)]
+            return
         lent = self.total.view(-1)[: 2 * self.half * width].view(torch.float32).view(self.half, width)
         rest = torch.empty((vocab_size - self.half, width), dtype=torch.float32, device=weight.device)
         parts = [(slice(self.half), lent), (slice(self.half, None), rest)]

@@ -34,7 +34,8 @@ class LigerConfig:
         strict: anything asked for and not applied is an error instead of a line in the report; but for
             ``padding_mask``, which is up to each batch.
         logits_budget_mib: upper bound in MiB of the transient logits the fused loss holds at a time. Larger is
-            faster up to a point, smaller is leaner; it changes no result.
+            faster up to a point, smaller is leaner; it changes no result. Where all logits together take less than
+            a part of them and the sum of ``lm_head``'s gradient over the parts, they are computed at once.
         low_memory: the fused loss computes the logits twice instead of keeping an fp32 sum of ``lm_head``'s gradient,
             in at most 64 MiB of them at a time: leaner by 2 bytes for each of its weights, the head slower by 17 to
             54 % (H100, ``benchmarks/NOTES.md``).

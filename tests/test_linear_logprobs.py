@@ -126,7 +126,7 @@ def test_no_valid_label(tokens, speculate, dtype):
 @pytest.mark.parametrize("speculate", [True, False])
 def test_batched_frozen_weight_and_no_grad(speculate):
     (hidden, weight, _), labels = make_inputs(tokens=40)
-    hidden = hidden.detach().view(5, 8, 24).transpose(0, 1).requires_grad_()
+    hidden = hidden.detach().view(5, 8, 12).transpose(0, 1).requires_grad_()
     labels = labels.view(8, 5)
     speculation = Speculation() if speculate else None
     params = [hidden, weight.detach(), None]

@@ -27,6 +27,7 @@ from liger_trainer.kernels import chunking, linear_loss
 CUDA = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float32)
 SHAPES = [
+    (4096, 4096, 128256),  # one chunk of all rows takes less memory than two and a sum
     (8192, 4096, 128256),
     (16384, 2048, 128256),
     (16384, 1536, 151936),
@@ -198,6 +199,12 @@ def variants(hidden, weight, labels):
     ce = linear_cross_entropy
     for budget in (256, 512, 1024, 2048):
         yield f"chunks {budget}", both, step(ce, logits_budget_mib=budget)
+    in_chunks = {
+        budget: patched(chunking, "bytes_over_gradient", lambda *_: 0, step(ce, logits_budget_mib=budget))
+        for budget in (512, 1024)
+    }
+    for budget, function in in_chunks.items():
+        yield f"chunks {budget}, even where one takes less", both, function
     yield "chunks 512, last label of each 512 ignored", both, step(ce, y=last_ignored)
     for budget in (32, 64, 256, 512, 1024):
         name = "low_memory" if budget == 64 else f"slabs {budget}"
@@ -211,8 +218,7 @@ def variants(hidden, weight, labels):
     yield "frozen weight, low_memory", both - frozen.numel() * frozen.element_size(), step(ce, frozen, low_memory=True)
     yield "logprobs, recompute by slabs 512", both, step(log_probs)
     yield "logprobs, low_memory", both, step(log_probs, low_memory=True)
-    for budget in (512, 1024):
-        whole = step(ce, logits_budget_mib=budget)
+    for budget, whole in in_chunks.items():
         yield f"one fp32 sum, chunks {budget}", both, patched(chunking, "WeightSum", WholeSum, whole)
         yield f"bf16 sum, chunks {budget}", both, patched(chunking, "WeightSum", RoundedSum, whole)
         if CUDA:
