@@ -39,7 +39,7 @@ def plot(data: dict, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axis = pyplot.subplots(figsize=(9, 5))
+    figure, axis = pyplot.subplots(figsize=(11, 5))
     for shape in data["shapes"]:
         known = {v["name"]: v for v in shape["variants"] if "ms" in v}
         points = [known[name] for name in SETTINGS if name in known]
@@ -49,7 +49,7 @@ def plot(data: dict, path: Path) -> None:
     axis.set_xlabel("MiB over the gradients (low_memory, then logits budgets of 256, 512, 1024, 2048 MiB)")
     axis.set_ylabel("forward + backward / three GEMMs")
     axis.set_title(f"linear_cross_entropy, {data['device']}")
-    axis.legend(frameon=False)
+    axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     axis.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     figure.savefig(path, dpi=110)

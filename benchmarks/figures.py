@@ -74,6 +74,8 @@ def bars(axis, groups: list[str], series: dict[str, list], cut: float | None = N
 def lines(axis, label: str, positions: list, series: dict[str, list], spreads: dict) -> None:
     """One line an arm against evenly spaced ``positions``; ``"oom"`` is an x on the axis and ends the line.
 
+    The last lines lie lowest and are the widest, so that those which coincide are all seen.
+
     Args:
         axis: of matplotlib.
         label: what the positions are.
@@ -82,12 +84,13 @@ def lines(axis, label: str, positions: list, series: dict[str, list], spreads: d
         spreads: by arm, one (below, above) or None a position.
     """
     offsets = {arm: (index - (len(series) - 1) / 2) * 0.06 for index, arm in enumerate(series)}  # x marks side by side
-    for arm, values in series.items():
+    for depth, (arm, values) in enumerate(sorted(series.items(), key=lambda item: not item[0].startswith("ours"))):
         points = [(i, v) for i, v in enumerate(values) if v is not None and v != "oom"]
         around = [spreads[arm][i] or (0, 0) for i, _ in points]
         if points:
             axis.errorbar(*zip(*points, strict=True), yerr=list(zip(*around, strict=True)), color=COLORS[arm],
-                          marker="o", markersize=4, linewidth=1.5, capsize=2)  # fmt: skip
+                          marker="o", markersize=3.5 + 1.3 * depth, linewidth=1.4 + 0.7 * depth, elinewidth=1.2,
+                          capsize=2, zorder=3 - 0.1 * depth)  # fmt: skip
         for i, value in enumerate(values):
             if value == "oom":
                 mark_oom(axis, i + offsets[arm], arm)

@@ -11,18 +11,23 @@ METRICS = {
     "peak_allocated_gib": "peak allocated, GiB",
     "above_static_gib": "peak above weights, gradients\nand optimizer state, GiB",
 }
+FURTHER = {
+    "gains": train_tables.gains_text,
+    "average": train_tables.average_text,
+    "growth": train_tables.growth_text,
+}
 
 
 def make_tables(stem: str, data: dict, source: str) -> dict[str, str]:
     """The Markdown tables by name.
 
-    Every row (``stem``), a line a place with all arms (``-brief``) or with what ours gains over each (``-gains``), and
-    means over the places (``-average``).
+    Every row (``stem``), a line a place with all arms (``-brief``), and where there is anything to say those of
+    ``FURTHER``: what ours gains over each arm, means over the places, each arm's numbers at both ends of x.
     """
     rows, about = data["results"], data["suite"]
     made = {stem: train_tables.train_text(rows, about, markdown=True) + source}
     made[f"{stem}-brief"] = train_tables.brief_text(rows, about, markdown=True) + source
-    for name, make in (("gains", train_tables.gains_text), ("average", train_tables.average_text)):
+    for name, make in FURTHER.items():
         if text := make(rows, about, markdown=True):
             made[f"{stem}-{name}"] = text + source
     return made

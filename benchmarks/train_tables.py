@@ -131,6 +131,30 @@ def gains_text(rows: list[dict], about: dict, markdown: bool = False) -> str:
     return text_table(header, lines, markdown) if lines and arms else ""
 
 
+def growth_text(rows: list[dict], about: dict, markdown: bool = False) -> str:
+    """Each arm's numbers at its smallest x and at its largest, memory in GiB. An empty text where x is no quantity."""
+
+    def cell(first: dict, last: dict, metric: str) -> str | None:
+        growth = percent(change(last, first, metric))
+        return growth and f"{format_number(first[metric])} to {format_number(last[metric])} ({growth})"
+
+    if about["x"]["key"] in ("name", "num_processes"):
+        return ""
+    several = len({launch for _, launch, _ in about["places"]}) > 1
+    series: dict[tuple, list[dict]] = {}
+    for row in (row for row in in_order(rows, about) if row["status"] == "ok"):
+        series.setdefault((row["group"], row["launch"], row["arm"]), []).append(row)
+    lines = []
+    for (group, launch, arm), own in series.items():
+        first, last = (choose(own, key=lambda row: row["x"]) for choose in (min, max))
+        if first is not last:
+            name = LABELS[arm] if markdown else arm
+            cells = (cell(first, last, metric) for metric in COMPARED)
+            lines.append([group, *([launch] if several else []), name, f"{first['x']} to {last['x']}", *cells])
+    header = ["model", *(["launch"] if several else []), "arm", about["x"]["label"], *COMPARED.values()]
+    return text_table(header, lines, markdown) if lines else ""
+
+
 def inexact_text(rows: list[dict]) -> str:
     """What the mark means, where a row has it."""
     inexact = any(row["status"] == "inexact" for row in rows)

@@ -38,7 +38,7 @@ class LigerConfig:
             a part of them and the sum of ``lm_head``'s gradient over the parts, they are computed at once.
         low_memory: the fused loss computes the logits twice instead of keeping an fp32 sum of ``lm_head``'s gradient,
             in at most 64 MiB of them at a time: leaner by 2 bytes for each of its weights, the head slower by 17 to
-            54 % (H100, ``benchmarks/NOTES.md``).
+            56 % (H100, ``docs/paper.md``).
         recompute_glu: gated MLPs keep their gate and up projections for backward but not ``act(gate) * up``, which is
             made again along with their gradients: leaner by a third of the MLP's activations for one more write.
             Where the down projection is a bare ``nn.Linear``: one with an adapter or hooks keeps its input.

@@ -9,7 +9,7 @@ from rounds import GOOD, OOM
 
 with pytest.MonkeyPatch.context() as patch:  # a checkout's folder, not installed
     patch.syspath_prepend(str(Path(__file__).parents[1]))
-    from benchmarks import plot, suite, train_changes, train_rows
+    from benchmarks import plot, plot_train, suite, train_changes, train_rows
 
 
 def test_arms_are_compared_in_the_rounds_that_they_share():
@@ -76,6 +76,13 @@ def test_plots_and_tables(name, tmp_path):
     average = text[text.index(f"table:{stem}-average") :].splitlines()
     for against in ("    HF eager |   +30.0%", "liger-kernel |    +4.0%"):
         assert any(f"| liger_trainer | {against}" in line for line in average), average
+    growth = plot_train.make_tables(stem, train_data(name), "").get(f"{stem}-growth")
+    if name == "paper_lengths":
+        ours = next(line for line in growth.splitlines() if "liger_trainer" in line)
+        assert " 1024 to 16384 | 130 to 130 (+0.0%) |" in ours
+        assert " 1024 to 8192 |" in next(line for line in growth.splitlines() if "HF eager" in line)
+    else:
+        assert growth is None, "no x that is a quantity, or that is the number of processes"
     if name == "paper_models":
         places = [line.split("|")[-2].strip() for line in average if line.startswith("| liger")]
         assert places == ["4"] * 3, (
