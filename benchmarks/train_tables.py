@@ -132,7 +132,7 @@ def gains_text(rows: list[dict], about: dict, markdown: bool = False) -> str:
 
 
 def growth_text(rows: list[dict], about: dict, markdown: bool = False) -> str:
-    """Each arm's numbers at its smallest x and at its largest, memory in GiB. An empty text where x is no quantity."""
+    """Each arm's numbers at its smallest x and at its largest. An empty text where x is no quantity."""
 
     def cell(first: dict, last: dict, metric: str) -> str | None:
         growth = percent(change(last, first, metric))
@@ -151,7 +151,9 @@ def growth_text(rows: list[dict], about: dict, markdown: bool = False) -> str:
             name = LABELS[arm] if markdown else arm
             cells = (cell(first, last, metric) for metric in COMPARED)
             lines.append([group, *([launch] if several else []), name, f"{first['x']} to {last['x']}", *cells])
-    header = ["model", *(["launch"] if several else []), "arm", about["x"]["label"], *COMPARED.values()]
+    speed, *memory = COMPARED.values()
+    header = ["model", *(["launch"] if several else []), "arm", about["x"]["label"], speed]
+    header += [f"{name}, GiB" for name in memory]
     return text_table(header, lines, markdown) if lines else ""
 
 

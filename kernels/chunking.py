@@ -60,18 +60,17 @@ def valid_rows(labels: Tensor, vocab_size: int, ignore_index: int) -> ValidRows:
     return ValidRows(labels.index_select(0, index), index, labels.shape[0])
 
 
-def rows_per_chunk(num_rows: int, vocab_size: int, itemsize: int, budget_mib: float, sum_bytes: int = 0) -> int:
-    """Tokens whose logits fit in ``budget_mib``, in about equal chunks of sizes that GEMMs like.
+def logits_width(vocab_size: int) -> int:
+    """Columns of the logits buffer."""
+    return cdiv(vocab_size, ROW_ALIGNMENT) * ROW_ALIGNMENT
 
-    All of them, whatever the budget, where their logits take no more than those of a chunk and ``sum_bytes``, what a
-    sum over several chunks takes: one chunk needs no sum, so it is both leaner and faster.
-    """
-    row_bytes = cdiv(vocab_size, ROW_ALIGNMENT) * ROW_ALIGNMENT * itemsize
-    limit = max(1, int(budget_mib * 2**20) // row_bytes)
-    large = limit >= 2 * LARGE_CHUNK_ALIGNMENT and num_rows > MANY_CHUNKS * limit
-    tile = LARGE_CHUNK_ALIGNMENT if large else CHUNK_ALIGNMENT if limit >= CHUNK_ALIGNMENT else 1
-    size = equal_parts(num_rows, limit, tile)
-    return num_rows if (num_rows - size) * row_bytes <= sum_bytes else size
+
+def rows_per_chunk(num_rows: int, vocab_size: int, itemsize: int, budget_mib: float) -> int:
+    """Tokens whose logits fit in ``budget_mib``, in about equal chunks of sizes that GEMMs like."""
+    limit = max(1, int(budget_mib * 2**20) // (logits_width(vocab_size) * itemsize))
+    if limit >= 2 * LARGE_CHUNK_ALIGNMENT and num_rows > MANY_CHUNKS * limit:
+        return equal_parts(num_rows, limit, LARGE_CHUNK_ALIGNMENT)
+    return equal_parts(num_rows, limit, CHUNK_ALIGNMENT if limit >= CHUNK_ALIGNMENT else 1)
 
 
 def equal_parts(total: int, limit: int, unit: int) -> int:
@@ -85,18 +84,31 @@ def equal_parts(total: int, limit: int, unit: int) -> int:
 class LinearChunks:
     """``hidden @ weight.T + bias`` for the valid rows, a chunk at a time, in the GEMMs' dtype.
 
-    ``weight_wanted``: whether the weight's gradient will be summed over the chunks.
+    Chunks are of the budget, but all rows are one where that takes no more memory than a chunk and the sum of the
+    weight's gradient over several, which one does not need: leaner, and without the sum's traffic.
+
+    ``wanted``: which of hidden, weight and bias get a gradient while the chunks are there.
     """
 
     def __init__(
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: ValidRows, dtype: torch.dtype,
-        budget_mib: float, weight_wanted: bool,
+        budget_mib: float, wanted: tuple[bool, bool, bool],
     ):  # fmt: skip
-        self.hidden, self.rows = hidden, rows
+        self.hidden, self.rows, self.wanted = hidden, rows, wanted
         self.weight = weight.to(dtype)
         self.bias = None if bias is None else bias.to(dtype)
-        sum_bytes = bytes_over_gradient(weight, self.grad_dtype(weight)) if weight_wanted else 0
-        self.size = rows_per_chunk(rows.count, weight.shape[0], self.weight.element_size(), budget_mib, sum_bytes)
+        self.size = rows_per_chunk(rows.count, weight.shape[0], dtype.itemsize, budget_mib)
+        sum_bytes = bytes_over_gradient(weight, self.grad_dtype(weight)) if wanted[1] else 0
+        if (rows.count - self.size) * self._row_bytes() <= sum_bytes:
+            self.size = rows.count
+
+    def _row_bytes(self) -> int:
+        """What a row takes while its chunk is there: logits, and hidden state and gradient where these are copies."""
+        vocab_size, width = self.weight.shape
+        dtype, gathered = self.weight.dtype, self.rows.index is not None
+        copies = [(self.hidden.dtype, gathered), (dtype, self.hidden.dtype != dtype)]
+        copies.append((self.grad_dtype(self.hidden), gathered and self.wanted[0]))
+        return logits_width(vocab_size) * dtype.itemsize + sum(width * kind.itemsize for kind, made in copies if made)
 
     @property
     def single(self) -> bool:
@@ -112,8 +124,7 @@ class LinearChunks:
         if self.rows.count == 0:
             return
         vocab_size = self.weight.shape[0]
-        width = cdiv(vocab_size, ROW_ALIGNMENT) * ROW_ALIGNMENT
-        buffer = torch.empty((self.size, width), dtype=self.weight.dtype, device=self.weight.device)
+        buffer = torch.empty((self.size, logits_width(vocab_size)), dtype=self.weight.dtype, device=self.weight.device)
         buffer[:, vocab_size:].zero_()  # GEMMs on CPU read the padding, times zero
         for start in range(0, self.rows.count, self.size):
             span = slice(start, min(start + self.size, self.rows.count))
@@ -129,19 +140,19 @@ class LinearChunks:
 
 
 class GradientSums:
-    """Gradients of hidden, weight and bias, gathered chunk by chunk; those not wanted cost nothing.
+    """Gradients of hidden, weight and bias, gathered chunk by chunk; those that ``chunks`` does not want cost nothing.
 
     fp16 GEMMs: sums stay fp32 until ``scale_gradients`` rounds them, because their scale is applied that late.
     """
 
-    def __init__(self, chunks: LinearChunks, hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: tuple):
-        self.chunks, self.wanted = chunks, wanted
+    def __init__(self, chunks: LinearChunks, hidden: Tensor, weight: Tensor, bias: Tensor | None):
+        self.chunks, self.wanted = chunks, chunks.wanted
         self.params = (hidden, weight, bias)
         self.hidden_grad = self.weight_sum = self.weight_grad = self.bias_grad = None
-        if wanted[0]:
+        if self.wanted[0]:
             make = torch.empty if chunks.rows.index is None else torch.zeros
             self.hidden_grad = make(hidden.shape, dtype=chunks.grad_dtype(hidden), device=hidden.device)
-        if wanted[1] and not chunks.single and chunks.rows.count:
+        if self.wanted[1] and not chunks.single and chunks.rows.count:
             self.weight_sum = WeightSum(weight, chunks.grad_dtype(weight))
 
     def add(self, span: slice, x: Tensor, dlogits: Tensor) -> None:

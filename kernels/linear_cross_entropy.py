@@ -1,4 +1,4 @@
-"""Cross-entropy of ``hidden @ weight.T + bias`` without the logits of more than a chunk of tokens.
+"""Cross-entropy of ``hidden @ weight.T + bias`` with the logits of one chunk of tokens at a time.
 
 Per chunk: logits = X W^T (cuBLAS), one kernel that turns them in place to dlogits and gives loss and statistics,
 then dX = dlogits W and dW += dlogits^T X. So gradients are computed in forward, three GEMMs in all, and backward
@@ -80,7 +80,7 @@ def linear_cross_entropy(
     token_weights: Tensor | None = None, reduction: str = "mean", num_items: Tensor | float | None = None,
     return_stats: bool = False, logits_budget_mib: float = 512, low_memory: bool = False,
 ) -> Tensor | tuple[Tensor, TokenStats]:  # fmt: skip
-    """``cross_entropy(hidden @ weight.T + bias, labels)`` without materialised logits; the loss is fp32.
+    """``cross_entropy(hidden @ weight.T + bias, labels)`` with the logits of a chunk at a time; the loss is fp32.
 
     ``hidden`` ``[..., H]``, ``weight`` ``[V, H]`` and ``bias`` ``[V]`` have one dtype, or any under autocast: GEMMs
     then run in autocast's dtype and gradients come back in the parameters' own, unrounded from the fp32 sums.
@@ -88,9 +88,9 @@ def linear_cross_entropy(
     a differentiable zero. The other options are those of ``cross_entropy``. ``return_stats`` adds detached
     per-token ``TokenStats``. The host waits for the device once, to count the labels that are not ignored.
 
-    ``logits_budget_mib`` bounds the transient buffer of logits: fewer, larger chunks are faster. Beside it stands a sum
-    of the weight's gradient in fp32, which takes the memory of the gradient once more if that has 16 bits; where all
-    logits take less than a chunk's and that sum together, they are one chunk, which needs none.
+    ``logits_budget_mib`` is what the transient buffer of logits may take: fewer, larger chunks are faster. Beside it
+    stands a sum of the weight's gradient in fp32, which takes the memory of the gradient once more if that is bf16. One
+    chunk needs no sum: if all tokens take no more than a chunk and the sum, they are one, whatever the budget.
     ``low_memory`` does without: it computes the logits twice, in slabs of the vocabulary that take at most 64 MiB, and
     beside these needs only the gradient of ``hidden`` in fp32. Both ways are equally precise.
     Under ``torch.compile`` the op is one node of the graph.

@@ -110,8 +110,8 @@ def _forward_by_chunks(hidden, weight, bias, labels, rows, guess, options):
     stats = empty_rows(NUM_STATS * rows.count, hidden.device).view(NUM_STATS, -1)
     scale = _guess_scale(rows, options)
     wanted = options.wanted if guess else (False,) * 3
-    chunks = LinearChunks(hidden, weight, bias, rows, options.dtype, options.budget_mib, wanted[1])
-    sums = GradientSums(chunks, hidden, weight, bias, wanted)
+    chunks = LinearChunks(hidden, weight, bias, rows, options.dtype, options.budget_mib, wanted)
+    sums = GradientSums(chunks, hidden, weight, bias)
     for span, x, logits in chunks:
         loss_rows(
             logits, rows.labels[span], token_loss[span], lse[span], options.transform,
@@ -175,8 +175,8 @@ def _recompute(options, hidden, weight, bias, rows, lse, entropy, log_prob_grad,
             coefficients = log_prob_coefficients(log_prob_grad, entropy_grad, entropy)
             grads = slabs.gradients(lse, coefficients, options.transform, options.wanted)
         else:
-            chunks = LinearChunks(hidden, weight, bias, rows, options.dtype, options.budget_mib, weight_wanted=False)
-            sums = GradientSums(chunks, hidden, weight, bias, options.wanted)
+            chunks = LinearChunks(hidden, weight, bias, rows, options.dtype, options.budget_mib, options.wanted)
+            sums = GradientSums(chunks, hidden, weight, bias)
             for span, x, logits in chunks:
                 log_prob_grad_rows(
                     logits, rows.labels[span], lse[span], entropy[span], log_prob_grad[span],
@@ -267,9 +267,9 @@ def linear_logprobs(
     ``labels`` ``[...]`` (int64 or int32) are not shifted. The fields of the result have the labels' shape and
     are 0 where the label is ``ignore_index``; such positions cost nothing. ``log_probs`` and ``entropy`` are
     differentiable.
-    ``logits_budget_mib`` bounds the transient buffer of logits; ``low_memory`` bounds it by 64 MiB and keeps no fp32
-    sum of the weight's gradient, see ``linear_cross_entropy``. With an active ``speculation`` the gradients of
-    the mean log-probability are computed in forward and used if they turn out to be the ones that backward wants.
+    ``logits_budget_mib`` and ``low_memory`` are those of ``linear_cross_entropy``. With an active ``speculation`` the
+    gradients of the mean log-probability are computed in forward and used if they turn out to be the ones that backward
+    wants.
     The host waits for the device once in forward, and once in backward after a speculation. Under ``torch.compile`` the
     op is one node of the graph, and does not speculate.
 

@@ -124,8 +124,8 @@ def _by_chunks(params, labels, rows, token_weights, scale, divisor, options):
     token_loss, lse = empty_rows(rows.count, device), empty_rows(rows.count, device)
     stats = empty_rows(NUM_STATS * rows.count, device).view(NUM_STATS, -1) if options.return_stats else None
     wanted = options.wanted if options.grad_now else (False,) * 3
-    chunks = LinearChunks(*params, rows, options.dtype, options.budget_mib, wanted[1])
-    sums = GradientSums(chunks, *params, wanted)
+    chunks = LinearChunks(*params, rows, options.dtype, options.budget_mib, wanted)
+    sums = GradientSums(chunks, *params)
     for span, x, logits in chunks:
         loss_rows(
             logits, rows.labels[span], token_loss[span], lse[span], options.transform, **options.kernel,
@@ -180,8 +180,8 @@ def loss_recompute(
             coefficients = loss_coefficients(row_grad, lse, options.label_smoothing, options.z_loss, weight.shape[0])
             grads = slabs.gradients(lse, coefficients, options.transform, options.wanted)
         else:
-            chunks = LinearChunks(hidden, weight, bias, rows, options.dtype, options.budget_mib, weight_wanted=False)
-            sums = GradientSums(chunks, hidden, weight, bias, options.wanted)
+            chunks = LinearChunks(hidden, weight, bias, rows, options.dtype, options.budget_mib, options.wanted)
+            sums = GradientSums(chunks, hidden, weight, bias)
             for span, x, logits in chunks:
                 loss_grad_rows(
                     logits, logits, rows.labels[span], lse[span], row_grad[span], options.transform, **options.kernel

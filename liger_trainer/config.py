@@ -30,15 +30,16 @@ class LigerConfig:
         padding_mask: training batches whose padding is on the right and has no labels are given to causal attention
             without their mask, which changes neither loss nor gradients; hidden states at padding are others. Not under
             torch.compile.
-        fused_loss: compute the causal-LM loss inside ``lm_head``, chunk by chunk, without building the logits.
+        fused_loss: compute the causal-LM loss inside ``lm_head``, with the logits of a chunk of tokens at a time.
         strict: anything asked for and not applied is an error instead of a line in the report; but for
             ``padding_mask``, which is up to each batch.
-        logits_budget_mib: upper bound in MiB of the transient logits the fused loss holds at a time. Larger is
-            faster up to a point, smaller is leaner; it changes no result. Where all logits together take less than
-            a part of them and the sum of ``lm_head``'s gradient over the parts, they are computed at once.
+        logits_budget_mib: what the logits of a chunk may take in MiB. Larger is faster up to a point, smaller is
+            leaner; it changes no result. While ``lm_head`` is trained in bf16, chunks need an fp32 sum of its gradient:
+            if all tokens at once take no more memory than a chunk and that sum, they are taken at once, whatever this
+            says.
         low_memory: the fused loss computes the logits twice instead of keeping an fp32 sum of ``lm_head``'s gradient,
-            in at most 64 MiB of them at a time: leaner by 2 bytes for each of its weights, the head slower by 17 to
-            56 % (H100, ``docs/paper.md``).
+            in at most 64 MiB of them at a time: leaner by 2 bytes for each of its weights, a head that is trained
+            slower by 17 to 56 % (H100, ``docs/paper.md``).
         recompute_glu: gated MLPs keep their gate and up projections for backward but not ``act(gate) * up``, which is
             made again along with their gradients: leaner by a third of the MLP's activations for one more write.
             Where the down projection is a bare ``nn.Linear``: one with an adapter or hooks keeps its input.

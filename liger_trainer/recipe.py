@@ -114,7 +114,13 @@ class TokenArguments:
     """What TRL's ``SFTConfig`` has and ``TrainingArguments`` lacks."""
 
     max_length: int = field(default=1024, metadata={"help": "Tokens of an example; the rest is cut off."})
-    pad_to_multiple_of: int = field(default=8, metadata={"help": "Batches are padded to a multiple of this length."})
+    pad_to_multiple_of: int = field(
+        default=8,
+        metadata={
+            "help": "Batches are padded to a multiple of this length. A larger one means fewer lengths, for each of "
+            "which cuDNN's attention plans anew: some 0.1 s on an H200."
+        },
+    )
 
     def __post_init__(self):
         for name in ("max_length", "pad_to_multiple_of"):

@@ -286,7 +286,7 @@ def test_bad_arguments(change, error, message):
     ids=["mean", "none", "slabs"],
 )
 def test_real_widths_and_bit_equal_runs(vocab_size, options):
-    params, labels = make_inputs(1500, 512, vocab_size)
+    params, labels = make_inputs(1500, 256, vocab_size)
     params = [params[0], (params[1].detach() * 0.1).requires_grad_(), None]
     check(params, labels, torch.bfloat16, None, 40, **options)
     params = as_dtype(params, torch.bfloat16)

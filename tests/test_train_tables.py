@@ -9,7 +9,7 @@ from rounds import GOOD, OOM
 
 with pytest.MonkeyPatch.context() as patch:  # a checkout's folder, not installed
     patch.syspath_prepend(str(Path(__file__).parents[1]))
-    from benchmarks import plot, plot_train, suite, train_changes, train_rows
+    from benchmarks import figures, plot, plot_train, suite, train_changes, train_rows, train_tables
 
 
 def test_arms_are_compared_in_the_rounds_that_they_share():
@@ -76,13 +76,8 @@ def test_plots_and_tables(name, tmp_path):
     average = text[text.index(f"table:{stem}-average") :].splitlines()
     for against in ("    HF eager |   +30.0%", "liger-kernel |    +4.0%"):
         assert any(f"| liger_trainer | {against}" in line for line in average), average
-    growth = plot_train.make_tables(stem, train_data(name), "").get(f"{stem}-growth")
-    if name == "paper_lengths":
-        ours = next(line for line in growth.splitlines() if "liger_trainer" in line)
-        assert " 1024 to 16384 | 130 to 130 (+0.0%) |" in ours
-        assert " 1024 to 8192 |" in next(line for line in growth.splitlines() if "HF eager" in line)
-    else:
-        assert growth is None, "no x that is a quantity, or that is the number of processes"
+    growth = f"{stem}-growth" in plot_train.make_tables(stem, train_data(name), "")
+    assert growth == (name == "paper_lengths"), "of models or of numbers of processes there is none"
     if name == "paper_models":
         places = [line.split("|")[-2].strip() for line in average if line.startswith("| liger")]
         assert places == ["4"] * 3, (
@@ -93,6 +88,36 @@ def test_plots_and_tables(name, tmp_path):
         assert "70.7%" in text, "scaling from one device to two by the square root"
     assert plot.main(["--results", str(tmp_path), "--update", str(page)]) == 0
     assert page.read_text() == text
+
+
+def test_growth_is_from_the_smallest_to_the_largest_x_of_an_arm():
+    chosen = replace(suite.load(Path("paper_two_gpus")), arms=("hf", "ours"))
+    rows = []
+    for job in train_rows.plan(replace(chosen, rounds=1)):
+        good = GOOD | {"run": 0, "tokens_per_s": 10.0 * job["x"], "above_static_gib": 2.0}
+        if job["arm"] == "hf":
+            good["above_static_gib"] = job["x"] / 16
+        lost = job["arm"] == "hf" and job["launch"] == "ZeRO-3" and job["x"] == 64
+        rows.append(train_rows.combine(job, [OOM | {"run": 0} if lost else good]))
+    lines = train_tables.growth_text(rows[::-1], chosen.about).splitlines()
+    assert [line.split()[1:3] for line in lines[1:]] == [["FSDP2", "hf"], ["FSDP2", "ours"], ["ZeRO-3", "ours"]]
+    assert "32 to 64  320 to 640 (+100.0%)" in lines[1]
+    assert lines[1].endswith("2 to 4 (+100.0%)")
+    assert lines[2].endswith("2 to 2 (+0.0%)")
+
+
+def test_lines_that_coincide_are_all_seen():
+    """Ours on top and narrow, each further arm lower and wider."""
+    from matplotlib import pyplot
+
+    drawn, axis = pyplot.subplots()
+    arms = ("hf", "liger", "ours")
+    figures.lines(axis, "x", [1, 2], {arm: [1.0, 2.0] for arm in arms}, {arm: [None, None] for arm in arms})
+    by_color = {line.get_color(): line for line in axis.get_lines() if line.get_linestyle() == "-"}
+    ours, hf, liger = (by_color[figures.COLORS[arm]] for arm in ("ours", "hf", "liger"))
+    assert ours.get_zorder() > hf.get_zorder() > liger.get_zorder()
+    assert ours.get_linewidth() < hf.get_linewidth() < liger.get_linewidth()
+    pyplot.close(drawn)
 
 
 def test_the_source_of_a_table_names_what_differs_between_runs():

@@ -199,9 +199,11 @@ def variants(hidden, weight, labels):
     ce = linear_cross_entropy
     for budget in (256, 512, 1024, 2048):
         yield f"chunks {budget}", both, step(ce, logits_budget_mib=budget)
+    tokens, vocab_size = hidden.shape[0], weight.shape[0]
     in_chunks = {
         budget: patched(chunking, "bytes_over_gradient", lambda *_: 0, step(ce, logits_budget_mib=budget))
         for budget in (512, 1024)
+        if chunking.rows_per_chunk(tokens, vocab_size, hidden.element_size(), budget) < tokens
     }
     for budget, function in in_chunks.items():
         yield f"chunks {budget}, even where one takes less", both, function
