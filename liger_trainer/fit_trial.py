@@ -20,7 +20,10 @@ STEPS = 3  # the first makes the optimizer's state, the others hold it beside ac
 
 
 def trial_recipe(job: dict) -> Recipe:
-    """The recipe for the trial: the same model and engine, few steps on full rows, nothing saved or evaluated.
+    """The recipe for the trial: the same model and engine, few steps on long rows, nothing saved or evaluated.
+
+    Every batch of two rows or more has padding, in the order of the rows: with the attention's mask comes memory of its
+    own, in transformers also for keys and values repeated for each query head.
 
     Raises:
         RecipeError: as in ``parse_recipe``.
@@ -31,6 +34,7 @@ def trial_recipe(job: dict) -> Recipe:
         "gradient_accumulation_steps": min(job["accumulation"], 2),
         "max_steps": STEPS,
         "output_dir": job["folder"],
+        "train_sampling_strategy": "sequential",
         **{"auto_find_batch_size": "false", "load_best_model_at_end": "false", "push_to_hub": "false"},
         **{"save_strategy": "no", "eval_strategy": "no", "logging_strategy": "no"},
         **{"report_to": "none", "disable_tqdm": "true"},
@@ -41,7 +45,7 @@ def trial_recipe(job: dict) -> Recipe:
     run, args = recipe.run, recipe.training
     if not job["use_liger"]:  # as a flag, it would clash with a liger_config of the recipe
         args.use_liger, args.liger_config = False, None
-    run.dataset, run.synthetic_lengths = SYNTHETIC, "full"
+    run.dataset, run.synthetic_lengths = SYNTHETIC, "ragged"
     run.synthetic_examples = args.train_batch_size * args.gradient_accumulation_steps * args.world_size * STEPS
     run.eval_examples, run.sample_prompt = 0, None
     if run.model_config is not None:  # what the tokenizer that the recipe's data would train is asked for

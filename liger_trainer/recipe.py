@@ -64,7 +64,10 @@ class RecipeArguments:
     )
     synthetic_lengths: str = field(
         default="full",
-        metadata={"help": "Synthetic rows: all of max_length (full), or of the lengths of Alpaca's (alpaca)."},
+        metadata={
+            "help": "Synthetic rows: all of max_length (full), every second one a token shorter (ragged), or of the "
+            "lengths of Alpaca's (alpaca)."
+        },
     )
     synthetic_examples: int = field(default=4096, metadata={"help": "Number of synthetic rows."})
     auto_batch_size: bool = field(

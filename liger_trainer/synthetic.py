@@ -20,7 +20,7 @@ import numpy as np
 from .errors import RecipeError
 
 SYNTHETIC = "synthetic"
-LENGTHS = ("full", "alpaca")
+LENGTHS = ("full", "ragged", "alpaca")
 IGNORED = -100
 # Cumulative shares, and the tokens of Alpaca's prompts and answers there.
 SHARES = (0.0, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1.0)
@@ -32,8 +32,9 @@ def rows(lengths: str, examples: int, max_length: int, config, seed: int):
     """A dataset of random token ids, ready for a collator.
 
     Args:
-        lengths: ``full``: every row has ``max_length`` tokens and each is a label. ``alpaca``: lengths are drawn as
-            ``alpaca_lengths`` says, and the labels of the prompt are -100.
+        lengths: ``full``: every row has ``max_length`` tokens and each is a label. ``ragged``: every second row has
+            one token less, so that two rows that follow each other make a batch with padding. ``alpaca``: lengths are
+            drawn as ``alpaca_lengths`` says, and the labels of the prompt are -100.
         examples: number of rows.
         max_length: tokens of a row at most.
         config: the model's transformers config; ids are uniform over its vocabulary without its special tokens.
@@ -54,9 +55,10 @@ def rows(lengths: str, examples: int, max_length: int, config, seed: int):
     if max_length is None or max_length < 2:
         raise RecipeError(f"max_length must be at least 2 with dataset: {SYNTHETIC}, got {max_length}")
     generator = np.random.default_rng(seed)
-    if lengths == "full":
-        prompt, total = np.zeros(examples, np.int64), np.full(examples, max_length)
-    else:
+    prompt, total = np.zeros(examples, np.int64), np.full(examples, max_length)
+    if lengths == "ragged":
+        total[1::2] = max(max_length - 1, 2)  # a row of one token bears no loss
+    elif lengths == "alpaca":
         prompt, total = alpaca_lengths(examples, max_length, generator)
     ends = np.cumsum(total)
     if ends[-1] >= 2**31:

@@ -71,12 +71,15 @@ def test_a_short_machine_ends_the_search_with_the_largest_that_trained(recipe, t
     assert not arm["trials"]["64"]["fits"]
 
 
-def test_a_trial_is_the_recipe_with_full_rows_and_nothing_around(recipe, tmp_path):
+def test_a_trial_is_the_recipe_with_long_rows_and_nothing_around(recipe, tmp_path):
     job = {"argv": [recipe, "--seed", "5"], "use_liger": False, "batch": 3, "accumulation": 4, "folder": str(tmp_path)}
     trial = trial_recipe(job)
     run, args = trial.run, trial.training
-    assert (run.dataset, run.synthetic_lengths, run.synthetic_examples) == ("synthetic", "full", 2 * 3 * STEPS)
+    assert (run.dataset, run.synthetic_lengths, run.synthetic_examples) == ("synthetic", "ragged", 2 * 3 * STEPS)
     assert trial.max_length == 64
+    for batch in train.build_trainer(trial).get_train_dataloader():
+        lengths = batch["attention_mask"].sum(1)
+        assert sorted({*lengths.tolist()}) == [63, 64], "with a mask, as data of different lengths have"
     assert (args.per_device_train_batch_size, args.gradient_accumulation_steps, args.max_steps) == (3, 2, STEPS)
     assert (run.eval_examples, run.sample_prompt) == (0, None)
     assert (args.eval_strategy, args.save_strategy, args.seed) == ("no", "no", 5)

@@ -48,6 +48,13 @@ def test_full_rows():
     assert synthetic.rows("full", 200, 50, config(), seed=2)["input_ids"] != dataset["input_ids"]
 
 
+@pytest.mark.parametrize(("max_length", "shorter"), [(50, 49), (2, 2)])
+def test_every_second_ragged_row_lacks_a_token(max_length, shorter):
+    dataset = synthetic.rows("ragged", 5, max_length, config(), seed=1)
+    assert [len(ids) for ids in dataset["input_ids"]] == [max_length, shorter, max_length, shorter, max_length]
+    assert dataset["labels"] == dataset["input_ids"]
+
+
 def test_alpaca_rows_have_alpacas_lengths():
     dataset = synthetic.rows("alpaca", 20000, 2048, config(vocab_size=1000), seed=0)
     total = np.array([len(ids) for ids in dataset["input_ids"]])
@@ -72,7 +79,7 @@ def test_alpaca_rows_are_cut_and_keep_a_label(max_length):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("long", 10, 10), "synthetic_lengths must be one of full, alpaca, got 'long'"),
+        (("long", 10, 10), "synthetic_lengths must be one of full, ragged, alpaca, got 'long'"),
         (("full", 10, 1), "max_length must be at least 2 .*got 1"),
         (("full", 10, None), "max_length must be at least 2 .*got None"),
         (("full", 2**20, 2**11), "synthetic_examples: 1048576 rows.*2,147,483,648 tokens, the limit is 2,147,483,647"),
