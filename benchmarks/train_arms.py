@@ -146,6 +146,7 @@ def use_liger_kernel_and_trl_head(trainer) -> Evidence:
 ARMS = {
     "hf": Arm({"use_liger": False}),
     "ours": Arm({"use_liger": True}, prepare=report_of_ours),
+    "ours_low_memory": Arm({"use_liger": True, "liger_config": '{"low_memory": true}'}, prepare=report_of_ours),
     "liger": Arm({"use_liger": False, "use_liger_kernel": True}, ("liger_kernel",), use_liger_kernel),
     "trl_head": Arm({"use_liger": False}, ("trl",), add_trl_head),
     "liger_trl_head": Arm(

@@ -121,7 +121,7 @@ def brief_text(rows: list[dict], about: dict, markdown: bool = False) -> str:
 def gains_text(rows: list[dict], about: dict, markdown: bool = False) -> str:
     """Our tokens per second against each other arm's: a line a place. An empty text where ours or all others lack."""
     places, good = columns_of(rows, about), [row for row in in_order(rows, about) if row["status"] == "ok"]
-    arms = [arm for arm in ARMS if any(row["arm"] == arm != "ours" for row in good)]
+    arms = [arm for arm in ARMS if not arm.startswith("ours") and any(row["arm"] == arm for row in good)]
     others = {arm: bases(good, arm) for arm in arms}
     lines = []
     for place, row in bases(good, "ours").items():
