@@ -65,6 +65,18 @@ def report_of_ours(trainer) -> Evidence:
     return evidence
 
 
+def report_of_low_memory(trainer) -> Evidence:
+    """The same, and that the option was on."""
+    ours = report_of_ours(trainer)
+
+    def evidence() -> dict:
+        from liger_trainer.patching import patch_state
+
+        return ours() | {"low_memory": patch_state(trainer.model).config.low_memory}
+
+    return evidence
+
+
 def compiled(trainer) -> Evidence:
     """Whether ``torch_compile`` wrapped the model, and how many graphs were compiled."""
 
@@ -146,7 +158,7 @@ def use_liger_kernel_and_trl_head(trainer) -> Evidence:
 ARMS = {
     "hf": Arm({"use_liger": False}),
     "ours": Arm({"use_liger": True}, prepare=report_of_ours),
-    "ours_low_memory": Arm({"use_liger": True, "liger_config": '{"low_memory": true}'}, prepare=report_of_ours),
+    "ours_low_memory": Arm({"use_liger": True, "liger_config": '{"low_memory": true}'}, prepare=report_of_low_memory),
     "liger": Arm({"use_liger": False, "use_liger_kernel": True}, ("liger_kernel",), use_liger_kernel),
     "trl_head": Arm({"use_liger": False}, ("trl",), add_trl_head),
     "liger_trl_head": Arm(

@@ -135,8 +135,11 @@ def growth_text(rows: list[dict], about: dict, markdown: bool = False) -> str:
     """Each arm's numbers at its smallest x and at its largest. An empty text where x is no quantity."""
 
     def cell(first: dict, last: dict, metric: str) -> str | None:
-        growth = percent(change(last, first, metric))
-        return growth and f"{format_number(first[metric])} to {format_number(last[metric])} ({growth})"
+        growth = change(last, first, metric)
+        if growth is None:
+            return None
+        factor = percent(growth) if growth < 9 else f"{1 + growth:.0f}x"
+        return f"{format_number(first[metric])} to {format_number(last[metric])} ({factor})"
 
     if about["x"]["key"] in ("name", "num_processes"):
         return ""
@@ -200,7 +203,8 @@ def average_text(rows: list[dict], about: dict, markdown: bool = False) -> str:
     for launch in launches:
         here = [row for row in good if row["launch"] == launch]
         arms = list(dict.fromkeys(row["arm"] for row in here))
-        common = set.intersection(*({place_of(row) for row in here if row["arm"] == arm} for arm in arms))
+        main = [arm for arm in arms if not arm.startswith("ours_")]  # variants of ours may be at some places only
+        common = set.intersection(*({place_of(row) for row in here if row["arm"] == arm} for arm in main or arms))
         pairs = [(arm, other) for arm in arms for other in (("hf", "liger") if arm.startswith("ours") else ("hf",))]
         for arm, other in pairs:
             if other not in arms or arm == other or not common:
@@ -213,7 +217,7 @@ def average_text(rows: list[dict], about: dict, markdown: bool = False) -> str:
                 changes = [c for place in own if (c := change(own[place], theirs[place], metric)) is not None]
                 means.append(percent(statistics.mean(changes)) if changes else None)
             names = [LABELS[name] if markdown else name for name in (arm, other)]
-            lines.append([*([launch] if several else []), *names, *means, len(common)])
+            lines.append([*([launch] if several else []), *names, *means, len(own)])
     header = [*(["launch"] if several else []), "arm", "against", *COMPARED.values(), "places"]
     return text_table(header, lines, markdown) if lines else ""
 

@@ -98,17 +98,25 @@ class LinearChunks:
         self.weight = weight.to(dtype)
         self.bias = None if bias is None else bias.to(dtype)
         self.size = rows_per_chunk(rows.count, weight.shape[0], dtype.itemsize, budget_mib)
-        sum_bytes = bytes_over_gradient(weight, self.grad_dtype(weight)) if wanted[1] else 0
-        if (rows.count - self.size) * self._row_bytes() <= sum_bytes:
+        sum_bytes = bytes_over_gradient(weight, self.grad_dtype(weight))
+        if wanted[1] and self._all_at_once() <= self._in_chunks() + sum_bytes:
             self.size = rows.count
 
+    def _all_at_once(self) -> int:
+        """The bytes of one chunk of all rows when the weight's gradient is made: last, and the largest."""
+        return self.rows.count * self._row_bytes()
+
+    def _in_chunks(self) -> int:
+        """Those of a chunk of ``size`` rows when their gradient of hidden is made: a copy where they were gathered."""
+        gathered = self.rows.index is not None and self.wanted[0]
+        copy = self.weight.shape[1] * self.grad_dtype(self.hidden).itemsize if gathered else 0
+        return self.size * (self._row_bytes() + copy)
+
     def _row_bytes(self) -> int:
-        """What a row takes while its chunk is there: logits, and hidden state and gradient where these are copies."""
+        """A row's logits, and its hidden state where that is a copy: gathered, or in another dtype."""
         vocab_size, width = self.weight.shape
-        dtype, gathered = self.weight.dtype, self.rows.index is not None
-        copies = [(self.hidden.dtype, gathered), (dtype, self.hidden.dtype != dtype)]
-        copies.append((self.grad_dtype(self.hidden), gathered and self.wanted[0]))
-        return logits_width(vocab_size) * dtype.itemsize + sum(width * kind.itemsize for kind, made in copies if made)
+        copied = self.rows.index is not None or self.hidden.dtype != self.weight.dtype
+        return (logits_width(vocab_size) + (width if copied else 0)) * self.weight.dtype.itemsize
 
     @property
     def single(self) -> bool:
@@ -164,6 +172,7 @@ class GradientSums:
             else:
                 out = torch.empty(x.shape, dtype=self.hidden_grad.dtype, device=x.device)
                 self.hidden_grad.index_copy_(0, index[span], mm_into(out, dlogits, self.chunks.weight))
+                del out  # before the weight's gradient is made
         if self.weight_sum is not None:
             self.weight_sum.add(dlogits, x)
         elif self.wanted[1]:

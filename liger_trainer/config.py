@@ -37,9 +37,9 @@ class LigerConfig:
             leaner; it changes no result. While ``lm_head`` is trained in bf16, chunks need an fp32 sum of its gradient:
             if all tokens at once take no more memory than a chunk and that sum, they are taken at once, whatever this
             says.
-        low_memory: the fused loss computes the logits twice instead of keeping an fp32 sum of ``lm_head``'s gradient,
-            in at most 64 MiB of them at a time: leaner by 2 bytes for each of its weights, a head that is trained
-            slower by 17 to 56 % (H100, ``docs/paper.md``).
+        low_memory: the fused loss computes the logits twice, at most 64 MiB of them at a time, without an fp32 sum of
+            ``lm_head``'s gradient: leaner by that sum and by most of a chunk, a head that is trained slower by 17 to
+            56 % (H100, ``docs/paper.md``).
         recompute_glu: gated MLPs keep their gate and up projections for backward but not ``act(gate) * up``, which is
             made again along with their gradients: leaner by a third of the MLP's activations for one more write.
             Where the down projection is a bare ``nn.Linear``: one with an adapter or hooks keeps its input.

@@ -22,8 +22,9 @@ STEPS = 3  # the first makes the optimizer's state, the others hold it beside ac
 def trial_recipe(job: dict) -> Recipe:
     """The recipe for the trial: the same model and engine, few steps on long rows, nothing saved or evaluated.
 
-    Every batch of two rows or more has padding, in the order of the rows: with the attention's mask comes memory of its
-    own, in transformers also for keys and values repeated for each query head.
+    Unless the recipe's own rows are synthetic and full, every batch of two or more has padding, in the order of the
+    rows: with the attention's mask comes memory of its own, in transformers also for keys and values repeated for each
+    query head.
 
     Raises:
         RecipeError: as in ``parse_recipe``.
@@ -45,7 +46,10 @@ def trial_recipe(job: dict) -> Recipe:
     run, args = recipe.run, recipe.training
     if not job["use_liger"]:  # as a flag, it would clash with a liger_config of the recipe
         args.use_liger, args.liger_config = False, None
-    run.dataset, run.synthetic_lengths = SYNTHETIC, "ragged"
+    full = run.dataset == SYNTHETIC and run.synthetic_lengths == "full"
+    run.dataset, run.synthetic_lengths = SYNTHETIC, "full" if full else "ragged"
+    if run.trainer == "sft":
+        args.shuffle_dataset = False
     run.synthetic_examples = args.train_batch_size * args.gradient_accumulation_steps * args.world_size * STEPS
     run.eval_examples, run.sample_prompt = 0, None
     if run.model_config is not None:  # what the tokenizer that the recipe's data would train is asked for

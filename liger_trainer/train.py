@@ -1,5 +1,6 @@
 """Run a recipe: ``accelerate launch -m liger_trainer.train recipes/quickstart.yaml [--key value ...]``."""
 
+import copy
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -182,7 +183,11 @@ def build_trainer(recipe: Recipe) -> Trainer:
                 model = MedusaModel.from_causal_lm(model, recipe.medusa)
             except ValueError as error:
                 raise RecipeError(f"medusa_heads: {error}") from error
-        collator = DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=recipe.pad_to_multiple_of)
+        padding = copy.deepcopy(tokenizer)
+        # As TRL's trainers pad: on the left, which tokenizers prefer for generation, padding would shift positions that
+        # are counted from the row's begin, and keep its mask.
+        padding.padding_side = "right"
+        collator = DataCollatorForSeq2Seq(padding, pad_to_multiple_of=recipe.pad_to_multiple_of)
         # The Trainer only saves it beside the model: one that stands in for synthetic rows is not worth that.
         saved = None if run.dataset == synthetic.SYNTHETIC else tokenizer
         trainer = Trainer(model, data_collator=collator, processing_class=saved, **common)

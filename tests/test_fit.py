@@ -81,6 +81,8 @@ def test_a_trial_is_the_recipe_with_long_rows_and_nothing_around(recipe, tmp_pat
         lengths = batch["attention_mask"].sum(1)
         assert sorted({*lengths.tolist()}) == [63, 64], "with a mask, as data of different lengths have"
     assert (args.per_device_train_batch_size, args.gradient_accumulation_steps, args.max_steps) == (3, 2, STEPS)
+    own = trial_recipe({**job, "argv": [recipe, "--dataset", "synthetic", "--sample_prompt", "null"]}).run
+    assert own.synthetic_lengths == "full", "as the recipe's own rows"
     assert (run.eval_examples, run.sample_prompt) == (0, None)
     assert (args.eval_strategy, args.save_strategy, args.seed) == ("no", "no", 5)
     assert (args.use_liger, args.liger_config) == (False, None)

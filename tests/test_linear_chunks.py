@@ -17,10 +17,12 @@ from liger_trainer.kernels import linear_logprobs as logprobs
     [
         (6144, False, torch.bfloat16, 6144),
         (6145, False, torch.bfloat16, 1664),
-        (5898, True, torch.bfloat16, 5898),
-        (5899, True, torch.bfloat16, 2048),
+        (6080, True, torch.bfloat16, 6080),
+        (6081, True, torch.bfloat16, 2048),
         (6017, False, torch.float32, 6017),  # under autocast
         (6018, False, torch.float32, 2048),
+        (6143, True, torch.float32, 6143),
+        (6145, True, torch.float32, 1664),
         (8192, False, torch.bfloat16, 2048),
     ],
 )
@@ -49,21 +51,34 @@ def chunks(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "trained", "ignored", "options", "one"),
+    ("dtype", "trained", "tokens", "ignored", "options", "one"),
     [
-        (torch.bfloat16, (0, 1), 0.0, {}, True),
-        (torch.bfloat16, (0, 1), 0.1, {}, False),  # hidden states and their gradients are copied, too
-        (torch.bfloat16, (1,), 0.1, {}, True),
-        (torch.bfloat16, (0,), 0.0, {}, False),
-        (torch.bfloat16, (), 0.0, {}, False),
-        (torch.bfloat16, (0, 1), 0.0, {"reduction": "none"}, False),
-        (torch.float16, (0, 1), 0.0, {}, False),  # their sum is the gradient itself
-        (torch.float32, (0, 1), 0.0, {}, False),
+        (torch.bfloat16, (0, 1), 60, 0.0, {}, True),
+        (torch.bfloat16, (0, 1), 80, 0.0, {}, True),
+        (torch.bfloat16, (0, 1), 80, 0.1, {}, False),  # gathered: hidden states are copies
+        (torch.bfloat16, (0, 1), 66, 0.1, {}, True),
+        (torch.bfloat16, (1,), 66, 0.1, {}, False),  # chunks would not have a copy of their gradient
+        (torch.bfloat16, (0,), 60, 0.0, {}, False),
+        (torch.bfloat16, (), 60, 0.0, {}, False),
+        (torch.bfloat16, (0, 1), 60, 0.0, {"reduction": "none"}, False),
+        (torch.float16, (0, 1), 60, 0.0, {}, False),  # the sum is the gradient itself
+        (torch.float32, (0, 1), 60, 0.0, {}, False),
     ],
-    ids=["bf16", "ignored", "ignored, frozen hidden", "frozen weight", "no gradients", "none", "fp16", "fp32"],
+    ids=[
+        "bf16",
+        "more",
+        "more, ignored",
+        "ignored",
+        "ignored, frozen hidden",
+        "frozen weight",
+        "no gradients",
+        "none",
+        "fp16",
+        "fp32",
+    ],
 )
-def test_one_chunk_only_where_a_sum_would_take_more(chunks, dtype, trained, ignored, options, one):
-    params, labels = make_inputs(tokens=60, hidden_size=64, ignored=ignored)
+def test_one_chunk_only_where_a_sum_would_take_more(chunks, dtype, trained, tokens, ignored, options, one):
+    params, labels = make_inputs(tokens, hidden_size=64, ignored=ignored)
     hidden, weight = (p.detach().requires_grad_(i in trained) for i, p in enumerate(as_dtype(params[:2], dtype)))
     linear_cross_entropy(hidden, weight, labels, logits_budget_mib=budget(20, dtype), **options)
     assert sum(chunks) == (labels != -100).sum()

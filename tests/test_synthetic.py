@@ -142,6 +142,32 @@ def test_recipes_train_offline(path, tmp_path):
     assert trainer.state.global_step == 2
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_training_pads_on_the_right_whatever_the_tokenizer_does(side, tmp_path, monkeypatch):
+    """As TRL's trainers; the tokenizer itself, which a run may save, keeps its side."""
+    made, original = [], synthetic.stand_in_tokenizer
+
+    def tokenizer(*args, **kwargs):
+        made.append(original(*args, **kwargs))
+        made[0].padding_side = side
+        return made[0]
+
+    monkeypatch.setattr(synthetic, "stand_in_tokenizer", tokenizer)
+    content = {
+        "model_config": {"model_type": "llama", **TINY}, "dataset": "synthetic", "synthetic_lengths": "ragged",
+        "synthetic_examples": 8, "max_length": 13, "pad_to_multiple_of": 8, "per_device_train_batch_size": 4,
+        "output_dir": str(tmp_path), "use_cpu": True,
+    }  # fmt: skip
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(content))
+    for batch in build_trainer(parse_recipe([str(path)])).get_train_dataloader():
+        assert batch["input_ids"].shape == (4, 16)
+        assert batch["attention_mask"][:, :12].all()
+        assert not batch["attention_mask"][:, 13:].any()
+        assert (batch["labels"][batch["attention_mask"] == 0] == -100).all()
+    assert made[0].padding_side == side
+
+
 def test_offline_chooses_shape_and_rows(tmp_path):
     def parse(*overrides, **changes):
         content = {"model_config": {"model_type": "llama"}, "model_name_or_path": "some/model", "dataset": "some/data"}
