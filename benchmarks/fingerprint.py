@@ -2,8 +2,8 @@
 
 It is made from files: the benchmark also runs in trees without git. Imports no torch.
 
-Python sources count without comments, docstrings and layout. How they are parsed depends on the version of Python, so
-that is a part of the hash, too.
+Python sources count without comments, docstrings, help texts (a field's ``metadata``) and layout. How they are parsed
+depends on the version of Python, so that is a part of the hash, too.
 """
 
 import ast
@@ -91,4 +91,6 @@ def _normal(text: str, names: tuple[str, ...] = ()) -> str:
             node, clean=False
         ):
             del node.body[0]
+        elif isinstance(node, ast.Call):
+            node.keywords = [keyword for keyword in node.keywords if keyword.arg != "metadata"]
     return ast.dump(tree)

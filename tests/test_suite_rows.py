@@ -254,6 +254,10 @@ def test_a_fingerprint_follows_what_is_measured(monkeypatch):
     assert {arm for arm in before if of(arm) != before[arm]} == {"ours", "ours_low_memory", "ours_compile"}
     same = ('"""Doc."""\ndef f(x):\n    return x', 'def f(x):  # why\n    "other"\n    return (x)')
     assert fingerprint._normal(same[0]) == fingerprint._normal(same[1]) != fingerprint._normal("def f(x): return -x")
+    fields = [
+        f'x: int = field(default={n}, metadata={{"help": "{text}"}})' for n, text in ((1, "a"), (1, "b"), (2, "a"))
+    ]
+    assert fingerprint._normal(fields[0]) == fingerprint._normal(fields[1]) != fingerprint._normal(fields[2])
 
 
 @pytest.mark.parametrize(
