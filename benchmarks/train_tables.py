@@ -143,20 +143,19 @@ def growth_text(rows: list[dict], about: dict, markdown: bool = False) -> str:
 
     if about["x"]["key"] in ("name", "num_processes"):
         return ""
-    several = len({launch for _, launch, _ in about["places"]}) > 1
+    places = columns_of(rows, about)
+    label = places.pop("x")
     series: dict[tuple, list[dict]] = {}
     for row in (row for row in in_order(rows, about) if row["status"] == "ok"):
-        series.setdefault((row["group"], row["launch"], row["arm"]), []).append(row)
+        series.setdefault((*(row[key] for key in places), row["arm"]), []).append(row)
     lines = []
-    for (group, launch, arm), own in series.items():
+    for (*place, arm), own in series.items():
         first, last = (choose(own, key=lambda row: row["x"]) for choose in (min, max))
         if first is not last:
-            name = LABELS[arm] if markdown else arm
             cells = (cell(first, last, metric) for metric in COMPARED)
-            lines.append([group, *([launch] if several else []), name, f"{first['x']} to {last['x']}", *cells])
+            lines.append([*place, LABELS[arm] if markdown else arm, f"{first['x']} to {last['x']}", *cells])
     speed, *memory = COMPARED.values()
-    header = ["model", *(["launch"] if several else []), "arm", about["x"]["label"], speed]
-    header += [f"{name}, GiB" for name in memory]
+    header = [*places.values(), "arm", label, speed, *(f"{name}, GiB" for name in memory)]
     return text_table(header, lines, markdown) if lines else ""
 
 

@@ -60,9 +60,9 @@ def valid_rows(labels: Tensor, vocab_size: int, ignore_index: int) -> ValidRows:
     return ValidRows(labels.index_select(0, index), index, labels.shape[0])
 
 
-def logits_width(vocab_size: int) -> int:
-    """Columns of the logits buffer."""
-    return cdiv(vocab_size, ROW_ALIGNMENT) * ROW_ALIGNMENT
+def logits_width(columns: int) -> int:
+    """Columns of a buffer for logits of so many."""
+    return cdiv(columns, ROW_ALIGNMENT) * ROW_ALIGNMENT
 
 
 def rows_per_chunk(num_rows: int, vocab_size: int, itemsize: int, budget_mib: float) -> int:

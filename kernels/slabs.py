@@ -12,8 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .chunking import ROW_ALIGNMENT, ValidRows, equal_parts, gradient_dtype, in_gradient_dtypes
-from .launch import cdiv
+from .chunking import ROW_ALIGNMENT, ValidRows, equal_parts, gradient_dtype, in_gradient_dtypes, logits_width
 from .loss_args import LogitTransform
 from .slab_rows import NUM_SUMS, RowCoefficients, slab_dlogits_rows, slab_stats_rows
 from .softmax_rows import NUM_STATS
@@ -58,7 +57,7 @@ class VocabSlabs:
         self.x = (hidden if rows.index is None else hidden.index_select(0, rows.index)).to(dtype)
         width = columns_per_slab(rows.count, weight.shape[0], self.x.element_size(), budget_mib)
         self.spans = [slice(i, min(i + width, weight.shape[0])) for i in range(0, weight.shape[0], width)]
-        self.width = cdiv(width, ROW_ALIGNMENT) * ROW_ALIGNMENT
+        self.width = logits_width(width)
         self.buffer: Tensor | None = None
         self.held: slice | None = None  # whose logits the buffer holds
 

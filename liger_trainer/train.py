@@ -183,7 +183,7 @@ def build_trainer(recipe: Recipe) -> Trainer:
                 model = MedusaModel.from_causal_lm(model, recipe.medusa)
             except ValueError as error:
                 raise RecipeError(f"medusa_heads: {error}") from error
-        padding = copy.deepcopy(tokenizer)
+        padding = copy.copy(tokenizer)
         # As TRL's trainers pad: on the left, which tokenizers prefer for generation, padding would shift positions that
         # are counted from the row's begin, and keep its mask.
         padding.padding_side = "right"
