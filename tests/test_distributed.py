@@ -1,15 +1,14 @@
 """Two processes on the CPU (gloo) against a single one without the flag, for every engine users launch with."""
 
 import json
-import os
 import subprocess
 import sys
 from dataclasses import asdict
-from pathlib import Path
 
 import pytest
 import torch
 from distributed.cases import STEPS, Case, run, save_models
+from launching import CPU_ENVIRONMENT, TESTS
 from tiny_models import batch, tiny_model
 from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 
@@ -18,11 +17,7 @@ from liger_trainer.kernels import launch
 from liger_trainer.patching import patch_state
 from liger_trainer.sharding import check_materialized
 
-TESTS = Path(__file__).parent
-ENVIRONMENT = {
-    **os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1", "DS_ACCELERATOR": "cpu",
-    "CUDA_VISIBLE_DEVICES": "",
-}  # fmt: skip
+ENVIRONMENT = {**CPU_ENVIRONMENT, "TRITON_INTERPRET": "1"}
 # The second rank has no label that counts in the first eight micro-batches, see cases.valid_labels.
 JOBS = {
     "ddp": {

@@ -8,11 +8,11 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from launching import CPU_ENVIRONMENT, TESTS
 from safetensors.torch import load_file
 from tiny_recipes import write_recipe
 
@@ -32,10 +32,7 @@ from liger_trainer.failures import (
 from liger_trainer.kernels import launch
 from liger_trainer.recipe import _check, parse_recipe
 
-TESTS = Path(__file__).parent
-ENVIRONMENT = {
-    **os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": "",
-}  # fmt: skip
+ENVIRONMENT = {**CPU_ENVIRONMENT, "TRITON_INTERPRET": "0"}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
 ACCELERATE = [
     sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--num_processes", "2",

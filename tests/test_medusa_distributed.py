@@ -8,7 +8,8 @@ import pytest
 import torch
 from distributed import medusa_worker
 from distributed.cases import STEPS
-from test_distributed import ENVIRONMENT, TESTS, assert_same_tensors
+from launching import TESTS
+from test_distributed import ENVIRONMENT, assert_same_tensors
 from test_medusa import medusa_model
 
 from liger_trainer import MedusaModel

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from launching import PYTHONPATH
 
 from liger_trainer.kernels import launch
 from liger_trainer.recipe import parse_recipe
@@ -220,7 +221,7 @@ def is_running(pid):
 
 def test_failures_of_ranks(monkeypatch):
     """Memory short on one of them is a result, another failure is an error whatever the others say, a hang ends."""
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), PYTHONPATH]))
     jobs = [first_job("paper_two_gpus", arm) for arm in ("ours", "hf", "trl_head")]
     jobs[1]["config_file"], jobs[1]["processes"] = "configs/single.yaml", 1
     start = time.monotonic()
