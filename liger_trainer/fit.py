@@ -10,7 +10,6 @@ import tempfile
 import threading
 import time
 from argparse import ArgumentTypeError
-from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -20,6 +19,7 @@ from typing import NamedTuple
 import yaml
 from transformers.hf_argparser import string_to_bool
 
+from .batch_search import expected_batch, search
 from .environment import environment
 from .errors import RecipeError
 from .recipe import peek
@@ -53,10 +53,15 @@ class Trial(NamedTuple):
 
 @dataclass
 class Outcome:
-    """How a trial went. ``peak_gib``: as in ``ThroughputCallback``, the largest of all processes."""
+    """How a trial went.
+
+    ``peak_gib``: as in ``ThroughputCallback``, the largest of all processes. ``free_gib``: of a GPU before it is used,
+    the smallest of all processes; None elsewhere.
+    """
 
     fits: bool
     peak_gib: dict[str, float] = field(default_factory=dict)
+    free_gib: float | None = None
     device: str = ""
     seconds: float = 0.0
 
@@ -68,27 +73,6 @@ class Found:
     use_liger: bool
     batch: int
     trials: dict[int, Outcome]
-
-
-def search(fits: Callable[[int], bool], start: int, limit: int, resolution: float = 0.0) -> int:
-    """The largest number from 1 to ``limit`` that fits, or 0, assuming that whatever is smaller fits, too.
-
-    Args:
-        fits: whether a number fits; called once for each number that is tried.
-        start: the first to try. It is doubled until one does not fit, or halved until one does; bisection follows.
-        limit: the largest to try.
-        resolution: how much larger, as a share of the result, a number that would still fit may be.
-    """
-    good, bad = 0, limit + 1
-    size = min(start, limit)
-    while True:
-        if fits(size):
-            good = size
-        else:
-            bad = size
-        if bad - good == 1 or (bad <= limit and bad - good <= good * resolution):
-            return good
-        size = min(2 * good, limit) if bad > limit else (good + bad) // 2
 
 
 def fit(
@@ -117,7 +101,12 @@ def fit(
         trials[batch] = try_and_tell(Trial(argv, use_liger, batch, accumulation), launch)
         return trials[batch].fits
 
-    return Found(use_liger, search(fits, start, max_batch, resolution), trials)
+    def expected() -> int | None:
+        fitting = {batch: trial for batch, trial in trials.items() if trial.fits and trial.free_gib is not None}
+        peaks = {batch: trial.peak_gib["allocated"] for batch, trial in fitting.items()}
+        return expected_batch(peaks, min((trial.free_gib for trial in fitting.values()), default=0.0))
+
+    return Found(use_liger, search(fits, start, max_batch, resolution, expected), trials)
 
 
 def wants_largest_batch(argv: list[str]) -> bool:
@@ -228,7 +217,8 @@ def run_trial(trial: Trial, launch: Launch) -> Outcome:
             f"a trial with batch {trial.batch} ended with status {process.returncode}, and not all of its processes "
             f"said why: killed for the host's memory? The end of what it printed:\n{text[-LOG_CHARACTERS:]}"
         )
-    return Outcome(True, results[0]["peak_gib"], results[0]["device"], seconds)
+    free = min((result["free_gib"] for result in results if "free_gib" in result), default=None)
+    return Outcome(True, results[0]["peak_gib"], free, results[0]["device"], seconds)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from .errors import RecipeError
 from .failures import is_lost_peer, is_out_of_memory
 from .recipe import Recipe, parse_recipe
 from .synthetic import SYNTHETIC
-from .throughput import peak_memory
+from .throughput import GIB, peak_memory
 from .train import DEFAULT_VOCAB_SIZE, build_trainer
 
 STEPS = 3  # the first makes the optimizer's state, the others hold it beside activations and gradients
@@ -58,12 +58,15 @@ def trial_recipe(job: dict) -> Recipe:
 
 
 def outcome(job: dict) -> dict:
-    """The process's part in the trial: ``status``, and ``message`` or ``peak_gib``, ``world_size`` and ``device``."""
+    """The process's part in the trial: ``status``, and ``message`` or what ``run_trial`` makes an ``Outcome`` of."""
     facts = {"device": ""}
     try:
         recipe = trial_recipe(job)
         device = recipe.training.device
-        facts["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        facts["device"] = device.type
+        if device.type == "cuda":
+            facts["device"] = torch.cuda.get_device_name(device)
+            facts["free_gib"] = torch.cuda.mem_get_info(device)[0] / GIB
         build_trainer(recipe).train()
     except RecipeError as error:
         return {"status": fit.WRONG_RECIPE, "message": str(error)}

@@ -22,7 +22,7 @@ LAYERS = [
     {"patching"},
     {"arguments", "callbacks", "trl", "auto", "throughput", "checkpoints", "medusa", "medusa_heads"},
     {"failures"},
-    {"data", "synthetic", "recipe", "train", "fit", "fit_trial"},
+    {"data", "synthetic", "recipe", "train", "batch_search", "fit", "fit_trial"},
     {"cli"},
 ]  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

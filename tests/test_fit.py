@@ -30,23 +30,6 @@ def recipe(tmp_path):
     return write_recipe(tmp_path, **TRAINING)
 
 
-@pytest.mark.parametrize("largest", [*range(1, 20), 63, 64, 65, 100])
-def test_search_finds_the_largest_in_few_trials(largest):
-    for start in (1, 8, 64, 500):
-        tried = []
-        assert fit.search(lambda n: tried.append(n) or n <= largest, start, 100) == largest  # noqa: B023
-        assert len(tried) == len(set(tried)) <= 14
-        assert max(tried) <= 100
-        rough = fit.search(lambda n: n <= largest, start, 100, resolution=0.25)
-        assert rough <= largest < 1.25 * rough or rough == largest
-
-
-def test_search_at_the_ends():
-    assert fit.search(lambda n: False, 8, 100) == 0
-    assert fit.search(lambda n: False, 1, 1) == 0
-    assert fit.search(lambda n: True, 8, 100, resolution=1.0) == 100
-
-
 def test_a_short_machine_ends_the_search_with_the_largest_that_trained(recipe, tmp_path, monkeypatch, capsys):
     """Through the command, each trial a process of its own; 64 rows need more than it has, 32 less."""
     command = [sys.executable, str(TESTS / "limited_memory.py"), "1000"]
@@ -95,7 +78,7 @@ def test_a_trial_is_the_recipe_with_long_rows_and_nothing_around(recipe, tmp_pat
 @pytest.mark.parametrize(
     ("results", "expected"),
     [
-        ([{"status": fit.FITS}, {"status": fit.FITS}], True),
+        ([{"status": fit.FITS, "free_gib": 7.0}, {"status": fit.FITS, "free_gib": 5.0}], True),
         ([{"status": fit.LOST_PEER, "message": "gloo"}, {"status": fit.OUT_OF_MEMORY}], False),
         ([{"status": fit.LOST_PEER, "message": "gloo"}, {"status": fit.ERROR, "message": "a bug"}], "a bug"),
         ([{"status": fit.WRONG_RECIPE, "message": "no such key"}], "no such key"),
@@ -116,11 +99,28 @@ def test_what_the_processes_wrote_decides(results, expected, monkeypatch):
     monkeypatch.setattr(fit, "trial_command", lambda launch, job: [sys.executable, "-c", code, job])
     trial = fit.Trial(["recipe.yaml"], True, 4, 1)
     if isinstance(expected, bool):
-        assert fit.run_trial(trial, fit.Launch()).fits is expected
+        outcome = fit.run_trial(trial, fit.Launch())
+        assert (outcome.fits, outcome.free_gib) == (expected, 5.0 if expected else None)
     else:
         error = RecipeError if "key" in expected else fit.TrialError
         with pytest.raises(error, match=expected):
             fit.run_trial(trial, fit.Launch())
+
+
+@pytest.mark.parametrize(
+    ("free", "batches"), [(100.0, [64, 128, 440, 467]), (None, [64, 128, 256, 512, 384, 448, 416, 432])]
+)
+def test_what_the_trials_took_cuts_the_search_short(free, batches, recipe, monkeypatch):
+    """On a GPU memory says where to look; elsewhere the search doubles and bisects."""
+
+    def run_trial(trial, launch):
+        peak = 10 + 0.2 * trial.batch
+        return fit.Outcome(True, {"allocated": peak}, free) if peak <= 98.5 else fit.Outcome(False)
+
+    monkeypatch.setattr(fit, "run_trial", run_trial)
+    found = fit.fit([recipe], True)
+    assert list(found.trials) == batches
+    assert found.batch <= 442 <= found.batch * 17 / 16
 
 
 @pytest.mark.parametrize(("number", "deaf"), [(signal.SIGTERM, False), (signal.SIGHUP, True)])
