@@ -30,6 +30,8 @@ IN_EVERY_ARM = {
     "benchmarks/train_worker.py": ("overrides_of", "train", "over_ranks", "shown", "failure"),
     "benchmarks/step_meter.py": (),
 }
+# What happens before a training process starts, or in another.
+BESIDE_TRAINING = {"batch_search", "cli", "fit", "fit_trial"}
 MEDUSA = tuple(f"liger_trainer/{name}.py" for name in ("medusa", "medusa_heads", "medusa_loss", "head_probe"))
 ENVIRONMENT = ("PYTORCH_", "NCCL_", "CUBLAS_")  # what starts with these decides speed and memory
 
@@ -69,8 +71,9 @@ def fingerprint(job: dict, packages: dict[str, str | None]) -> str:
 
 @cache
 def our_sources() -> str:
-    """A hash of the sources in ``kernels`` and ``liger_trainer``."""
+    """A hash of the sources in ``kernels`` and ``liger_trainer`` that a training process runs."""
     files = sorted(path for folder in ("kernels", "liger_trainer") for path in (ROOT / folder).rglob("*.py"))
+    files = [path for path in files if path.stem not in BESIDE_TRAINING]
     content = [(str(path.relative_to(ROOT)), _source(path)) for path in files]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 

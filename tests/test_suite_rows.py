@@ -286,10 +286,14 @@ def test_the_command_line_needs_no_torch():
     assert done.stdout.strip() == "False"
 
 
-def test_a_fingerprint_covers_all_of_medusa():
-    """Every module of ours that the Medusa model is made of, whatever arm trains it."""
+def test_what_a_fingerprint_covers():
+    """Every module of ours that the Medusa model is made of, whatever arm trains it; none that no training runs."""
     inside = {path.stem for path in (ROOT / "liger_trainer").glob("medusa*.py")} | {"head_probe"}
     assert {Path(name).stem for name in fingerprint.MEDUSA} == inside
+    every = {path.stem for path in (ROOT / "liger_trainer").glob("*.py")}
+    assert every > fingerprint.BESIDE_TRAINING
+    hashed = [set(Path(name).stem for name in names) for names in (fingerprint.IN_EVERY_ARM, fingerprint.MEDUSA)]
+    assert not fingerprint.BESIDE_TRAINING & set.union(*hashed)
 
 
 def test_judging_a_row_keeps_where_it_was_measured(tmp_path):
