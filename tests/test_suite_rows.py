@@ -292,7 +292,7 @@ def test_what_a_fingerprint_covers():
     assert {Path(name).stem for name in fingerprint.MEDUSA} == inside
     every = {path.stem for path in (ROOT / "liger_trainer").glob("*.py")}
     assert every > fingerprint.BESIDE_TRAINING
-    hashed = [set(Path(name).stem for name in names) for names in (fingerprint.IN_EVERY_ARM, fingerprint.MEDUSA)]
+    hashed = [{Path(name).stem for name in names} for names in (fingerprint.IN_EVERY_ARM, fingerprint.MEDUSA)]
     assert not fingerprint.BESIDE_TRAINING & set.union(*hashed)
 
 
