@@ -5,7 +5,8 @@ from math import ceil
 
 # Of the memory that was free: the rest is for blocks that the allocator cannot use and for what is not PyTorch's.
 USABLE = 0.98
-# Where memory hardly grew so far, as the peak was in the optimizer's step, the line through it reaches too far.
+# Times the largest that fits. Where memory has hardly grown, as the peak was in the optimizer's step, the line through
+# two peaks reaches too far.
 FARTHEST = 8
 
 
@@ -24,8 +25,8 @@ def search(
         limit: the largest to try.
         resolution: how much larger, as a share of the result, a number that would still fit may be.
         expected: what the result should be by the numbers tried so far, or None; asked after one that fits, and tried
-            next in place of the doubled or halved one. It costs trials where it is wrong, and changes no result
-            beyond ``resolution``.
+            next in place of the doubled one or the middle. Where it is wrong it costs trials, but the result is as
+            good.
     """
     good, bad = 0, limit + 1
     size = min(start, limit)
@@ -38,9 +39,11 @@ def search(
         if bad - good == 1 or (bad <= limit and bad - good <= good * resolution):
             return good
         if guess is not None:
-            step = max(1, int(good * resolution))  # a failure there would end the search
-            nearest = good + stride * step
-            farthest = limit if bad > limit else min(ceil(bad / (1 + resolution)), bad - 1)  # a success would
+            step = max(1, int(good * resolution))  # the largest that can fail and end the search
+            nearest = min(good + stride * step, 2 * good)
+            farthest = limit
+            if bad <= limit:  # the smallest that can fit and end the search
+                farthest = min(max(ceil(bad / (1 + resolution)), good + 1), bad - 1)
             if guess < nearest:  # more fits than expected: ever longer strides
                 stride *= 2
             size = min(max(guess, nearest), farthest)

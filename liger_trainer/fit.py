@@ -206,9 +206,10 @@ def run_trial(trial: Trial, launch: Launch) -> Outcome:
             text = log.read()
         results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(Path(folder).glob("rank-*.json"))]
     by_status = {result["status"]: result for result in reversed(results)}
+    free = min((result["free_gib"] for result in results if "free_gib" in result), default=None)
     seconds = time.perf_counter() - start
     if OUT_OF_MEMORY in by_status:
-        return Outcome(False, device=by_status[OUT_OF_MEMORY]["device"], seconds=seconds)
+        return Outcome(False, {}, free, by_status[OUT_OF_MEMORY]["device"], seconds)
     for status in (WRONG_RECIPE, ERROR):
         if status in by_status:
             raise (RecipeError if status == WRONG_RECIPE else TrialError)(by_status[status]["message"])
@@ -217,7 +218,6 @@ def run_trial(trial: Trial, launch: Launch) -> Outcome:
             f"a trial with batch {trial.batch} ended with status {process.returncode}, and not all of its processes "
             f"said why: killed for the host's memory? The end of what it printed:\n{text[-LOG_CHARACTERS:]}"
         )
-    free = min((result["free_gib"] for result in results if "free_gib" in result), default=None)
     return Outcome(True, results[0]["peak_gib"], free, results[0]["device"], seconds)
 
 

@@ -8,9 +8,13 @@ from liger_trainer.batch_search import FARTHEST, USABLE, expected_batch, search
 def trials(fits, *args, **options):
     """What ``search`` finds, and what it tries."""
     tried = []
-    found = search(lambda n: tried.append(n) or fits(n), *args, **options)
-    assert len(tried) == len(set(tried)), "never twice"
-    return found, tried
+
+    def once(size):
+        assert size not in tried, (tried, size)
+        tried.append(size)
+        return fits(size)
+
+    return search(once, *args, **options), tried
 
 
 @pytest.mark.parametrize("largest", [*range(1, 20), 63, 64, 65, 100])
@@ -22,6 +26,20 @@ def test_the_largest_in_few_trials(largest):
         assert max(tried) <= 100
         rough, _ = trials(lambda n: n <= largest, start, 100, resolution=0.25)
         assert rough <= largest < 1.25 * rough or rough == largest
+
+
+def test_every_resolution_ends():
+    """Whatever its fractions round to: a number is never tried twice, and the result is within the resolution."""
+    for percent in range(101):
+        for largest in range(1, 131, 1 if percent in (29, 35, 58) else 7):
+            for guess in (largest // 2, largest, largest + 2, 100):
+                found, _ = trials(lambda n: n <= largest, 16, 1000, percent / 100, lambda: guess)  # noqa: B023
+                assert found == largest or found < largest <= found * (1 + percent / 100)
+
+
+def test_more_fits_than_expected():
+    """Strides above what was expected grow, up to doubling."""
+    assert trials(lambda n: True, 32, 1024, 1 / 16, lambda: 1)[1] == [32, 34, 38, 46, 62, 110, 220, 440, 880, 1024]
 
 
 def test_the_ends():

@@ -7,11 +7,13 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from tiny_recipes import write_recipe
 
-from liger_trainer import fit, train
+from liger_trainer import fit, fit_trial, train
 from liger_trainer.cli import main
 from liger_trainer.errors import RecipeError
 from liger_trainer.fit_trial import STEPS, trial_recipe
@@ -79,7 +81,7 @@ def test_a_trial_is_the_recipe_with_long_rows_and_nothing_around(recipe, tmp_pat
     ("results", "expected"),
     [
         ([{"status": fit.FITS, "free_gib": 7.0}, {"status": fit.FITS, "free_gib": 5.0}], True),
-        ([{"status": fit.LOST_PEER, "message": "gloo"}, {"status": fit.OUT_OF_MEMORY}], False),
+        ([{"status": fit.LOST_PEER, "message": "gloo"}, {"status": fit.OUT_OF_MEMORY, "free_gib": 5.0}], False),
         ([{"status": fit.LOST_PEER, "message": "gloo"}, {"status": fit.ERROR, "message": "a bug"}], "a bug"),
         ([{"status": fit.WRONG_RECIPE, "message": "no such key"}], "no such key"),
         ([{"status": fit.FITS}], "a trial with batch 4 ended with status 0, and not all .*\n.*noise"),
@@ -100,7 +102,7 @@ def test_what_the_processes_wrote_decides(results, expected, monkeypatch):
     trial = fit.Trial(["recipe.yaml"], True, 4, 1)
     if isinstance(expected, bool):
         outcome = fit.run_trial(trial, fit.Launch())
-        assert (outcome.fits, outcome.free_gib) == (expected, 5.0 if expected else None)
+        assert (outcome.fits, outcome.free_gib) == (expected, 5.0)
     else:
         error = RecipeError if "key" in expected else fit.TrialError
         with pytest.raises(error, match=expected):
@@ -115,12 +117,32 @@ def test_what_the_trials_took_cuts_the_search_short(free, batches, recipe, monke
 
     def run_trial(trial, launch):
         peak = 10 + 0.2 * trial.batch
-        return fit.Outcome(True, {"allocated": peak}, free) if peak <= 98.5 else fit.Outcome(False)
+        if peak > 98.5:
+            return fit.Outcome(False, {}, free)
+        larger = free and free + (trial.batch == 64)  # the least that was free counts
+        return fit.Outcome(True, {"allocated": peak, "reserved": 2 * peak}, larger)
 
     monkeypatch.setattr(fit, "run_trial", run_trial)
     found = fit.fit([recipe], True)
     assert list(found.trials) == batches
     assert found.batch <= 442 <= found.batch * 17 / 16
+
+
+@pytest.mark.parametrize("train", [lambda: None, lambda: torch.empty(1 << 60)], ids=["fits", "out of memory"])
+def test_a_trial_on_a_gpu_says_what_was_free_before(train, tmp_path, monkeypatch):
+    recipe = SimpleNamespace(training=SimpleNamespace(device=torch.device("cuda"), world_size=1))
+    monkeypatch.setattr(fit_trial, "trial_recipe", lambda job: recipe)
+    monkeypatch.setattr(fit_trial, "build_trainer", lambda recipe: SimpleNamespace(train=train))
+    monkeypatch.setattr(fit_trial, "peak_memory", lambda device: {"peak_memory_allocated_gib": 3.0})
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (6 * 2**30, 8 * 2**30))
+    code = "import sys, pathlib; pathlib.Path(sys.argv[1], 'rank-0.json').write_text(sys.argv[2])"
+    written = json.dumps(fit_trial.outcome({}))
+    monkeypatch.setattr(
+        fit, "trial_command", lambda launch, job: [sys.executable, "-c", code, json.loads(job)["folder"], written]
+    )
+    outcome = fit.run_trial(fit.Trial(["recipe.yaml"], True, 4, 1), fit.Launch())
+    assert (outcome.device, outcome.free_gib) == ("a GPU", 6.0)
 
 
 @pytest.mark.parametrize(("number", "deaf"), [(signal.SIGTERM, False), (signal.SIGHUP, True)])
