@@ -136,9 +136,8 @@ def captured_launches(fn: Callable[[], object]) -> Callable[[], None] | None:
 
     What remains is what any Triton op must pay on the host.
     """
+    from liger_trainer.kernels.runtime import launch
     from triton.runtime import JITFunction
-
-    from liger_trainer.kernels import launch
 
     launches = []
     run = JITFunction.run

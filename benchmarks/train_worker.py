@@ -30,7 +30,7 @@ SLOW_IMPORTS = ("liger_trainer.train", "transformers.models.auto.modeling_auto",
 
 def flags(overrides: dict) -> list[str]:
     """Overrides as a recipe's command line, on which ``None`` unsets a key."""
-    from liger_trainer.recipe import as_flags
+    from liger_trainer.training.recipe import as_flags
 
     return [*as_flags(overrides), *(word for k, v in overrides.items() if v is None for word in (f"--{k}", "null"))]
 
@@ -55,9 +55,9 @@ def train(job: dict) -> dict:
     from transformers.trainer_callback import PrinterCallback
 
     from benchmarks.step_meter import Memory, StepTimes, TokenCount
-    from liger_trainer.recipe import parse_recipe
-    from liger_trainer.throughput import ThroughputCallback
-    from liger_trainer.train import build_trainer
+    from liger_trainer.training.recipe import parse_recipe
+    from liger_trainer.training.throughput import ThroughputCallback
+    from liger_trainer.training.train import build_trainer
 
     warmup, steps = job["warmup"], job["steps"]
     with tempfile.TemporaryDirectory() as folder:
@@ -109,7 +109,7 @@ def over_ranks(windows_ms: list[float], tokens: tuple[int, int], memory: dict | 
         window: steps of a window.
         device: where collectives run.
     """
-    from liger_trainer.throughput import reduce_over_ranks
+    from liger_trainer.training.throughput import reduce_over_ranks
 
     windows_ms = reduce_over_ranks(windows_ms, "max", device)
     real, padded = reduce_over_ranks([float(n) for n in tokens], "sum", device)
@@ -162,7 +162,7 @@ def stand_by(job: dict) -> bool:
 
 def failure(error: Exception) -> dict:
     """The row of a run that failed: out of memory, which is a result, or anything else."""
-    from liger_trainer.failures import is_out_of_memory
+    from liger_trainer.training.failures import is_out_of_memory
 
     status = "oom" if is_out_of_memory(error) else "error"
     return {"status": status, "note": f"{type(error).__name__}: {error}"[:400]}

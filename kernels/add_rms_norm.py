@@ -10,12 +10,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import reference
-from .autograd import Function
-from .compiled import opaque_op
-from .inputs import check_rows, check_same_shape, check_vector
-from .launch import use_triton
-from .norm_tiles import check_width
 from .rms_norm import out_dtype, rms_norm_bwd, rms_norm_bwd_op, rms_norm_fwd
+from .runtime.autograd import Function
+from .runtime.checks import check_rows, check_same_shape, check_vector
+from .runtime.launch import use_triton
+from .runtime.operators import opaque_op
+from .shared.norm_tiles import check_width
 
 
 class AddRMSNormFunction(Function):

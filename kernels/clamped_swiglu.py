@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import reference
-from .autograd import Function
-from .compiled import opaque_op
-from .gated import _sigmoid_and_complement
-from .inputs import check_rows, dense_like, row_layout
-from .launch import Launcher, cdiv, next_power_of_2, tl, triton, use_triton
+from .runtime.autograd import Function
+from .runtime.checks import check_rows, dense_like, row_layout
+from .runtime.launch import Launcher, cdiv, next_power_of_2, tl, triton, use_triton
+from .runtime.operators import opaque_op
+from .shared.gated import _sigmoid_and_complement
 
 BLOCK_SIZE = 1024  # pairs a program
 

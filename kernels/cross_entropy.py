@@ -11,18 +11,18 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .autograd import Function
-from .compiled import opaque_op
-from .inputs import as_rows, check_rows, dense_like
-from .launch import Launcher, tl, triton, use_triton
-from .loss_args import (
+from .linear_loss.options import (
     LogitTransform,
     check_labels_form,
     check_loss_args,
     logit_transform,
     on_host_or_device,
 )
-from .softmax_rows import empty_rows, loss_grad_rows, loss_rows
+from .linear_loss.softmax_rows import empty_rows, loss_grad_rows, loss_rows
+from .runtime.autograd import Function
+from .runtime.checks import as_rows, check_rows, dense_like
+from .runtime.launch import Launcher, tl, triton, use_triton
+from .runtime.operators import opaque_op
 
 REDUCE_BLOCK = 4096
 

@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import reference
-from .autograd import Function
-from .compiled import opaque_op, or_empty
-from .gated import GELU_ERF, GELU_TANH, SILU, check_gated, gated_bwd, gated_fwd
-from .launch import cdiv, use_triton
+from .runtime.autograd import Function
+from .runtime.launch import cdiv, use_triton
+from .runtime.operators import opaque_op, or_empty
+from .shared.gated import GELU_ERF, GELU_TANH, SILU, check_gated, gated_bwd, gated_fwd
 
 # name -> (the kernel's number, the definition)
 ACTIVATIONS = {

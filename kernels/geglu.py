@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .gated import GELU_ERF, GELU_TANH, apply_gated, check_gated
-from .launch import use_triton
+from .runtime.launch import use_triton
+from .shared.gated import GELU_ERF, GELU_TANH, apply_gated, check_gated
 
 _ACTIVATIONS = {"tanh": GELU_TANH, "none": GELU_ERF}
 

@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import reference
-from .autograd import Function
-from .compiled import opaque_op, or_empty
-from .inputs import check_rows, check_vector, dense_like, row_layout
-from .launch import Launcher, sm_count, tl, triton, use_triton
-from .norm_tiles import (
+from .runtime.autograd import Function
+from .runtime.checks import check_rows, check_vector, dense_like, row_layout
+from .runtime.launch import Launcher, sm_count, tl, triton, use_triton
+from .runtime.operators import opaque_op, or_empty
+from .shared.norm_tiles import (
     check_width,
     column_partials,
     load_per_row,

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .autograd import Function
-from .chunking import ValidRows
-from .launch import use_triton
-from .linear_loss import LossOptions, loss_forward, loss_recompute
-from .linear_loss_op import compiled_loss
-from .loss_args import check_linear_args, check_loss_args, logit_transform, on_host_or_device
+from .linear_loss.loss import LossOptions, loss_forward, loss_recompute
+from .linear_loss.operator import compiled_loss
+from .linear_loss.options import check_linear_args, check_loss_args, logit_transform, on_host_or_device
+from .linear_loss.scale_gradients import graph_is_kept, scale_gradients
+from .linear_loss.token_chunks import ValidRows
 from .reference import TokenStats
-from .scale_gradients import graph_is_kept, scale_gradients
+from .runtime.autograd import Function
+from .runtime.launch import use_triton
 
 
 class LinearCrossEntropyFunction(Function):

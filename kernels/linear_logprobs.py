@@ -18,17 +18,17 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .autograd import Function
-from .chunking import GradientSums, LinearChunks, ValidRows, valid_rows
-from .compiled import opaque_op, or_empty
-from .launch import use_triton
-from .linear_loss import buffer_mib, sums_over_tokens
-from .loss_args import LogitTransform, check_linear_args, logit_transform
+from .linear_loss.loss import buffer_mib, sums_over_tokens
+from .linear_loss.options import LogitTransform, check_linear_args, logit_transform
+from .linear_loss.scale_gradients import fp16_peak, graph_is_kept, scale_gradients
+from .linear_loss.slab_rows import log_prob_coefficients
+from .linear_loss.softmax_rows import NUM_STATS, empty_rows, log_prob_grad_rows, loss_rows
+from .linear_loss.token_chunks import GradientSums, LinearChunks, ValidRows, valid_rows
+from .linear_loss.vocab_chunks import VocabSlabs, compute_ignored_too
 from .reference import TokenLogProbs
-from .scale_gradients import fp16_peak, graph_is_kept, scale_gradients
-from .slab_rows import log_prob_coefficients
-from .slabs import VocabSlabs, compute_ignored_too
-from .softmax_rows import NUM_STATS, empty_rows, log_prob_grad_rows, loss_rows
+from .runtime.autograd import Function
+from .runtime.launch import use_triton
+from .runtime.operators import opaque_op, or_empty
 
 
 @dataclass

@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import reference
-from .autograd import Function
-from .compiled import opaque_op, or_empty
-from .inputs import check_device, check_floating, unit_stride
-from .launch import Launcher, cdiv, next_power_of_2, sm_count, tl, triton, use_triton
+from .runtime.autograd import Function
+from .runtime.checks import check_device, check_floating, unit_stride
+from .runtime.launch import Launcher, cdiv, next_power_of_2, sm_count, tl, triton, use_triton
+from .runtime.operators import opaque_op, or_empty
 
 TILE_SIZE = 4096  # elements of q or k that a program turns
 PROGRAMS_PER_SM = 8  # tiles get smaller until there are that many

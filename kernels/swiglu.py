@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .gated import SILU, apply_gated, check_gated
-from .launch import use_triton
+from .runtime.launch import use_triton
+from .shared.gated import SILU, apply_gated, check_gated
 
 
 def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:

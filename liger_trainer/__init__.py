@@ -13,7 +13,7 @@ _HOME = {
     "apply_liger": "patching",
     "revert_liger": "patching",
     "LigerCallback": "callbacks",
-    "ThroughputCallback": "throughput",
+    "ThroughputCallback": "training.throughput",
     "AutoLigerModelForCausalLM": "auto",
     "MedusaConfig": "medusa",
     "MedusaModel": "medusa",

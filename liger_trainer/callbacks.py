@@ -73,7 +73,7 @@ class LigerCallback(TrainerCallback):
             config = patched.config  # patched by hand with options of its own: those stand
         report = apply_with(model, config, _why_no_fused_loss(args))
         if config.fused_loss and _is_trl(args):
-            from . import trl
+            from .trl import bridge as trl
 
             trl.attach(model)
         if not self._printed and state.is_world_process_zero:

@@ -78,14 +78,14 @@ def main(argv: list[str] | None = None):
 
 def run_train(args):
     """Train by the recipe in this process."""
-    from .train import main as train
+    from .training.train import main as train
 
     train([args.recipe, *args.overrides])
 
 
 def run_fit(args) -> int:
     """Search the largest batch of the recipe."""
-    from .fit import main as fit
+    from .training.fit import main as fit
 
     return fit(args)
 
@@ -117,7 +117,7 @@ def model_config(source: str):
 
     if Path(source).suffix not in (".yaml", ".yml"):
         return AutoConfig.from_pretrained(source), None
-    from .recipe import parse_recipe, peek
+    from .training.recipe import parse_recipe, peek
 
     recipe = parse_recipe([source])
     shape = peek([source], "model_config")  # which the parsed recipe no longer has beside a name

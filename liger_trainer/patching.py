@@ -13,14 +13,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .config import BY_BATCH, LigerConfig
-from .fused_head import FusedHead, HeadForward, head_linears, why_other_loss
-from .head_probe import probe_head
-from .padding import leave_out_mask, why_masks_stay
+from .head.form import probe_head
+from .head.fused_head import FusedHead, HeadForward, head_linears, why_other_loss
 from .parameter_count import forget_count
-from .rebinding import rebind
+from .probing.rebinding import rebind
+from .probing.rule import Rebinding, Refusal
 from .report import Applied, LigerReport, Skipped
 from .rules import verdicts
-from .verdicts import Rebinding, Refusal
+from .rules.padding import leave_out_mask, why_masks_stay
 
 _STATE = "_liger_state"
 _MARK = "_is_liger"  # of the functions that are bound to instances

@@ -12,51 +12,84 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = ("kernels", "liger_trainer", "tests", "benchmarks")
 FILES = sorted(file for folder in FOLDERS for file in (ROOT / folder).glob("**/*.py"))
 
-# A module imports from its own layer and from those above it in this list. A new module needs a place here.
+# A folder (or a file beside the folders) imports from itself and from those above it in this list.
 LAYERS = [
-    {"kernels", "config", "errors", "report", "sharding", "verdicts", "environment", "parameter_count", "rebinding"},
-    {
-        "probing", "norms", "rotary", "attention", "padding", "gated", "rules", "head_probe", "lazy_logits",
-        "fused_head", "medusa_loss",
-    },
+    {"kernels", "config", "report", "environment"},
+    {"probing"},
+    {"head"},
+    {"rules"},
     {"patching"},
-    {"arguments", "callbacks", "trl", "auto", "throughput", "checkpoints", "medusa", "medusa_heads"},
-    {"failures"},
-    {"data", "synthetic", "recipe", "train", "batch_search", "fit", "fit_trial"},
-    {"cli"},
-]  # fmt: skip
+    {"trl", "medusa", "auto"},
+    {"callbacks"},
+    {"arguments"},
+    {"training"},
+    {"cli", "train"},
+]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+PACKAGE_FILES = [file for file in FILES if file.parts[len(ROOT.parts)] in ("kernels", "liger_trainer")]
+
+
+def module_name(path):
+    """The dotted name under which ``path`` is imported."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    parts = ("liger_trainer", *parts) if parts[0] == "kernels" else parts
+    return ".".join(parts).removesuffix(".__init__")
+
+
+MODULES = {module_name(path) for path in PACKAGE_FILES}
 
 
 def imports(path):
-    """Imported modules of a file, wherever in it: absolute names, and siblings as ``.name``."""
+    """Absolute names of the modules that a file imports, wherever in it."""
     found = set()
+    package = module_name(path) if path.stem == "__init__" else module_name(path).rpartition(".")[0]
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.level and node.module is None:
-            found |= {f".{alias.name}" for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            found.add("." * node.level + node.module)
+            parts = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base = ".".join([*parts, *([node.module] if node.module else [])])
+            names = {f"{base}.{alias.name}" for alias in node.names}
+            found |= {name if name in MODULES else base for name in names}
     return found
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "kernels").glob("*.py")), ids=lambda path: path.stem)
+def folder(name):
+    """The folder, or file beside the folders, of a module of the package."""
+    return ([*name.split("."), ""])[1]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "kernels").glob("**/*.py")), ids=lambda path: path.stem)
 def test_kernels_need_only_torch_and_triton(path):
-    siblings = {f".{file.stem}" for file in path.parent.glob("*.py")}
     for name in imports(path):
-        top = name.split(".")[0]
-        assert name in siblings or top in sys.stdlib_module_names | {"torch", "triton"}, f"{path.name} imports {name}"
+        own = name == "liger_trainer.kernels" or name.startswith("liger_trainer.kernels.")
+        assert own or name.split(".")[0] in sys.stdlib_module_names | {"torch", "triton"}, f"{path} imports {name}"
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "liger_trainer").glob("[a-z]*.py")), ids=lambda path: path.stem)
-def test_layers_point_one_way(path):
-    assert path.stem in LEVEL, f"{path.name} is in no layer: give it a place in LAYERS"
+@pytest.mark.parametrize("path", PACKAGE_FILES, ids=module_name)
+def test_folders_point_one_way(path):
+    own = folder(module_name(path))
+    if not own:  # the package's lazy names
+        return
+    assert own in LEVEL, f"{path} is in no layer: give its folder a place in LAYERS"
     for name in imports(path):
-        if name.startswith("."):
-            sibling = name.split(".")[1]
-            assert LEVEL[sibling] <= LEVEL[path.stem], f"{path.name} imports {sibling}, which is a layer further up"
-        assert not name.startswith("liger_trainer"), f"{path.name}: imports of the package's own modules are relative"
+        if name.split(".")[0] == "liger_trainer" and folder(name) not in ("", own):
+            other = folder(name)
+            assert LEVEL[other] < LEVEL[own], f"{path.name} imports {name}, which is not in a layer below {own}"
+
+
+@pytest.mark.parametrize("path", PACKAGE_FILES, ids=module_name)
+def test_own_modules_are_imported_relatively(path):
+    nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+    absolute = [n.module for n in nodes if isinstance(n, ast.ImportFrom) and not n.level]
+    assert not [name for name in absolute if name and name.split(".")[0] == "liger_trainer"]
+
+
+def test_every_folder_says_what_it_is():
+    for path in ROOT.glob("liger_trainer/**/"), ROOT.glob("kernels/*/"):
+        for directory in path:
+            if directory.name != "__pycache__":
+                assert ast.get_docstring(ast.parse((directory / "__init__.py").read_text())), directory
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -66,10 +99,9 @@ def test_files_are_short(path):
 
 def test_packages_are_the_folders():
     setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    folders = {str(f.parent.relative_to(ROOT)).replace("/", ".") for f in ROOT.glob("liger_trainer/**/*.py")}
+    folders = {module_name(file) for file in PACKAGE_FILES if file.stem == "__init__"}
     assert set(setuptools["packages"]) == folders
     assert setuptools["package-dir"] == {"liger_trainer.kernels": "kernels"}
-    assert not list((ROOT / "kernels").glob("*/*.py"))
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 

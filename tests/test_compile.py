@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
+from liger_trainer.kernels.runtime import launch
 from tiny_models import batch, tiny_model
 
 from liger_trainer import apply_liger
-from liger_trainer.kernels import launch
 
 ON_GPU = torch.cuda.is_available()
 

@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from liger_trainer.kernels.gated_linear import gated_linear
+from liger_trainer.kernels.runtime import launch
 from tiny_models import (
     MODEL_TYPES,
     assert_same_training,
@@ -18,8 +19,9 @@ from tiny_models import (
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from liger_trainer import LigerConfig, apply_liger, gated, norms, revert_liger
-from liger_trainer.kernels import launch
+from liger_trainer import LigerConfig, apply_liger, revert_liger
+from liger_trainer.rules import glu as gated
+from liger_trainer.rules import norms
 
 # What each architecture has two layers of: (norms, rotary attentions, gated MLPs).
 EXPECTED = {

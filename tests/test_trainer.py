@@ -6,13 +6,13 @@ import json
 import numpy as np
 import pytest
 import torch
+from liger_trainer.kernels.runtime import launch
 from peft import LoraConfig, get_peft_model
 from tiny_models import MODEL_TYPES, batch, kernels_skipped, tiny_model
 from training import Rows, arguments, assert_same_run, losses, train
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from liger_trainer import LigerCallback, LigerTrainingArguments, apply_liger, revert_liger
-from liger_trainer.kernels import launch
 from liger_trainer.patching import patch_state
 
 
@@ -186,7 +186,7 @@ def test_evaluation(with_metrics, tmp_path):
 
 
 def test_loss_only_evaluation_builds_no_logits(tmp_path, monkeypatch):
-    from liger_trainer.lazy_logits import LazyLogits
+    from liger_trainer.head.lazy_logits import LazyLogits
 
     monkeypatch.setattr(LazyLogits, "materialize", lambda self: pytest.fail("logits were built"))
     trainer = Trainer(

@@ -18,11 +18,11 @@ from pathlib import Path
 import torch
 from liger_trainer.kernels.linear_cross_entropy import linear_cross_entropy
 from liger_trainer.kernels.linear_logprobs import linear_logprobs
-from liger_trainer.kernels.loss_args import logit_transform
-from liger_trainer.kernels.softmax_rows import loss_rows
-from liger_trainer.kernels.weight_sum import WeightSum, add_mm_into, mm_into
-
-from liger_trainer.kernels import chunking, linear_loss
+from liger_trainer.kernels.linear_loss import loss as linear_loss
+from liger_trainer.kernels.linear_loss import token_chunks as chunking
+from liger_trainer.kernels.linear_loss.options import logit_transform
+from liger_trainer.kernels.linear_loss.softmax_rows import loss_rows
+from liger_trainer.kernels.linear_loss.weight_sum import WeightSum, add_mm_into, mm_into
 
 CUDA = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float32)

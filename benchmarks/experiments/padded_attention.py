@@ -28,7 +28,7 @@ if not __package__:
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 
 from benchmarks.measure import extra_peak_mib, median_ms, relative_error, synchronize
-from liger_trainer.attention import FUSED, grouped_sdpa
+from liger_trainer.rules.attention import FUSED, grouped_sdpa
 
 # batch, tokens, query heads, key heads, head_dim
 SHAPES = {

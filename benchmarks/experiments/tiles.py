@@ -24,7 +24,7 @@ import torch
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from liger_trainer.kernels.launch import register_limit
+from liger_trainer.kernels.runtime.launch import register_limit
 
 from benchmarks.measure import median_ms
 

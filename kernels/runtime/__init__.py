@@ -1,0 +1,1 @@
+"""How ops run: launching, autograd nodes, operators for torch.compile, argument checks."""

@@ -1,0 +1,1 @@
+"""Kernels and tile tables that several ops share."""

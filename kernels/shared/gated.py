@@ -1,0 +1,311 @@
+"""The kernels behind ``swiglu`` and ``geglu``: ``out = act(gate) * up``.
+
+Backward: ``dup = dout * act(gate)`` and ``dgate = dout * up * act'(gate)``, in one kernel.
+Saved: gate and up. Moved: gate, up and out forward; dout, gate, up and both gradients backward.
+All arithmetic is fp32 and rounded once. gelu's tanh form is computed as ``g * sigmoid(2 u)``, the same function without
+the cancellation of ``1 + tanh(u)`` for negative u.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..runtime.autograd import Function
+from ..runtime.checks import check_rows, check_same_shape, dense_like, row_layout
+from ..runtime.launch import Launcher, cdiv, next_power_of_2, sm_count, tl, triton
+from ..runtime.operators import opaque_op, or_empty
+
+SILU, GELU_TANH, GELU_ERF = 0, 1, 2
+BLOCK_SIZE = 2048
+SMALL_GRID = 4  # forward, blocks of that size an SM up to which ones of half the size are faster
+
+
+@triton.jit
+def _sigmoid_and_complement(z):
+    """``sigmoid(z)`` and ``1 - sigmoid(z)``, each to full precision in both tails, from one exponential."""
+    e = tl.exp(-tl.abs(z))
+    larger = 1.0 / (1.0 + e)
+    smaller = e * larger
+    return tl.where(z >= 0.0, larger, smaller), tl.where(z >= 0.0, smaller, larger)
+
+
+@triton.jit
+def _activation(g, ACTIVATION: tl.constexpr):
+    """``act(g)`` and its derivative, of which the compiler drops what the caller does not use."""
+    if ACTIVATION == 0:
+        s, rest = _sigmoid_and_complement(g)
+        value = g * s
+        slope = s + value * rest
+    elif ACTIVATION == 1:
+        # u = sqrt(2 / pi) * (g + 0.044715 g^3)
+        s, rest = _sigmoid_and_complement(1.5957691216057308 * g * (1.0 + 0.044715 * g * g))
+        value = g * s
+        slope = s + value * rest * (1.5957691216057308 * (1.0 + 0.134145 * g * g))
+    else:
+        cdf = 0.5 * (1.0 + tl.math.erf(g * 0.7071067811865476))
+        pdf = 0.3989422804014327 * tl.exp(-0.5 * g * g)
+        value = g * cdf
+        slope = cdf + g * pdf
+    return value, slope
+
+
+@triton.jit
+def _load(ptr, cols, num_cols, MASKED: tl.constexpr):
+    # Full blocks go without a mask: one of odd width would undo the vectorised access.
+    values = tl.load(ptr + cols, mask=cols < num_cols, other=0.0) if MASKED else tl.load(ptr + cols)
+    return values.to(tl.float32)
+
+
+@triton.jit
+def _store(ptr, cols, num_cols, values, MASKED: tl.constexpr):
+    if MASKED:
+        tl.store(ptr + cols, values.to(ptr.dtype.element_ty), mask=cols < num_cols)
+    else:
+        tl.store(ptr + cols, values.to(ptr.dtype.element_ty))
+
+
+@triton.jit
+def _gated_fwd_block(gate_ptr, up_ptr, out_ptr, cols, num_cols, ACTIVATION: tl.constexpr, MASKED: tl.constexpr):
+    gate = _load(gate_ptr, cols, num_cols, MASKED)
+    up = _load(up_ptr, cols, num_cols, MASKED)
+    value, _ = _activation(gate, ACTIVATION)
+    _store(out_ptr, cols, num_cols, value * up, MASKED)
+
+
+@triton.jit
+def _gated_fwd_kernel(
+    gate_ptr,  # [num_rows, num_cols]
+    up_ptr,  # [num_rows, num_cols]
+    out_ptr,  # [num_rows, num_cols]
+    gate_row_stride,
+    up_row_stride,
+    out_row_stride,
+    num_cols,
+    col_blocks,
+    ACTIVATION: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+):
+    row = (tl.program_id(0) // col_blocks).to(tl.int64)
+    start = (tl.program_id(0) % col_blocks).to(tl.int64) * BLOCK_COLS
+    cols = start + tl.arange(0, BLOCK_COLS)
+    gate_ptr += row * gate_row_stride
+    up_ptr += row * up_row_stride
+    out_ptr += row * out_row_stride
+    if start + BLOCK_COLS <= num_cols:
+        _gated_fwd_block(gate_ptr, up_ptr, out_ptr, cols, num_cols, ACTIVATION, False)
+    else:
+        _gated_fwd_block(gate_ptr, up_ptr, out_ptr, cols, num_cols, ACTIVATION, True)
+
+
+@triton.jit
+def _gated_bwd_block(
+    dout_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, out_ptr, cols, num_cols, ACTIVATION: tl.constexpr,
+    NEEDS_DGATE: tl.constexpr, NEEDS_DUP: tl.constexpr, NEEDS_OUT: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    dout = _load(dout_ptr, cols, num_cols, MASKED)
+    gate = _load(gate_ptr, cols, num_cols, MASKED)
+    value, slope = _activation(gate, ACTIVATION)
+    if NEEDS_DGATE or NEEDS_OUT:
+        up = _load(up_ptr, cols, num_cols, MASKED)
+    if NEEDS_OUT:
+        _store(out_ptr, cols, num_cols, value * up, MASKED)
+    if NEEDS_DGATE:
+        _store(dgate_ptr, cols, num_cols, dout * up * slope, MASKED)
+    if NEEDS_DUP:
+        _store(dup_ptr, cols, num_cols, dout * value, MASKED)
+
+
+@triton.jit
+def _gated_bwd_kernel(
+    dout_ptr,  # [num_rows, num_cols]
+    gate_ptr,  # [num_rows, num_cols]
+    up_ptr,  # [num_rows, num_cols]
+    dgate_ptr,  # [num_rows, num_cols]
+    dup_ptr,  # [num_rows, num_cols]
+    out_ptr,  # [num_rows, num_cols]
+    dout_row_stride,
+    gate_row_stride,
+    up_row_stride,
+    dgate_row_stride,
+    dup_row_stride,
+    out_row_stride,
+    num_cols,
+    col_blocks,
+    ACTIVATION: tl.constexpr,
+    NEEDS_DGATE: tl.constexpr,
+    NEEDS_DUP: tl.constexpr,
+    NEEDS_OUT: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+):
+    row = (tl.program_id(0) // col_blocks).to(tl.int64)
+    start = (tl.program_id(0) % col_blocks).to(tl.int64) * BLOCK_COLS
+    cols = start + tl.arange(0, BLOCK_COLS)
+    dout_ptr += row * dout_row_stride
+    gate_ptr += row * gate_row_stride
+    up_ptr += row * up_row_stride
+    if NEEDS_DGATE:
+        dgate_ptr += row * dgate_row_stride
+    if NEEDS_DUP:
+        dup_ptr += row * dup_row_stride
+    if NEEDS_OUT:
+        out_ptr += row * out_row_stride
+    if start + BLOCK_COLS <= num_cols:
+        _gated_bwd_block(
+            dout_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, out_ptr, cols, num_cols,
+            ACTIVATION, NEEDS_DGATE, NEEDS_DUP, NEEDS_OUT, False,
+        )  # fmt: skip
+    else:
+        _gated_bwd_block(
+            dout_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, out_ptr, cols, num_cols,
+            ACTIVATION, NEEDS_DGATE, NEEDS_DUP, NEEDS_OUT, True,
+        )  # fmt: skip
+
+
+_launch_fwd = Launcher(_gated_fwd_kernel)
+_launch_bwd = Launcher(_gated_bwd_kernel)
+
+
+def _shared_layout(*tensors: Tensor | None) -> tuple[int, int, list[Tensor | None], list[int]]:
+    """Rows, columns, the tensors and their row strides; one long row where all are contiguous.
+
+    The stride of a single row is 0, which keeps 16-byte accesses: an odd one would say that rows are not aligned.
+    """
+    present = [t for t in tensors if t is not None]
+    numel = present[0].numel()
+    if all(t.is_contiguous() for t in present):
+        return 1, numel, list(tensors), [0] * len(tensors)
+    num_cols = present[0].shape[-1]
+    layouts = [(None, 0) if t is None else row_layout(t) for t in tensors]
+    return numel // num_cols, num_cols, [t for t, _ in layouts], [stride for _, stride in layouts]
+
+
+def gated_fwd(gate: Tensor, up: Tensor, activation: int) -> Tensor:
+    """``act(gate) * up`` for ``gate`` and ``up`` of one shape, in the dtype they promote to."""
+    dtype = gate.dtype if gate.dtype == up.dtype else torch.promote_types(gate.dtype, up.dtype)
+    out = dense_like(gate, dtype)
+    if out.numel():
+        num_rows, num_cols, (gate, up, out), strides = _shared_layout(gate, up, out)
+        block = BLOCK_SIZE if out.numel() > SMALL_GRID * BLOCK_SIZE * sm_count(out) else BLOCK_SIZE // 2
+        block = min(block, next_power_of_2(num_cols))
+        col_blocks = cdiv(num_cols, block)
+        _launch_fwd(
+            (num_rows * col_blocks, 1, 1),
+            (gate, up, out),
+            (*strides, num_cols, col_blocks),
+            (),
+            (activation, block),
+            (("num_warps", 4),),
+        )
+    return out
+
+
+def gated_bwd(
+    dout: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    dgate: Tensor | None,
+    dup: Tensor | None,
+    activation: int,
+    out: Tensor | None = None,
+) -> None:
+    """Fill ``dgate``, ``dup`` and ``out`` (the forward's result again), each unless None; they are viewable as rows.
+
+    ``dup`` or ``out`` may be ``dout`` itself.
+    """
+    if dout.numel() == 0:
+        return
+    num_rows, num_cols, tensors, strides = _shared_layout(dout, gate, up, dgate, dup, out)
+    block = min(BLOCK_SIZE, next_power_of_2(num_cols))
+    col_blocks = cdiv(num_cols, block)
+    _launch_bwd(
+        (num_rows * col_blocks, 1, 1),
+        tuple(tensors),
+        (*strides, num_cols, col_blocks),
+        (),
+        (activation, dgate is not None, dup is not None, out is not None, block),
+        (("num_warps", 8),),
+    )
+
+
+def gated_grads(
+    dout: Tensor, gate: Tensor, up: Tensor | None, activation: int, needs_dgate: bool, needs_dup: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of ``gate`` and ``up`` where needed; one packed gradient if ``gate`` holds both halves."""
+    if up is None:
+        dpacked = dense_like(gate)
+        gated_bwd(dout, *gate.chunk(2, dim=-1), *dpacked.chunk(2, dim=-1), activation)
+        return dpacked, None
+    dgate = dense_like(gate) if needs_dgate else None
+    dup = dense_like(up) if needs_dup else None
+    gated_bwd(dout, gate, up, dgate, dup, activation)
+    return dgate, dup
+
+
+class GatedFunction(Function):
+    """``act(gate) * up`` for two tensors, or for one that holds both halves (``up`` is None)."""
+
+    @staticmethod
+    def forward(ctx, gate, up, activation):
+        """Save the inputs only."""
+        ctx.save_for_backward(gate, up)
+        ctx.activation = activation
+        return gated_fwd(*(gate.chunk(2, dim=-1) if up is None else (gate, up)), activation)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):
+        """Compute only the gradients that are needed."""
+        return *gated_grads(dout, *ctx.saved_tensors, ctx.activation, *ctx.needs_input_grad[:2]), None
+
+
+def _fwd(gate: Tensor, up: Tensor | None, activation: int) -> Tensor:
+    return gated_fwd(*(gate.chunk(2, dim=-1) if up is None else (gate, up)), activation)
+
+
+def _fake_fwd(gate, up, activation):
+    if up is None:
+        return gate.new_empty(*gate.shape[:-1], gate.shape[-1] // 2)
+    return gate.new_empty(gate.shape, dtype=torch.promote_types(gate.dtype, up.dtype))
+
+
+def _bwd(
+    dout: Tensor, gate: Tensor, up: Tensor | None, activation: int, needs_dgate: bool, needs_dup: bool
+) -> tuple[Tensor, Tensor]:
+    dgate, dup = gated_grads(dout, gate, up, activation, needs_dgate, needs_dup)
+    return or_empty(dgate, gate), or_empty(dup, gate)
+
+
+def _fake_bwd(dout, gate, up, activation, needs_dgate, needs_dup):
+    return gate.new_empty(gate.shape if needs_dgate else 0), up.new_empty(up.shape) if needs_dup else gate.new_empty(0)
+
+
+def _save(ctx, inputs, output):
+    gate, up, ctx.activation = inputs
+    ctx.save_for_backward(gate, up)
+
+
+def _differentiate(ctx, dout):
+    needs_dgate, needs_dup = ctx.needs_input_grad[:2]
+    dgate, dup = _gated_bwd_op(dout, *ctx.saved_tensors, ctx.activation, needs_dgate, needs_dup)
+    return dgate if needs_dgate else None, dup if needs_dup else None, None
+
+
+_gated_bwd_op = opaque_op("gated_bwd", _bwd, _fake_bwd)
+_gated_op = opaque_op("gated", _fwd, _fake_fwd, _differentiate, _save)
+
+
+def apply_gated(gate: Tensor, up: Tensor | None, activation: int) -> Tensor:
+    """``act(gate) * up``, or of the two halves of ``gate``, for checked arguments that Triton can take."""
+    apply = _gated_op if torch.compiler.is_compiling() else GatedFunction.apply
+    return apply(gate, up, activation)
+
+
+def check_gated(gate: Tensor, up: Tensor | None) -> None:
+    """Raise unless ``gate`` and ``up`` are floating-point and of one shape, or ``gate`` alone has two equal halves."""
+    check_rows("gate", gate)
+    if up is not None:
+        check_same_shape("up", up, "gate", gate)
+    elif gate.shape[-1] % 2:
+        raise ValueError(
+            f"gate: shape is {tuple(gate.shape)}; without up, the last dimension must be even (gate, then up)"
+        )

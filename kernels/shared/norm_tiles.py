@@ -1,0 +1,213 @@
+"""What the normalisation kernels share: how rows are cut into tiles, per-row loads, and the sum of partial gradients.
+
+A tile is ``[TILE_ROWS, BLOCK_COLS]`` with ``BLOCK_COLS >= num_cols``: a row never leaves the registers, and narrow
+rows share a program. Weight gradients are summed by a persistent grid: each program adds up its tiles in registers and
+writes one fp32 row of partials; a second kernel adds the rows in a fixed order, so two runs are bit-equal. Where one
+program has all rows, what it writes is the gradient. Rows over ``MAX_SUMMED_COLS`` leave no registers for such a sum:
+there a kernel of its own reads x and dy once more, by columns.
+"""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..runtime.launch import Launcher, cdiv, next_power_of_2, register_limit, sm_count, tl, triton
+
+MAX_COLS = 65536  # 64 elements a thread with 32 warps; beyond that a row no longer fits the registers
+TILE_SIZE = 4096  # elements of a tile of narrow rows
+SMEM_BYTES = 160 * 1024  # of an SM's 228 KiB, for prefetched rows; the rest stays L1 cache
+MAX_SUMMED_COLS = 16384  # a sum of 16 fp32 elements a thread fits beside a row of as many
+# Triton knows of a width whether it is a multiple of 16. Rows of others may begin off 16 bytes for all it knows: narrow
+# accesses and no prefetching, which more warps hide.
+ALIGNED = 16
+COLUMN_TILE = (8, 512)  # rows and columns a step of the kernel that sums by columns
+
+
+def sums_in_backward(num_cols: int) -> bool:
+    """Whether the kernel that computes dx also sums the gradients of weight and bias."""
+    return num_cols <= MAX_SUMMED_COLS
+
+
+class Tiling(NamedTuple):
+    """Tile shape and launch of one norm kernel; ``options`` are Triton's launch options."""
+
+    tile_rows: int
+    block_cols: int
+    num_tiles: int
+    num_programs: int
+    num_stages: int
+    options: tuple[tuple[str, int], ...]
+
+
+def _tile(num_rows: int, num_cols: int, programs: int) -> tuple[int, int]:
+    """Rows and columns of a tile: ``TILE_SIZE`` elements, or fewer rows where that would leave programs idle."""
+    block_cols = next_power_of_2(num_cols)
+    tile_rows = max(1, min(TILE_SIZE // block_cols, next_power_of_2(cdiv(num_rows, programs))))
+    return tile_rows, block_cols
+
+
+@lru_cache(maxsize=4096)
+def row_tiling(num_rows: int, num_cols: int, sms: int) -> Tiling:
+    """One tile a program, for kernels on ``[num_rows, num_cols]`` that write per row only."""
+    tile_rows, block_cols = _tile(num_rows, num_cols, 4 * sms)
+    num_tiles = cdiv(num_rows, tile_rows)
+    num_warps = min(max(tile_rows * block_cols // (512 if num_cols % ALIGNED else 1024), 4), 32)
+    return Tiling(tile_rows, block_cols, num_tiles, num_tiles, 1, (("num_warps", num_warps),))
+
+
+@lru_cache(maxsize=4096)
+def persistent_tiling(num_rows: int, num_cols: int, sms: int, bytes_per_element: int) -> Tiling:
+    """As many programs as run at once, each looping over tiles and prefetching ``bytes_per_element`` of its inputs.
+
+    A program more than fits would run alone at the end, hence the register limit that makes the count certain.
+    """
+    block_cols = next_power_of_2(num_cols)
+    # The fastest on an H100 (benchmarks/NOTES.md): two programs an SM for tiles of several rows, one for wider rows.
+    per_sm, elements_per_thread, max_stages = (2, 16, 3) if block_cols < TILE_SIZE else (1, 16, 3)
+    if block_cols == TILE_SIZE:
+        elements_per_thread, max_stages = 32, 4
+    elif block_cols >= MAX_SUMMED_COLS:  # all registers are taken, those for prefetching too
+        max_stages = 1
+    if num_cols % ALIGNED and block_cols >= TILE_SIZE:
+        elements_per_thread = 8
+    programs = per_sm * sms
+    tile_rows, block_cols = _tile(num_rows, num_cols, programs)
+    num_tiles = cdiv(num_rows, tile_rows)
+    num_warps = min(max(tile_rows * block_cols // (32 * elements_per_thread), 4), 32)
+    # Triton keeps one buffer fewer than it has stages.
+    stages = min(1 + SMEM_BYTES // (per_sm * tile_rows * block_cols * bytes_per_element), max_stages)
+    options = (("num_warps", num_warps), *register_limit(min(65536 // (32 * num_warps * per_sm), 255)))
+    return Tiling(tile_rows, block_cols, num_tiles, min(programs, num_tiles), stages, options)
+
+
+def check_width(x: Tensor) -> None:
+    """Raise ``ValueError`` for rows that are too wide to stay in registers."""
+    if x.shape[-1] > MAX_COLS:
+        raise ValueError(f"x: last dimension is {x.shape[-1]}; the Triton kernels allow at most {MAX_COLS}")
+
+
+@triton.jit
+def load_per_row(ptr, first_row, num_rows, TILE_ROWS: tl.constexpr):
+    """One number for each row of a tile, as a scalar if the tile is one row and as ``[TILE_ROWS, 1]`` otherwise."""
+    if TILE_ROWS == 1:
+        # A scalar load: the loop's prefetching would give a one-element tensor a shared-memory buffer of its own.
+        values = tl.load(ptr + first_row)
+    else:
+        rows = first_row + tl.arange(0, TILE_ROWS)
+        values = tl.load(ptr + rows, mask=rows < num_rows, other=0.0)[:, None]
+    return values
+
+
+@triton.jit
+def _column_partials_kernel(
+    dy_ptr,  # [num_rows, num_cols]
+    x_ptr,  # [num_rows, num_cols]
+    mean_ptr,  # [num_rows] fp32
+    rstd_ptr,  # [num_rows] fp32
+    dw_partial_ptr,  # [num_programs(1), num_cols] fp32
+    db_partial_ptr,  # [num_programs(1), num_cols] fp32
+    dy_row_stride,
+    x_row_stride,
+    num_rows,
+    num_cols,
+    HAS_MEAN: tl.constexpr,
+    NEEDS_DW: tl.constexpr,
+    NEEDS_DB: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+):
+    cols = tl.program_id(0) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
+    col_mask = cols < num_cols
+    dw = tl.zeros((TILE_ROWS, BLOCK_COLS), dtype=tl.float32)
+    db = tl.zeros((TILE_ROWS, BLOCK_COLS), dtype=tl.float32)
+    for start in tl.range(tl.program_id(1) * TILE_ROWS, num_rows, tl.num_programs(1) * TILE_ROWS, num_stages=3):
+        rows = tl.cast(start, tl.int64) + tl.arange(0, TILE_ROWS)
+        row_mask = rows < num_rows
+        mask = row_mask[:, None] & col_mask[None, :]
+        dy = tl.load(dy_ptr + rows[:, None] * dy_row_stride + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+        if NEEDS_DW:
+            x = tl.load(x_ptr + rows[:, None] * x_row_stride + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+            if HAS_MEAN:
+                x -= tl.load(mean_ptr + rows, mask=row_mask, other=0.0)[:, None]
+            dw += dy * (x * tl.load(rstd_ptr + rows, mask=row_mask, other=0.0)[:, None])
+        if NEEDS_DB:
+            db += dy
+    partial_offsets = tl.program_id(1).to(tl.int64) * num_cols + cols
+    if NEEDS_DW:
+        tl.store(dw_partial_ptr + partial_offsets, tl.sum(dw, axis=0), mask=col_mask)
+    if NEEDS_DB:
+        tl.store(db_partial_ptr + partial_offsets, tl.sum(db, axis=0), mask=col_mask)
+
+
+_launch_column_partials = Launcher(_column_partials_kernel)
+
+
+def column_partials(
+    dy: Tensor, dy_stride: int, x: Tensor, x_stride: int, mean: Tensor | None, rstd: Tensor, needs_dw: bool,
+    needs_db: bool,
+) -> Tensor:  # fmt: skip
+    """fp32 partials ``[needs_dw + needs_db, programs, num_cols]`` of dweight ``dy * (x - mean) * rstd`` and dbias."""
+    num_rows, num_cols = rstd.shape[0], x.shape[-1]
+    tile_rows, block_cols = COLUMN_TILE
+    col_blocks = cdiv(num_cols, block_cols)
+    splits = max(1, min(cdiv(num_rows, tile_rows), 8 * sm_count(x) // col_blocks))
+    partials = x.new_empty(needs_dw + needs_db, splits, num_cols, dtype=torch.float32)
+    _launch_column_partials(
+        (col_blocks, splits, 1),
+        (dy, x, mean, rstd, partials[0] if needs_dw else None, partials[-1] if needs_db else None),
+        (dy_stride, x_stride, num_rows, num_cols),
+        (),
+        (mean is not None, needs_dw, needs_db, tile_rows, block_cols),
+        (("num_warps", 8),),
+    )
+    return partials
+
+
+def new_partials(x: Tensor, stack: int, programs: int, dtype: torch.dtype) -> Tensor:
+    """Memory for the sums of each program of a persistent grid, ``[stack, programs, num_cols]``.
+
+    fp32, or at once the gradient's ``dtype`` where one program has the whole sum.
+    """
+    return x.new_empty(stack, programs, x.shape[-1], dtype=torch.float32 if programs > 1 else dtype)
+
+
+@triton.jit
+def _sum_partials_kernel(
+    partial_ptr,  # [stack, num_partials, num_cols] fp32
+    out_ptr,  # [stack, num_cols]
+    num_partials,
+    num_cols,
+    BLOCK_PARTIALS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+):
+    cols = tl.program_id(0) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
+    layer = tl.program_id(1).to(tl.int64)
+    col_mask = cols < num_cols
+    total = tl.zeros((BLOCK_PARTIALS, BLOCK_COLS), dtype=tl.float32)
+    for start in range(0, num_partials, BLOCK_PARTIALS):
+        rows = start + tl.arange(0, BLOCK_PARTIALS)
+        offsets = (layer * num_partials + rows)[:, None] * num_cols + cols[None, :]
+        total += tl.load(partial_ptr + offsets, mask=(rows < num_partials)[:, None] & col_mask[None, :], other=0.0)
+    tl.store(out_ptr + layer * num_cols + cols, tl.sum(total, axis=0), mask=col_mask)
+
+
+_launch_sum_partials = Launcher(_sum_partials_kernel)
+
+
+def sum_partials(partials: Tensor, dtype: torch.dtype) -> Tensor:
+    """Sum of ``partials`` ``[stack, num_partials, num_cols]`` over ``num_partials``, rounded once to ``dtype``."""
+    stack, num_partials, num_cols = partials.shape
+    if num_partials == 1:
+        return partials[:, 0].to(dtype)
+    out = partials.new_empty(stack, num_cols, dtype=dtype)
+    _launch_sum_partials(
+        (cdiv(num_cols, 32), stack, 1),
+        (partials, out),
+        (num_partials, num_cols),
+        (),
+        (128, 32),  # BLOCK_PARTIALS, BLOCK_COLS
+        (("num_warps", 8),),
+    )
+    return out

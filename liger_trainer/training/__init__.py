@@ -1,0 +1,1 @@
+"""The recipe runner: recipes, data, training, fit, failures, checkpoints, throughput."""

@@ -1,0 +1,1 @@
+"""The bridge behind TRL's fused heads."""

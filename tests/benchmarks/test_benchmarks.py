@@ -1,0 +1,234 @@
+"""The benchmarks on the CPU: they run end to end, their floors are the published ones, and wrong kernels are caught."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+with pytest.MonkeyPatch.context() as patch:  # a checkout's folder, not installed
+    patch.syspath_prepend(str(ROOT))
+    from benchmarks import arms, cases, common, kernel_worker, kernels, models, plot, shapes
+
+
+def run_script(name, *args):
+    """Run a script as a user does, from another folder; returns its output."""
+    command = [sys.executable, str(ROOT / "benchmarks" / name), *args]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd="/", check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+def smoke_rows(arm, capsys):
+    """The rows of one arm's worker over the smoke shapes, by op; runs in this process."""
+    job = {"arm": arm, "shapes": shapes.SMOKE, "modes": ["full"], "device": "cpu", "seconds": 60}
+    kernel_worker.main(job)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(common.PREFIX)]
+    messages = [json.loads(line[len(common.PREFIX) :]) for line in lines]
+    assert [m["kind"] for m in messages] == ["hello"] + ["row"] * len(shapes.SMOKE)
+    return messages[1:]
+
+
+# Milliseconds at 2.99 TB/s, worked out by hand for the same shapes: 5, 5, 5, 8, 4, 4, 3 and 3 passes over the tensor.
+FLOORS = [
+    ("rms_norm", "16384x4096", 0.224),
+    ("rms_norm", "4096x16384", 0.224),
+    ("layer_norm", "16384x4096", 0.224),
+    ("swiglu", "16384x14336", 1.255),
+    ("rope", "B4 T2048 32q 8kv d128", 0.112),
+    ("rope", "B4 T2048 64q 64kv d128", 0.359),
+    ("cross_entropy", "8192x32000", 0.525),
+    ("cross_entropy", "8192x128256", 2.11),
+]
+
+
+def test_floors_are_the_bytes_that_must_move():
+    anchors = {(s["op"], shapes.shape_name(s)): s for s in shapes.ANCHORS}
+    for op, shape, milliseconds in FLOORS:
+        moved = cases.bytes_moved(cases.build(anchors[op, shape], "meta"))
+        assert sum(moved.values()) / 2.99e9 == pytest.approx(milliseconds, rel=0.02), (op, shape)
+
+
+def test_shapes_are_selected_by_set_and_op():
+    everything = shapes.select(["all"], list(shapes.OPS))
+    keys = [(s["op"], shapes.shape_name(s)) for s in everything]
+    assert len(set(keys)) == len(keys), "two shapes share a name: their rows would replace each other"
+    assert {op for op, _ in keys} == set(shapes.OPS)
+    some = shapes.select(["small"], ["cross_entropy", "rope"], ignored=0.3)
+    assert {s["op"] for s in some} == {"cross_entropy", "rope"}
+    assert all(s["ignored"] == 0.3 for s in some if s["op"] == "cross_entropy")
+    with pytest.raises(ValueError, match=r"'norms'.*rms_norm"):
+        shapes.select(["small"], ["norms"])
+
+
+@pytest.mark.parametrize("arm", ["ours", "ours_low_memory", "hf", "torch", "trl"])
+def test_every_arm_computes_the_op(arm, capsys):
+    rows = smoke_rows(arm, capsys)
+    answered = [r for r in rows if r["status"] != "unsupported"]
+    assert [r for r in answered if r["status"] != "ok" or r["full_ms"] <= 0 or r["floor_full_ms"] <= 0] == []
+    ops = {r["spec"]["op"] for r in answered}
+    heads = {"linear_cross_entropy", "linear_logprobs"}
+    required = {"ours": set(shapes.OPS), "ours_low_memory": {"linear_cross_entropy"}, "trl": heads}
+    required |= {"hf": set(shapes.OPS) - {"layer_norm"}, "torch": {"rms_norm", "layer_norm", "cross_entropy"}}
+    assert ops >= required[arm]
+
+
+def test_an_absent_peer_is_a_result(monkeypatch, capsys):
+    monkeypatch.setitem(arms.PACKAGE_OF, "liger", "a_package_nobody_has")
+    rows = smoke_rows("liger", capsys)
+    assert {r["status"] for r in rows} == {"absent"}
+    assert "a_package_nobody_has" in rows[0]["note"]
+
+
+def broken_calls():
+    """Per op a call that forgets what a fast but wrong kernel would forget."""
+
+    class DropSoftmax(torch.autograd.Function):  # right loss, only the labels' entries in the gradient
+        @staticmethod
+        def forward(ctx, logits, labels):
+            ctx.save_for_backward(logits, labels)
+            return torch.nn.functional.cross_entropy(logits.float(), labels)
+
+        @staticmethod
+        def backward(ctx, grad):
+            logits, labels = ctx.saved_tensors
+            p = logits.float().softmax(-1).gather(1, labels[:, None])
+            return torch.zeros_like(logits).scatter(1, labels[:, None], ((p - 1) / len(labels)).to(logits.dtype)), None
+
+    def linear(case):
+        return lambda: (DropSoftmax.apply(case["hidden"] @ case["weight"].T, case["labels"]),)
+
+    yield (
+        shapes.rows_by_cols("cross_entropy", (12, 33)),
+        lambda c: lambda: (DropSoftmax.apply(c["logits"], c["labels"]),),
+    )
+    yield shapes.linear("linear_cross_entropy", (64, 16, 257)), linear
+    yield shapes.rows_by_cols("swiglu", (5, 48)), lambda c: lambda: (torch.relu(c["gate"]) * c["up"],)
+    yield shapes.rows_by_cols("rms_norm", (5, 48)), lambda c: lambda: (c["x"] * c["weight"],)
+    yield shapes.rows_by_cols("rms_norm", (5, 48)), lambda c: lambda: (c["x"] * c["weight"] * float("nan"),)
+
+
+def test_a_wrong_kernel_is_marked():
+    for (spec,), make in broken_calls():
+        case = cases.build(spec, "cpu")
+        row = kernel_worker.check(case, make(case))
+        assert row["status"] == "inexact", (spec, row)
+
+
+def test_kernels_script(tmp_path):
+    (tmp_path / "kernels-cpu.json").write_text(
+        json.dumps({"runs": [{"date": "old"}], "results": [{"op": "rope", "shape": "x", "arm": "ours", "run": 0}]})
+    )
+    args = ("--smoke", "--arms", "torch", "--ops", "rms_norm,cross_entropy", "--out", str(tmp_path), "--commit", "abc")
+    out = run_script("kernels.py", *args)
+    assert "forward + backward" in out
+    data = json.loads((tmp_path / "kernels-cpu.json").read_text())
+    assert [(r["op"], r["arm"], r["run"]) for r in data["results"]] == [
+        ("rope", "ours", 0),
+        ("rms_norm", "torch", 1),
+        ("cross_entropy", "torch", 1),
+    ]
+    run = data["runs"][1]
+    assert run["commit"] == "abc"
+    assert run["device"] == "cpu"
+    assert run["command"].startswith("python benchmarks/kernels.py --smoke")
+    assert run["packages"]["torch"] == torch.__version__
+
+
+def test_a_spent_budget_drops_shapes_and_a_dead_worker_is_recorded():
+    rows = [m for m in kernels.measure_arm("torch", shapes.SMOKE[:2], ["full"], "cpu", 0) if m["kind"] == "row"]
+    assert [r["status"] for r in rows] == ["dropped", "dropped"]
+    rows = list(kernels.measure_arm("torch", shapes.SMOKE[:2], ["full"], "no_such_device", 60))
+    assert [r["status"] for r in rows if r["kind"] == "row"] == ["error", "error"]
+    assert "no_such_device" in rows[-1]["note"]
+
+
+def test_workers_are_killed_at_their_timeout_and_say_why_they_failed():
+    start = "import sys, time; print('@result {}', flush=True); print('noise');"
+    *messages, end = common.run_worker([sys.executable, "-c", start + "sys.exit('reason')"], timeout=60)
+    assert messages == [{}]
+    assert end["code"] == 1
+    assert "reason" in end["tail"]
+    *messages, end = common.run_worker([sys.executable, "-c", start + "time.sleep(60)"], timeout=3)
+    assert messages == [{}]
+    assert end["code"] < 0
+
+
+def test_a_result_file_replaces_rows_and_forgets_empty_runs(tmp_path):
+    path = tmp_path / "x.json"
+    common.ResultFile(path, ("a",), {"n": 0}).add({"a": 1, "v": 1})
+    second = common.ResultFile(path, ("a",), {"n": 1})
+    second.add({"a": 2, "v": 2})
+    assert [r["run"] for r in json.loads(path.read_text())["results"]] == [0, 1]
+    second.add({"a": 1, "v": 3})
+    data = json.loads(path.read_text())
+    assert data["runs"] == [{"n": 1}]
+    assert sorted((r["a"], r["v"], r["run"]) for r in data["results"]) == [(1, 3, 0), (2, 2, 0)]
+
+
+def plot_data():
+    run = {"device": "Some GPU", "driver": "1", "packages": {"torch": "2"}, "date": "2026-01-02T", "commit": "abc"}
+    row = {"op": "rms_norm", "shape": "16384x4096", "status": "ok", "full_ms": 0.25, "floor_full_ms": 0.2}
+    row |= {"fwd_ms": 0.1, "floor_fwd_ms": 0.08, "bwd_ms": 0.15, "floor_bwd_ms": 0.12, "extra_mib": 128.0, "run": 0}
+    slow = row | {"arm": "hf", "status": "inexact", "full_ms": 4.0}
+    rows = [row | {"arm": "ours"}, slow, {**row, "arm": "liger", "status": "absent"}]
+    rows.append({"op": "rms_norm", "shape": "64x2048 host", "arm": "ours", "status": "ok", "host_us": 12.5, "run": 0})
+    return {"runs": [run], "results": rows}
+
+
+def test_plots_and_tables(tmp_path):
+    (tmp_path / "kernels-gpu.json").write_text(json.dumps(plot_data()))
+    readme = tmp_path / "README.md"
+    readme.write_text("a\n<!-- table:kernels-gpu-full-anchors -->\nold\n<!-- /table -->\nb\n")
+    assert plot.main(["--results", str(tmp_path), "--update", str(readme)]) == 0
+    for name in ("kernels-gpu-time.png", "kernels-gpu-memory.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    text = readme.read_text()
+    assert "old" not in text
+    assert "0.25 (1.25x)" in text
+    assert "4 (20.00x)~" in text
+    assert "Some GPU" in text
+    assert "liger-kernel" not in text
+    assert (tmp_path / "kernels-gpu.md").read_text().count("| rms_norm 16384x4096") == 4
+    assert "12.5" in (tmp_path / "kernels-gpu.md").read_text()
+    assert plot.main(["--results", str(tmp_path), "--update", str(readme)]) == 0
+    assert readme.read_text() == text
+    for bad, message in (
+        ("<!-- table:nothing -->\n<!-- /table -->", "nothing"),
+        ("<!-- table:kernels-gpu-full-anchors -->\n", "closed"),
+    ):
+        readme.write_text(bad)
+        with pytest.raises(ValueError, match=message):
+            plot.main(["--results", str(tmp_path), "--update", str(readme)])
+
+
+def test_every_causal_lm_computes_the_same_with_and_without(tmp_path):
+    """All of transformers, and that the numbers would show a difference."""
+    run_script("models.py", "--out", str(tmp_path))  # fails where one differs
+    rows = json.loads((tmp_path / "models.json").read_text())["results"]
+    status = [row["status"] for row in rows]
+    assert len(rows) > 180
+    assert status.count("same") > 165, [row for row in rows if row["status"] != "same"]
+    assert sum("fused_loss" in row.get("applied", {}) for row in rows) > 140
+    assert "| deepseek_v3 " in models.make_table(rows)
+    model = models.tiny_model("llama")
+    theirs = models.train_once(model)
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.weight[0, 0] += 1e-1
+    found = models.differences(models.train_once(model), theirs)
+    assert min(found["gradient"], found["logits"]) > models.TOLERANCE
+    loss, gradients, logits = theirs
+    last = list(gradients)[-1]
+    for wrong in (
+        (loss, gradients | {last: gradients[last] * float("nan")}, logits),
+        (loss, gradients | {"more": logits}, logits),
+        (loss, {n: g for n, g in gradients.items() if n != last}, logits),
+        (loss, gradients, logits * float("nan")),
+        (loss * float("inf"), gradients, logits),
+    ):
+        assert models.largest(models.differences(wrong, theirs)) >= models.HOPELESS

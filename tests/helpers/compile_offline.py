@@ -1,0 +1,109 @@
+"""Compiles for an H100, without one, every kernel that ``benchmarks/sanitize.py`` launches.
+
+The interpreter runs kernels as Python and takes much that Triton's compiler refuses. Nothing is launched here: the ops
+run on CPU tensors, and where they would launch, the kernel is compiled for the arguments they pass. Exit status 1 where
+one fails, a launcher of the package was never called or always with the same value of a switch, or a kernel at the
+speed of memory has no variant that reads and writes 16 bytes at a time. Needs ``TRITON_INTERPRET=0``.
+"""
+
+import importlib
+import re
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import triton
+from liger_trainer.kernels.runtime import launch
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from benchmarks import sanitize
+from liger_trainer.kernels import reference
+
+H100 = GPUTarget("cuda", 90, 32)
+H100_SMS = 132
+TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int64: "i64", torch.int32: "i32"}
+# Rows and columns: narrow, rows that begin on and off 16 bytes, wider than what sums in registers.
+SHAPES = ((37, 200), (33, 2048), (33, 3002), (3, 33000))
+# Kernels at the speed of memory: where rows begin on 16 bytes, they have to be read and written in pieces of 16 bytes.
+WIDE = {
+    "_rms_norm_fwd_kernel", "_rms_norm_bwd_kernel", "_layer_norm_fwd_kernel", "_layer_norm_bwd_kernel",
+    "_gated_fwd_kernel", "_gated_bwd_kernel", "_clamped_swiglu_fwd_kernel", "_clamped_swiglu_bwd_kernel",
+}  # fmt: skip
+ALIGNED = [["tt.divisibility", 16]]
+
+compiled: dict[tuple, int] = {}
+called: set[int] = set()
+wide: set[str] = set()
+switches: dict[tuple[str, str], set[bool]] = {}  # values of a kernel's boolean constants
+
+
+def compile_launch(self, grid, tensors, ints, floats, constants, options) -> None:
+    """In the place of ``Launcher.__call__``: compile what it would launch."""
+    called.add(id(self))
+    names = self.kernel.arg_names
+    values = (*tensors, *ints, *floats, *constants)
+    assert len(names) == len(values), f"{self.kernel.__name__} takes {names}"
+    signature, fixed, attributes = {}, {}, {}
+    for index, (name, value) in enumerate(zip(names, values, strict=True)):
+        is_int = len(tensors) <= index < len(tensors) + len(ints)
+        if isinstance(value, bool):
+            switches.setdefault((self.kernel.__name__, name), set()).add(value)
+        if torch.is_tensor(value):
+            signature[name] = f"*{TYPES[value.dtype]}"
+            aligned = value.data_ptr() % 16 == 0
+        elif is_int and value != 1:
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            aligned = value % 16 == 0
+        elif len(tensors) + len(ints) <= index < len(tensors) + len(ints) + len(floats):
+            signature[name], aligned = "fp32", False
+        else:
+            signature[name], aligned = "constexpr", False
+            fixed[(index,)] = value
+        if aligned:
+            attributes[(index,)] = ALIGNED
+    key = (self.kernel.__name__, *signature.values(), *map(str, fixed.items()), *attributes, *options)
+    if key not in compiled:
+        flags = dict(options) | ({"debug": True} if self.kernel.debug else {})
+        kernel = triton.compile(ASTSource(self.kernel, signature, fixed, attributes), target=H100, options=flags)
+        compiled[key] = len(kernel.asm["cubin"])
+        ptx = kernel.asm["ptx"]
+        if re.search(r"(ld\.global[\w.:]*\.v4|cp\.async\.cg)", ptx) and re.search(r"st\.global[\w.:]*\.v4", ptx):
+            wide.add(self.kernel.__name__)
+
+
+def only_run(name, ours, theirs, leaves) -> None:
+    """In the place of ``sanitize.check``: the numbers mean nothing here."""
+    sanitize.run(ours, leaves)
+
+
+def main() -> int:
+    """Compile everything."""
+    root = Path(launch.__file__).parents[1]
+    files = sorted(file.relative_to(root).with_suffix("") for file in root.glob("**/*.py"))
+    modules = [importlib.import_module(f"liger_trainer.kernels.{'.'.join(file.parts)}") for file in files]
+    launchers = {id(v): v for module in modules for v in vars(module).values() if isinstance(v, launch.Launcher)}
+    for module in modules:
+        for name, value in (("use_triton", lambda x: True), ("sm_count", lambda x: H100_SMS)):
+            if hasattr(module, name):
+                setattr(module, name, value)
+    launch.Launcher.__call__ = compile_launch
+    torch.version.cuda = torch.version.cuda or "13.0"  # register limits are for CUDA
+    reference.check_labels = lambda *arguments: None
+    sanitize.check = only_run
+    for sanitize.ROWS, sanitize.COLS in SHAPES:
+        sanitize.main()
+    missing = [launcher.kernel.__name__ for key, launcher in launchers.items() if key not in called]
+    narrow = sorted(WIDE - wide)
+    print(f"{len(compiled)} variants of {len(called)} kernels compiled; never launched: {', '.join(missing) or 'none'}")
+    print(f"accesses of 16 bytes missing: {', '.join(narrow) or 'none'}")
+    stuck = [f"{kernel} {name}={values}" for (kernel, name), values in switches.items() if len(values) < 2]
+    print(f"always the same: {', '.join(stuck) or 'none'}")
+    return int(bool(missing or narrow or stuck))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,88 @@
+"""One rank of a process group: runs cases with the flag on, saves what the first rank recorded, and runs checks.
+
+``torchrun ... -m ranks.worker DIRECTORY JOB`` with the models of ``save_models`` in the directory, and as JSON
+``{"cases": [the fields of a Case, ...], "checks": [[name of a function in checks.py, engine], ...]}``.
+"""
+
+import gc
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from liger_trainer.kernels.runtime import launch
+from ranks import checks
+from ranks.cases import Case, resume, run
+
+torch.set_num_threads(1)
+ZERO2 = {"stage": 2}
+ZERO3 = {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_gather_16bit_weights_on_model_save": True}
+AUTO = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+
+
+def settings(engine: str) -> dict:
+    """Training arguments that ask for the engine."""
+    if engine == "ddp":
+        return {}
+    if engine == "fsdp2":
+        return {"fsdp": True, "fsdp_config": {"reshard_after_forward": True}}
+    sharding = dict({"zero2": ZERO2, "zero3": ZERO3}[engine])
+    config = {
+        "zero_optimization": sharding,
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": "auto"},
+        **dict.fromkeys(AUTO, "auto"),
+    }
+    return {"deepspeed": config}
+
+
+def init_deepspeed():
+    """DeepSpeed's own view of the process group, which it needs before a model is partitioned."""
+    import deepspeed
+
+    deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo")
+
+
+def reset():
+    """Forget the last run's engine: accelerate expects one of them a process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    gc.collect()
+
+
+def run_case(case: Case, directory: str):
+    launch.INTERPRET = case.triton
+    result = run(case, directory, True, 2, **settings(case.engine))
+    reset()
+    if case.checkpoint:
+        result["resumed"] = resume(case, directory, **settings(case.engine))
+        reset()
+    calls = torch.tensor(result["calls_fused"])
+    torch.distributed.all_reduce(calls, op=torch.distributed.ReduceOp.MIN)
+    result["calls_fused"] = calls.item()
+    if torch.distributed.get_rank() == 0:
+        torch.save(result, Path(directory) / f"{case.name}.pt")
+
+
+def main(directory: str, job: str):
+    job = json.loads(job)
+    engines = [*(case["engine"] for case in job["cases"]), *(engine for _, engine in job["checks"])]
+    if any(engine.startswith("zero") for engine in engines):
+        init_deepspeed()
+    for case in (Case(**fields) for fields in job["cases"]):
+        start = time.perf_counter()
+        run_case(case, directory)
+        print(f"{case.name}: {time.perf_counter() - start:.1f} s", flush=True)
+    for name, engine in job["checks"]:
+        launch.INTERPRET = name in checks.TRITON
+        start = time.perf_counter()
+        getattr(checks, name)(directory, settings(engine))
+        reset()
+        print(f"{name} {engine}: {time.perf_counter() - start:.1f} s", flush=True)
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,263 @@
+"""The launcher: its key against what Triton specialises on, its direct calls against Triton's own, its fallbacks."""
+
+import os
+import subprocess
+import sys
+from itertools import combinations
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from liger_trainer.kernels.runtime import launch
+
+triton = pytest.importorskip("triton")
+tl = triton.language
+
+INTS = (0, 1, 2, 3, 16, 17, 48, -100, -16, -1, 2**31 - 16, 2**31 - 1, 2**31, 2**31 + 1, 2**33, 2**62 + 1)
+INTS += (-(2**31), -(2**31) - 16)
+
+
+def triton_specialization(argument):
+    from triton._C.libtriton import native_specialize_impl
+    from triton.backends.compiler import BaseBackend
+
+    return native_specialize_impl(BaseBackend, argument, False, True, True)
+
+
+def tensors_of_all_kinds():
+    buffers = [torch.empty(64, dtype=dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.int64)]
+    assert all(b.data_ptr() % 16 == 0 for b in buffers)
+    return [None, *buffers, *(b[1:] for b in buffers), buffers[0][4:], buffers[1][8:], buffers[0][:0]]
+
+
+def test_key_separates_all_that_triton_separates():
+    ints = [(n, triton_specialization(n), launch.specialization((), (n,))[1]) for n in INTS]
+    tensors = [(t, triton_specialization(t), launch.specialization((t,), ())[1]) for t in tensors_of_all_kinds()]
+    for group in (ints, tensors):
+        assert len({repr(theirs) for _, theirs, _ in group}) > 4
+        for (a, theirs_a, ours_a), (b, theirs_b, ours_b) in combinations(group, 2):
+            assert theirs_a == theirs_b or ours_a != ours_b, f"one key for {a!r:.40} and {b!r:.40}"
+    # and no more than that for everyday values, or every sequence length would be a slow first launch
+    assert len({tuple(launch.specialization((), (n,))[1]) for n in range(2, 4096)}) == 2
+
+
+def test_addresses_are_those_of_the_tensors():
+    tensors = tensors_of_all_kinds()
+    assert launch.specialization(tuple(tensors), ())[0] == [t if t is None else t.data_ptr() for t in tensors]
+
+
+@pytest.mark.parametrize(
+    ("triton_version", "cuda_version", "allowed"),
+    [
+        ("3.6.0", "13.0", True),
+        ("3.9.1+git1", "12.8", True),
+        ("3.5.1", "13.0", False),
+        ("3.10.0", "13.0", False),
+        ("4.0.0", "13.0", False),
+        ("3.6.0", None, False),
+    ],
+)
+def test_only_known_tritons_are_launched_directly(triton_version, cuda_version, allowed):
+    assert launch.can_launch_directly(triton_version, cuda_version) is allowed
+
+
+class Kernel:
+    """Stands for a jitted kernel: records launches through Triton, and those that go straight to what it compiled."""
+
+    def __init__(self):
+        self.ordinary, self.direct = [], []
+
+    def __getitem__(self, grid):
+        def run(*args, **options):
+            self.ordinary.append((grid, args, options))
+            number = len(self.ordinary)
+            return SimpleNamespace(
+                run=lambda *a: self.direct.append((number, a)), function=f"f{number}", packed_metadata=f"m{number}"
+            )
+
+        return run
+
+
+X, ODD = torch.zeros(64), torch.zeros(65)[1:]
+CALL = {
+    "tensors": (X, None),
+    "ints": (16, 3),
+    "floats": (0, 0.5),
+    "constants": (True, 128),
+    "options": (("num_warps", 4),),
+}
+
+
+@pytest.fixture
+def launcher(monkeypatch):
+    monkeypatch.setattr(launch, "DIRECT_LAUNCH", True)
+    monkeypatch.setattr(launch, "current_stream", lambda device: 77)
+    kernel = Kernel()
+    return launch.Launcher(kernel), kernel
+
+
+def test_second_launch_goes_straight_to_the_compiled_kernel(launcher):
+    start, kernel = launcher
+    for grid in ((5, 1, 1), (6, 2, 1), (7, 1, 1)):
+        start(grid, **CALL)
+    ((grid, args, options),) = kernel.ordinary
+    assert (grid, args, options) == ((5, 1, 1), (X, None, 16, 3, 0.0, 0.5, True, 128), {"num_warps": 4})
+    assert isinstance(args[4], float), "an int in the place of a float would be specialised on"
+    rest = (77, "f1", "m1", None, None, None, X.data_ptr(), None, 16, 3, 0, 0.5, True, 128)
+    assert kernel.direct == [(1, (6, 2, 1, *rest)), (1, (7, 1, 1, *rest))]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"tensors": (ODD, None)},
+        {"tensors": (X.int(), None)},
+        {"tensors": (X, X)},
+        {"ints": (16, 1)},
+        {"ints": (17, 3)},
+        {"ints": (16, 2**31 + 3)},
+        {"constants": (False, 128)},
+        {"options": (("num_warps", 8),)},
+        {"options": (("num_warps", 4), ("maxnreg", 64))},
+    ],
+    ids=str,
+)
+def test_another_specialization_is_another_kernel(launcher, change):
+    start, kernel = launcher
+    for call in (CALL, CALL | change, CALL, CALL | change):
+        start((5, 1, 1), **call)
+    assert len(kernel.ordinary) == 2
+    assert [number for number, _ in kernel.direct] == [1, 2]
+
+
+@pytest.mark.parametrize("hook", ["launch_enter_hook", "launch_exit_hook"])
+def test_profilers_see_every_launch(launcher, monkeypatch, hook):
+    start, kernel = launcher
+    start((5, 1, 1), **CALL)
+    chain = getattr(triton.knobs.runtime, hook)
+    chain.add(print)
+    start((5, 1, 1), **CALL)
+    chain.remove(print)
+    assert (len(kernel.ordinary), len(kernel.direct)) == (2, 0)
+    monkeypatch.setattr(triton.knobs.runtime, hook, print)
+    start((5, 1, 1), **CALL)
+    assert (len(kernel.ordinary), len(kernel.direct)) == (3, 0)
+
+
+def test_without_direct_launch_triton_is_asked_each_time(launcher, monkeypatch):
+    start, kernel = launcher
+    monkeypatch.setattr(launch, "DIRECT_LAUNCH", False)
+    for _ in range(3):
+        start((5, 1, 1), **CALL)
+    assert (len(kernel.ordinary), len(kernel.direct)) == (3, 0)
+    assert not start.compiled
+
+
+# Plain, and jitted where it is used: the tests of this process may have Triton interpret what it jits.
+def scale_rows(x_ptr, bias_ptr, y_ptr, x_row_stride, num_cols, factor, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + row * x_row_stride + cols, mask=cols < num_cols, other=0.0).to(tl.float32) * factor
+    if HAS_BIAS:
+        x += tl.load(bias_ptr + cols, mask=cols < num_cols, other=0.0).to(tl.float32)
+    tl.store(y_ptr + row * num_cols + cols, x.to(y_ptr.dtype.element_ty), mask=cols < num_cols)
+
+
+def check_both_ways_to_launch():
+    """Compile for an H100 with a driver that only records, and compare Triton's call with the direct one."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import compiler
+    from triton.runtime.driver import driver
+
+    calls = []
+    recorder = SimpleNamespace(
+        launcher_cls=lambda source, metadata: lambda *args: calls.append(args),
+        utils=SimpleNamespace(load_binary=lambda *args: (None, 11, 0, 0, 1024)),
+        get_current_target=lambda: GPUTarget("cuda", 90, 32),
+        get_current_device=lambda: 0,
+        get_current_stream=lambda device: 77,
+    )
+    driver.set_active(recorder)
+    compiler.max_shared_mem = lambda device: 232448
+    launch.DIRECT_LAUNCH, launch.current_stream = True, lambda device: 77
+    x, y = torch.zeros(4, 16), torch.zeros(4, 16)
+    start = launch.Launcher(triton.jit(scale_rows))
+    for _ in range(2):
+        start((4, 1, 1), (x, None, y), (16, 16), (2,), (False, 16), (("num_warps", 1),))
+    ordinary, direct = calls
+    assert direct[:6] == ordinary[:6] == (4, 1, 1, 77, 11, ordinary[5])
+    assert direct[6:9] == (None, None, None)  # launch metadata and hooks, which a direct launch leaves out
+    assert direct[9:] == tuple(a.data_ptr() if torch.is_tensor(a) else a for a in ordinary[9:])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="runs with a real driver there, below")
+def test_direct_call_is_the_one_triton_makes(tmp_path):
+    """In a process of its own: one that has interpreted a kernel compiles no more."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    subprocess.run([sys.executable, __file__], env=environment, check=True, timeout=120)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run there")
+def test_every_kernel_compiles_for_an_h100(tmp_path):
+    """The interpreter takes much that Triton's compiler refuses, and CI has no GPU."""
+    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    script = str(Path(__file__).parents[1] / "helpers" / "compile_offline.py")
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert "never launched: none" in done.stdout
+
+
+@pytest.mark.gpu
+def test_launches_in_any_order_compute_the_same():
+    """Each case follows one whose compiled kernel would read it wrongly: alignment, strides, widths, None, int64."""
+    assert launch.DIRECT_LAUNCH
+    start = launch.Launcher(triton.jit(scale_rows))
+    buffer = torch.randn(40_000, device="cuda")
+    cases = []
+    for dtype in (torch.float32, torch.bfloat16):
+        flat = buffer.to(dtype)
+        for offset in (0, 1, 8, 3):
+            for num_cols in (64, 63, 1, 16, 17):
+                for row_stride in (64, 65, 1, 128):
+                    cases.append(flat[offset:].as_strided((9, num_cols), (row_stride, 1)))
+    huge = torch.zeros(2**31 + 256, dtype=torch.int8, device="cuda")
+    huge[-256:] = torch.arange(256, device="cuda").to(torch.int8)
+    cases += [huge.as_strided((2, 64), (2**31 + 16, 1)), huge.as_strided((2, 64), (2**31 + 17, 1))]
+    for _ in range(2):
+        for i, x in enumerate(cases):
+            bias = buffer[i % 5 : i % 5 + x.shape[1]] if i % 3 else None
+            y = torch.empty(x.shape, device="cuda")
+            start(
+                (x.shape[0], 1, 1), (x, bias, y), (x.stride(0), x.shape[1]), (i % 4,),
+                (bias is not None, 64), (("num_warps", 2),),
+            )  # fmt: skip
+            expected = x.float() * (i % 4) + (0.0 if bias is None else bias)
+            torch.testing.assert_close(y, expected, rtol=1e-6, atol=1e-6)
+    assert len(start.compiled) < len(cases)
+
+
+@pytest.mark.gpu
+def test_launches_on_the_current_stream_and_the_tensors_device():
+    start = launch.Launcher(triton.jit(scale_rows))
+    stream = torch.cuda.Stream()
+    for index in [*range(torch.cuda.device_count()), *range(torch.cuda.device_count())]:
+        x = torch.randn(8, 16, device=f"cuda:{index}")
+        y = torch.zeros_like(x)
+        start((8, 1, 1), (x, None, y), (16, 16), (2.0,), (False, 16), (("num_warps", 1),))
+        assert torch.equal(y, 2 * x)
+        assert torch.cuda.current_device() == 0
+    x = torch.randn(8, 16, device="cuda")
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        x.add_(1.0)  # a launch on the default stream would read x before this
+        y = torch.zeros_like(x)
+        start((8, 1, 1), (x, None, y), (16, 16), (2.0,), (False, 16), (("num_warps", 1),))
+    stream.synchronize()
+    assert torch.equal(y, 2 * x)
+
+
+if __name__ == "__main__":
+    check_both_ways_to_launch()

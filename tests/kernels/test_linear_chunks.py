@@ -1,0 +1,126 @@
+"""All tokens are one chunk, whatever the budget, where that takes no more memory than several and a sum over them."""
+
+import pytest
+import torch
+from liger_trainer.kernels.linear_cross_entropy import linear_cross_entropy
+from liger_trainer.kernels.linear_logprobs import Speculation, linear_logprobs
+from liger_trainer.kernels.linear_loss import loss as linear_loss
+from liger_trainer.kernels.linear_loss import token_chunks as chunking
+from liger_trainer.kernels.linear_loss.token_chunks import LinearChunks, ValidRows
+from linear_inputs import DEVICE, budget, make_inputs, run
+from numerics import as_dtype
+
+from liger_trainer.kernels import linear_logprobs as logprobs
+
+
+@pytest.mark.parametrize(
+    ("count", "gathered", "dtype", "expected"),
+    [
+        (6144, False, torch.bfloat16, 6144),
+        (6145, False, torch.bfloat16, 1664),
+        (6080, True, torch.bfloat16, 6080),
+        (6081, True, torch.bfloat16, 2048),
+        (6017, False, torch.float32, 6017),  # under autocast
+        (6018, False, torch.float32, 2048),
+        (6143, True, torch.float32, 6143),
+        (6145, True, torch.float32, 1664),
+        (8192, False, torch.bfloat16, 2048),
+    ],
+)
+def test_sizes_at_the_head_of_llama_3_8b(count, gathered, dtype, expected):
+    """The sum takes what the logits of 4096 tokens take, beside a chunk of 2048; gathered or cast rows are copies."""
+    weight = torch.empty(128256, 4096, dtype=torch.bfloat16, device="meta")
+    hidden = torch.empty(8192, 4096, dtype=dtype, device="meta")
+    labels = torch.empty(count, dtype=torch.int64, device="meta")
+    rows = ValidRows(labels, labels if gathered else None, 8192)
+    assert LinearChunks(hidden, weight, None, rows, torch.bfloat16, 512, (True, True, False)).size == expected
+
+
+@pytest.fixture
+def chunks(monkeypatch):
+    """The numbers of tokens in the chunks computed, in a list that grows."""
+    sizes = []
+    for home in (linear_loss, logprobs):
+        original = home.loss_rows
+
+        def counted(logits, *args, original=original, **kwargs):
+            sizes.append(logits.shape[0])
+            return original(logits, *args, **kwargs)
+
+        monkeypatch.setattr(home, "loss_rows", counted)
+    return sizes
+
+
+@pytest.mark.parametrize(
+    ("dtype", "trained", "tokens", "ignored", "options", "one"),
+    [
+        (torch.bfloat16, (0, 1), 60, 0.0, {}, True),
+        (torch.bfloat16, (0, 1), 80, 0.0, {}, True),
+        (torch.bfloat16, (0, 1), 80, 0.1, {}, False),  # gathered: hidden states are copies
+        (torch.bfloat16, (0, 1), 66, 0.1, {}, True),
+        (torch.bfloat16, (1,), 66, 0.1, {}, False),  # chunks would not have a copy of their gradient
+        (torch.bfloat16, (0,), 60, 0.0, {}, False),
+        (torch.bfloat16, (), 60, 0.0, {}, False),
+        (torch.bfloat16, (0, 1), 60, 0.0, {"reduction": "none"}, False),
+        (torch.float16, (0, 1), 60, 0.0, {}, False),  # the sum is the gradient itself
+        (torch.float32, (0, 1), 60, 0.0, {}, False),
+    ],
+    ids=[
+        "bf16",
+        "more",
+        "more, ignored",
+        "ignored",
+        "ignored, frozen hidden",
+        "frozen weight",
+        "no gradients",
+        "none",
+        "fp16",
+        "fp32",
+    ],
+)
+def test_one_chunk_only_where_a_sum_would_take_more(chunks, dtype, trained, tokens, ignored, options, one):
+    params, labels = make_inputs(tokens, hidden_size=64, ignored=ignored)
+    hidden, weight = (p.detach().requires_grad_(i in trained) for i, p in enumerate(as_dtype(params[:2], dtype)))
+    linear_cross_entropy(hidden, weight, labels, logits_budget_mib=budget(20, dtype), **options)
+    assert sum(chunks) == (labels != -100).sum()
+    assert (len(chunks) == 1) == one
+
+
+@pytest.mark.parametrize("speculate", [True, False])
+def test_log_probs_in_one_chunk_only_with_gradients_ahead(chunks, speculate):
+    params, labels = make_inputs(tokens=60, hidden_size=64, ignored=0.0)
+    hidden, weight = as_dtype(params[:2], torch.bfloat16)
+    speculation = Speculation() if speculate else None
+    linear_logprobs(hidden, weight, labels, speculation=speculation, logits_budget_mib=budget(20, torch.bfloat16))
+    assert (len(chunks) == 1) == speculate
+
+
+def test_autocast_sums_in_the_gradient_itself(chunks):
+    params, labels = make_inputs(tokens=60, hidden_size=64, ignored=0.0)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        linear_cross_entropy(*params[:2], labels, logits_budget_mib=budget(20, torch.bfloat16))
+    assert len(chunks) > 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("ignored", [0.0, 0.01])
+@pytest.mark.parametrize("tokens", [1400, 2047, 2560, 2944, 3072])
+def test_one_chunk_never_takes_more_memory(monkeypatch, tokens, ignored):
+    params, labels = make_inputs(tokens, 2048, 32000, ignored)
+    params = [*as_dtype([p * 0.1 for p in params[:2]], torch.bfloat16), None]
+
+    def peak():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run(linear_cross_entropy, params, labels, logits_budget_mib=64)
+        return torch.cuda.max_memory_allocated() - before
+
+    peak()  # cuBLAS takes its workspace
+    ours = peak()
+    monkeypatch.setattr(chunking, "bytes_over_gradient", lambda *_: 0)
+    several = peak()
+    slack = 8 * 2**20  # blocks that the allocator did not split
+    assert ours <= several + slack
+    if tokens <= 2047:
+        assert ours < several - slack

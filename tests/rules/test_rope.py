@@ -1,0 +1,98 @@
+"""The rule for rotary functions on functions of all manners: what it takes and refuses, what goes to the original."""
+
+import pytest
+import torch
+
+from liger_trainer.rules import rope as rotary
+
+
+def rotate_half(x):
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((-second, first), dim=-1)
+
+
+def plain(q, k, cos, sin, unsqueeze_dim=1):
+    cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+    return q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin
+
+
+def optional_k(q, k=None, cos=None, sin=None, unsqueeze_dim=1):
+    cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+    turned = q * cos + rotate_half(q) * sin
+    return turned if k is None else (turned, k * cos + rotate_half(k) * sin)
+
+
+def to_halves(q, k, cos, sin):
+    cos, sin = (table[:, None, :, : table.shape[-1] // 2] for table in (cos, sin))
+    return tuple(
+        torch.cat((x[..., ::2] * cos - x[..., 1::2] * sin, x[..., 1::2] * cos + x[..., ::2] * sin), dim=-1)
+        for x in (q, k)
+    )
+
+
+def asserting(q, k, cos, sin):
+    assert cos.shape[-1] == q.shape[-1]
+    return plain(q, k, cos, sin)
+
+
+def ignores_positions(q, k, cos, sin, position_ids=None):
+    return plain(q, k, cos, sin)
+
+
+def reads_positions(q, k, cos, sin, position_ids=None):
+    if position_ids is not None:
+        cos, sin = cos[0][position_ids], sin[0][position_ids]
+    return plain(q, k, cos, sin)
+
+
+def either_layout(q, k, cos, sin):
+    return plain(q, k, cos, sin, 1 if q.shape[2] == cos.shape[1] else 2)
+
+
+def uneven_dtypes(q, k, cos, sin):
+    q_out, k_out = plain(q, k, cos, sin)
+    return q_out, k_out.to(k.dtype)
+
+
+@pytest.mark.parametrize(
+    "function", [plain, optional_k, to_halves, asserting, ignores_positions], ids=lambda f: f.__name__
+)
+def test_taken(function):
+    form = rotary._probe_function(function)
+    assert isinstance(form, rotary.Form), form
+    q, k, cos, sin = rotary._inputs(1, rotary.HEAD_DIM, torch.float32, torch.float32)
+    for ours, theirs in zip(rotary._adapter(function, form)(q, k, cos, sin), function(q, k, cos, sin), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        (reads_positions, "its position_ids change the result"),
+        (either_layout, "it takes both layouts"),
+        (uneven_dtypes, "it is no rotation"),
+        (lambda q, k, cos, sin: (q + cos[:, None], k), "it is no rotation"),
+        (lambda q, cos, sin, mask: q, "mask"),
+    ],
+    ids=["positions", "layouts", "dtypes", "sum", "arguments"],
+)
+def test_refused(function, reason):
+    assert reason in rotary._probe_function(function)
+
+
+def test_what_rope_does_not_take_goes_to_the_original():
+    q, k, cos, sin = rotary._inputs(1, rotary.HEAD_DIM, torch.float32, torch.float32)
+    for function, arguments in {
+        "learned tables": (plain, (q, k, cos.clone().requires_grad_(), sin)),
+        "one token's tables": (plain, (q, k, cos[:, :1], sin[:, :1])),
+        "fewer batches": (plain, (q[:1], k[:1], cos, sin)),
+        "no batch": (plain, (q[0], k[0], cos[0], sin[0], 0)),
+        "one entry for all pairs": (plain, (q, k, cos[..., :1], sin[..., :1])),
+        "one for all neighbours": (to_halves, (q, k, cos[..., :2], sin[..., :2])),
+        "no k": (optional_k, (q,)),
+    }.values():
+        tables = {"cos": cos, "sin": sin} if len(arguments) == 1 else {}
+        ours = rotary._adapter(function, rotary._probe_function(function))(*arguments, **tables)
+        theirs = function(*arguments, **tables)
+        for a, b in zip((ours,) if tables else ours, (theirs,) if tables else theirs, strict=True):
+            assert torch.equal(a, b)

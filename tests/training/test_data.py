@@ -1,0 +1,145 @@
+"""The embedded corpus, dataset loading, the tokenizer and prompt masking."""
+
+import copy
+import json
+
+import pytest
+from datasets import Dataset
+
+from liger_trainer.training import data
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    texts = [f"What does `f{i}` do? Return the value of item number {i}." for i in range(50)]
+    return data.train_tokenizer(iter(texts), 300)
+
+
+def test_standard_library_alone_gives_a_corpus(monkeypatch):
+    monkeypatch.setattr(data, "PACKAGES", ())
+    pairs = data.embedded_pairs()
+    assert len(pairs) > 2000
+    (dumps,) = (pair["completion"] for pair in pairs if pair["prompt"] == "What does `json.dumps` do?")
+    assert dumps.startswith("Serialize")
+    answers = [pair["completion"] for pair in pairs]
+    assert len(set(answers)) == len(answers)
+    assert all(len(answer) in data.ANSWER_LENGTH and "\n" not in answer for answer in answers)
+    names = [pair["prompt"].split("`")[1] for pair in pairs]
+    assert not any(part.startswith("_") for name in names for part in name.split("."))
+    monkeypatch.setattr(data, "FILES_PER_PACKAGE", 1)
+    assert data.embedded_pairs() == data.embedded_pairs() != pairs
+
+
+def test_broken_source_files_are_passed_over(tmp_path, monkeypatch):
+    package = tmp_path / "pack"
+    package.mkdir()
+    (package / "broken.py").write_text("def f(:")
+    (package / "fine.py").write_text(
+        'class Box:\n    """A box that holds a number of things."""\n'
+        '    def put(self):\n        """Put one more thing in the box,\n        at its top.\n\n        More."""\n'
+        '    def _hidden(self):\n        """Never shown to anyone at all, ever."""\n'
+    )
+    monkeypatch.setattr(data, "PACKAGES", ("pack",))
+    monkeypatch.setattr(data.sys, "stdlib_module_names", frozenset())
+    monkeypatch.setattr(data.sysconfig, "get_path", lambda name: str(tmp_path))
+    assert data.embedded_pairs() == [
+        {"prompt": "What does `pack.fine.Box` do?", "completion": "A box that holds a number of things."},
+        {"prompt": "What does `pack.fine.Box.put` do?", "completion": "Put one more thing in the box, at its top."},
+    ]
+
+
+@pytest.mark.parametrize(("split", "numbers"), [("train", range(10)), ("train[2:4]", [2, 3]), ("train[80%:]", [8, 9])])
+def test_in_memory_slices(split, numbers):
+    pairs = [{"prompt": str(i), "completion": "x"} for i in range(10)]
+    assert data.in_memory(pairs, split)["prompt"] == [str(i) for i in numbers]
+
+
+@pytest.mark.parametrize("split", ["test", "train[", "train+train"])
+def test_in_memory_refuses_other_splits(split):
+    with pytest.raises(ValueError, match="dataset_split"):
+        data.in_memory([{"prompt": "a", "completion": "b"}], split)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])
+def test_local_files(tmp_path, suffix):
+    path = tmp_path / f"data{suffix}"
+    rows = [{"question": f"q{i}", "answer": f"a{i}", "id": i} for i in range(4)]
+    if suffix == ".parquet":
+        Dataset.from_list(rows).to_parquet(str(path))
+    else:
+        path.write_text("\n".join(map(json.dumps, rows)) if suffix == ".jsonl" else json.dumps(rows))
+    dataset = data.select_columns(data.load(str(path), split="train[:3]"), None, "question", "answer")
+    assert dataset.to_list() == [{"prompt": f"q{i}", "completion": f"a{i}"} for i in range(3)]
+
+
+def test_load_errors(tmp_path):
+    with pytest.raises(ValueError, match=r"no such file.*missing\.jsonl"):
+        data.load(str(tmp_path / "missing.jsonl"))
+    (tmp_path / "data.csv").write_text("a,b")
+    with pytest.raises(ValueError, match=r"data\.csv.*\.jsonl"):
+        data.load(str(tmp_path / "data.csv"))
+
+
+@pytest.mark.parametrize(
+    ("columns", "arguments", "message"),
+    [
+        ("ab", (None, "a", None), "go together"),
+        ("ab", ("a", "a", "b"), "not both"),
+        ("ab", (None, "a", "c"), "no column 'c'"),
+        ("ab", (None, None, None), "prompt_column"),
+    ],
+)
+def test_column_errors(columns, arguments, message):
+    dataset = Dataset.from_dict({name: ["x"] for name in columns})
+    with pytest.raises(ValueError, match=message):
+        data.select_columns(dataset, *arguments)
+
+
+def test_columns_are_found_by_their_standard_names():
+    pair = Dataset.from_dict({"text": ["t"], "completion": ["c"], "prompt": ["p"]})
+    assert data.select_columns(pair, None, None, None).to_list() == [{"prompt": "p", "completion": "c"}]
+    assert data.select_columns(pair, "prompt", None, None).to_list() == [{"text": "p"}]
+    assert data.select_columns(pair.select_columns("text"), None, None, None).to_list() == [{"text": "t"}]
+    message = {"role": "user", "content": "hello"}
+    chat = data.select_columns(Dataset.from_dict({"id": [1], "messages": [[message]]}), None, None, None)
+    assert chat.to_list() == [{"messages": [message]}]
+    assert list(data.texts(chat)) == ["hello"]
+    assert list(data.texts(pair)) == ["t", "c", "p"]
+
+
+def test_tokenizer_round_trip(tokenizer):
+    text = "def f(x):\n    return x  # 2 \u00b5s, \u6587\u5b57"
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert len(tokenizer) <= 300
+    assert len({tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}) == 3
+    with pytest.raises(ValueError, match="at least 261, got 100"):
+        data.train_tokenizer(iter(["a"]), 100)
+
+
+@pytest.mark.parametrize("form", ["strings", "messages", "text"])
+def test_encode(tokenizer, form):
+    example = {"prompt": "What does `f` do?", "completion": "Return the value."}
+    if form == "messages":
+        example = data.as_messages(example)
+    elif form == "text":
+        example = {"text": "Return the value."}
+    encoded = data.encode(example, tokenizer, 1000)
+    trained = [label for label in encoded["labels"] if label != -100]
+    assert encoded["input_ids"][-len(trained) :] == trained
+    assert tokenizer.decode(trained) == "Return the value.<|end|>"
+    assert encoded["labels"][: -len(trained)] == [-100] * (len(encoded["labels"]) - len(trained))
+    if form == "messages":
+        whole = "<|begin|><|user|>What does `f` do?<|assistant|>Return the value.<|end|>"
+        assert tokenizer.decode(encoded["input_ids"]) == whole
+    for length in (3, len(encoded["labels"]) - 2):
+        cut = data.encode(example, tokenizer, length)
+        assert cut == {key: values[:length] for key, values in encoded.items()}
+
+
+def test_encode_refuses_what_it_cannot_mask(tokenizer):
+    with pytest.raises(ValueError, match="needs trainer: sft"):
+        data.encode({"messages": []}, tokenizer, 10)
+    odd = copy.deepcopy(tokenizer)
+    odd.chat_template = "{{ messages | length }}{{ messages[0]['content'] }}"
+    with pytest.raises(ValueError, match="chat template"):
+        data.encode(data.as_messages({"prompt": "p", "completion": "c"}), odd, 10)

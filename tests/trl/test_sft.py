@@ -1,0 +1,217 @@
+"""Stock TRL trainers with the flag: same losses, weights and logged metrics as without it."""
+
+import pytest
+import torch
+from datasets import Dataset
+from liger_trainer.kernels.runtime import launch
+from peft import LoraConfig
+from tiny_models import VOCAB, batch, kernels_skipped, tiny_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+from training import arguments, assert_same_run
+from transformers import PreTrainedTokenizerFast
+from trl import DPOTrainer, SFTTrainer
+
+import liger_trainer
+from liger_trainer import LigerDPOConfig, LigerSFTConfig, patching
+from liger_trainer.patching import patch_state
+
+METRICS = ("entropy", "mean_token_accuracy", "num_tokens", "grad_norm")
+
+
+@pytest.fixture(autouse=True)
+def plain_definitions(monkeypatch):
+    monkeypatch.setattr(launch, "INTERPRET", False)
+
+
+def tokenizer():
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, VOCAB)}
+    backend = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+
+
+def text(length, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return " ".join(f"w{i}" for i in torch.randint(3, VOCAB, (length,), generator=generator).tolist())
+
+
+def sft_rows():
+    return Dataset.from_list([{"prompt": text(3 + i % 4, i), "completion": text(2 + i % 7, 50 + i)} for i in range(20)])
+
+
+def run_sft(output_dir, use_liger, model_type="llama", peft_config=None, **overrides):
+    settings = {"optim": "sgd", "learning_rate": 0.1, "max_length": 16, "activation_checkpointing": False}
+    trainer = SFTTrainer(
+        tiny_model(model_type),
+        args=arguments(output_dir, cls=LigerSFTConfig, use_liger=use_liger, **{**settings, **overrides}),
+        train_dataset=sft_rows(),
+        eval_dataset=sft_rows().select(range(4)),
+        processing_class=tokenizer(),
+        peft_config=peft_config,
+    )
+    trainer.train()
+    return trainer
+
+
+def assert_same_metrics(theirs, ours, names=METRICS):
+    for expected, actual in zip(theirs.state.log_history, ours.state.log_history, strict=True):
+        for name in expected.keys() & set(names):
+            assert actual[name] == pytest.approx(expected[name], rel=2e-5, abs=1e-6), name
+    assert set(names) <= theirs.state.log_history[0].keys()
+
+
+@pytest.mark.parametrize(
+    ("model_type", "options"),
+    [
+        ("llama", {}),
+        ("gemma2", {}),
+        ("granite", {"completion_only_loss": False}),
+        ("cohere", {"gradient_accumulation_steps": 4, "per_device_train_batch_size": 1}),
+        ("qwen3", {"packing": True}),
+        ("mixtral", {}),
+        ("qwen2", {"loss_type": "dft"}),
+        ("smollm3", {"padding_free": True, "max_length": None}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "+".join(value) or "plain",
+)
+def test_sft_is_the_same(model_type, options, tmp_path):
+    runs = [run_sft(tmp_path, flag, model_type, **options) for flag in (False, True)]
+    assert_same_run(*runs)
+    assert_same_metrics(*runs)
+    evaluations = [run.evaluate() for run in runs]
+    for name in ("eval_loss", "eval_entropy", "eval_mean_token_accuracy"):
+        assert evaluations[1][name] == pytest.approx(evaluations[0][name], rel=1e-5)
+    assert patch_state(runs[0].model) is None
+    state = patch_state(runs[1].model)
+    assert state.trl_head.calls_fused > 0
+    assert not kernels_skipped(state.report)
+
+
+def test_sft_without_masks_of_right_padding(tmp_path, monkeypatch):
+    left_out = []
+
+    def spy(*args):
+        changed = leave_out_mask(*args)
+        left_out.append(changed is not None)
+        return changed
+
+    leave_out_mask = patching.leave_out_mask
+    monkeypatch.setattr(patching, "leave_out_mask", spy)
+    theirs = run_sft(tmp_path, False)
+    ours = run_sft(tmp_path, True, liger_config={"padding_mask": True, "attention": True})
+    assert_same_run(theirs, ours)
+    assert_same_metrics(theirs, ours)
+    assert left_out == [True] * 5
+
+
+def test_sft_with_lora(tmp_path):
+    lora = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "gate_proj"])
+    runs = []
+    for flag in (False, True):
+        torch.manual_seed(11)
+        runs.append(run_sft(tmp_path, flag, peft_config=lora))
+    assert_same_run(*runs)
+    assert_same_metrics(*runs)
+    state = patch_state(runs[1].model)
+    assert state.trl_head.calls_fused == 5
+    assert state.report.counts["rope"] == state.report.counts["glu"] == 2
+
+
+def test_per_token_gradients_of_dpo(tmp_path):
+    rows = [{"prompt": text(4, i), "chosen": text(5, 30 + i), "rejected": text(6, 60 + i)} for i in range(12)]
+    runs = []
+    for flag in (False, True):
+        args = arguments(tmp_path, cls=LigerDPOConfig, use_liger=flag, optim="sgd", activation_checkpointing=False)
+        trainer = DPOTrainer(
+            tiny_model("llama"), ref_model=tiny_model("llama", seed=1), args=args,
+            train_dataset=Dataset.from_list(rows), processing_class=tokenizer(),
+        )  # fmt: skip
+        trainer.train()
+        runs.append(trainer)
+    assert_same_run(*runs)
+    assert_same_metrics(*runs, names=("rewards/chosen", "rewards/margins", "logps/chosen", "entropy", "grad_norm"))
+    assert patch_state(runs[1].model).trl_head.calls_fused == 5
+
+
+def test_trl_keeps_its_own_head_for_other_models(tmp_path):
+    """The dispatcher that one patched model installs is inert for an unpatched one in the same process."""
+    run_sft(tmp_path, True, max_steps=1)
+    other = run_sft(tmp_path, False, max_steps=1).model
+    with torch.no_grad():
+        theirs = other(**batch(), fused_lm_head=True)
+    reference = tiny_model("llama")
+    reference.load_state_dict(other.state_dict())
+    logits = reference(input_ids=batch()["input_ids"]).logits[:, :-1]
+    labels = batch()["labels"][:, 1:]
+    log_probs = logits.log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0] * (labels != -100)
+    torch.testing.assert_close(theirs.log_probs, log_probs, rtol=1e-4, atol=1e-5)
+
+
+def test_argument_classes_are_subclasses_of_trls():
+    import trl
+
+    for name in ("SFT", "DPO", "KTO", "GRPO", "RLOO", "Reward"):
+        cls = getattr(liger_trainer, f"Liger{name}Config")
+        assert issubclass(cls, getattr(trl, f"{name}Config"))
+        assert cls is getattr(liger_trainer, f"Liger{name}Config")
+    with pytest.raises(ValueError, match="use_liger_kernel"):
+        liger_trainer.LigerSFTConfig("out", use_liger=True, use_liger_kernel=True)
+    with pytest.raises(AttributeError, match="LigerXConfig"):
+        _ = liger_trainer.arguments.LigerXConfig
+
+
+def run_kto(args):
+    from trl import KTOTrainer
+
+    rows = [{"prompt": text(4, i), "completion": text(5, 40 + i), "label": i % 2 == 0} for i in range(12)]
+    models = {"model": tiny_model("llama"), "ref_model": tiny_model("llama", seed=1)}
+    return KTOTrainer(**models, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer())
+
+
+def run_online(trainer_class, args):
+    rows = [{"prompt": text(4, i)} for i in range(12)]
+    reward = lambda completions, **kwargs: [float(len(set(c.split()))) for c in completions]  # noqa: E731
+    data = Dataset.from_list(rows)
+    return trainer_class(
+        tiny_model("llama"), reward_funcs=reward, args=args, train_dataset=data, processing_class=tokenizer()
+    )
+
+
+@pytest.mark.parametrize("name", ["KTO", "GRPO", "RLOO"])
+def test_other_trainers_are_the_same(name, tmp_path):
+    import trl
+
+    runs = []
+    for flag in (False, True):
+        options = {"optim": "sgd", "activation_checkpointing": False, "max_steps": 2, "per_device_train_batch_size": 4}
+        if name != "KTO":
+            options |= {"num_generations": 4, "max_completion_length": 6, "beta": 0.0}  # no reference model
+        args = arguments(tmp_path, cls=getattr(liger_trainer, f"Liger{name}Config"), use_liger=flag, **options)
+        trainer = run_kto(args) if name == "KTO" else run_online(getattr(trl, f"{name}Trainer"), args)
+        trainer.train()
+        runs.append(trainer)
+    assert_same_run(*runs)
+    assert patch_state(runs[1].model).trl_head.calls_fused > 0
+
+
+def test_reward_model_gets_the_layer_kernels(tmp_path):
+    from tiny_models import tiny_config
+    from transformers import AutoModelForSequenceClassification
+    from trl import RewardTrainer
+
+    rows = [{"chosen": text(6, i), "rejected": text(5, 40 + i)} for i in range(12)]
+    runs = []
+    for flag in (False, True):
+        torch.manual_seed(0)
+        model = AutoModelForSequenceClassification.from_config(tiny_config("llama", num_labels=1))
+        options = {"optim": "sgd", "activation_checkpointing": False, "max_steps": 3}
+        args = arguments(tmp_path, cls=liger_trainer.LigerRewardConfig, use_liger=flag, **options)
+        trainer = RewardTrainer(model, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer())
+        trainer.train()
+        runs.append(trainer)
+    assert_same_run(*runs)
+    report = patch_state(runs[1].model).report
+    assert report.counts == {"rms_norm": 5, "rope": 2, "glu": 2, "attention": 2}
+    reasons = {s.kind: s.reason for s in report.skipped}
+    assert reasons.keys() == {"fused_loss", "padding_mask"}
+    assert all(reason.startswith("it has no output embeddings") for reason in reasons.values())
