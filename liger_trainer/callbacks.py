@@ -7,7 +7,6 @@ import transformers.trainer
 from transformers import TrainerCallback
 
 from .config import LigerConfig
-from .parameter_count import count_once, forget_count
 from .patching import apply_with, patch_state
 
 logger = logging.getLogger(__name__)
@@ -39,12 +38,6 @@ class LigerCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         """Patch a model that ``model_init`` has just made."""
         self._apply(args, state, model)
-        if patch_state(model) is not None:
-            count_once(model)
-
-    def on_train_end(self, args, state, control, model=None, **kwargs):
-        """Leave nothing on the model that is for training alone."""
-        forget_count(model)
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         """After the first step, say so if the fused loss was applied but the Trainer did not go through it."""

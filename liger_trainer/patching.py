@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 from .config import BY_BATCH, LigerConfig
 from .head.form import probe_head
 from .head.fused_head import FusedHead, HeadForward, head_linears, why_other_loss
-from .parameter_count import forget_count
 from .probing.rebinding import rebind
 from .probing.rule import Rebinding, Refusal
 from .report import Applied, LigerReport, Skipped
@@ -146,8 +145,6 @@ def apply_with(model: nn.Module, config: LigerConfig, no_fused_loss: str | None 
 def revert_liger(model: nn.Module) -> None:
     """Put back every original; the model's outputs are bit-equal to before ``apply_liger``. Without it, a no-op."""
     core = core_model(model)
-    for each in {model, core}:
-        forget_count(each)
     state = vars(core).get(_STATE)
     if state is None:
         return

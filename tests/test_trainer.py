@@ -1,6 +1,5 @@
 """Stock Trainer with the flag: same losses and weights as without it, in every mode users train in."""
 
-import copy
 import json
 
 import numpy as np
@@ -10,9 +9,9 @@ from liger_trainer.kernels.runtime import launch
 from peft import LoraConfig, get_peft_model
 from tiny_models import MODEL_TYPES, batch, kernels_skipped, tiny_model
 from training import Rows, arguments, assert_same_run, losses, train
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from liger_trainer import LigerCallback, LigerTrainingArguments, apply_liger, revert_liger
+from liger_trainer import LigerCallback, LigerTrainingArguments, apply_liger
 from liger_trainer.patching import patch_state
 
 
@@ -111,52 +110,6 @@ def test_wrapping_with_peft_after_patching_keeps_the_fused_loss():
     wrapped = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])).train()
     wrapped(**batch()).loss.backward()
     assert patch_state(wrapped).fused.calls_fused == 1
-
-
-def test_parameters_are_counted_once(tmp_path, monkeypatch):
-    """The Trainer asks at every batch, while the GPU waits; what it logs must stay the same."""
-    counted = []
-
-    class Probe(TrainerCallback):
-        def on_step_end(self, args, state, control, model=None, **kwargs):
-            model.requires_grad_(False)
-            counted.append((model.num_parameters(only_trainable=True), model.num_parameters()))
-            model.requires_grad_(True)
-
-    model = tiny_model("llama")
-    calls, count = [], type(model).num_parameters
-
-    def recorded(self, **asked):
-        calls.append(asked)
-        return count(self, **asked)
-
-    monkeypatch.setattr(type(model), "num_parameters", recorded)
-    trainers = {}
-    for flag in (False, True):
-        calls.clear()
-        args = arguments(tmp_path, use_liger=flag, max_steps=3)
-        trainers[flag] = Trainer(model, args, train_dataset=Rows(), callbacks=[Probe()])
-        trainers[flag].train()
-        assert "num_parameters" not in vars(model)
-        assert calls.count({"exclude_embeddings": True}) == (1 if flag else 3)
-    assert trainers[True].state.total_flos == trainers[False].state.total_flos > 0
-    assert set(counted) == {(0, sum(p.numel() for p in model.parameters()))}
-
-
-def test_the_count_is_right_after_training_that_broke_off(tmp_path):
-    class Break(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            raise KeyboardInterrupt
-
-    model = tiny_model("llama")
-    with pytest.raises(KeyboardInterrupt):
-        Trainer(model, arguments(tmp_path, use_liger=True), train_dataset=Rows(), callbacks=[Break()]).train()
-    copied = copy.deepcopy(model)
-    for each in (model, copied):
-        each.resize_token_embeddings(200)
-        assert each.num_parameters() == sum(p.numel() for p in each.parameters())
-    revert_liger(model)
-    assert "num_parameters" not in vars(model)
 
 
 def test_forward_called_past_the_hooks_is_noticed(caplog):
