@@ -1,20 +1,27 @@
-"""What a user can ask for: one frozen dataclass, checked when it is made."""
+"""``LigerConfig``: which kernels a user asks for, and with which options."""
 
 import dataclasses
 import difflib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-LAYER_KINDS = ("rms_norm", "layer_norm", "rope", "glu", "attention")
-KINDS = (*LAYER_KINDS, "padding_mask", "fused_loss")
-BY_BATCH = ("padding_mask",)  # replaces nothing, and each batch decides: no promise that ``strict`` could hold us to
 
-
-def nearest(name: str, valid) -> str:
+def nearest(name: str, valid: Iterable[str]) -> str:
     """`` (did you mean 'x'?)`` for the valid name closest to ``name``, or an empty string."""
     close = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.4)
     return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _kind() -> Any:
+    """A field that turns one kind of rule on or off; ``liger_trainer/rules/`` has the rules of that name."""
+    return dataclasses.field(default=True, metadata={"kind": True})
+
+
+def _option_of(kind: str, default: Any) -> Any:
+    """A field that belongs to ``kind``; ``options_of(kind)`` hands it to the op."""
+    return dataclasses.field(default=default, metadata={"option_of": kind})
 
 
 @dataclass(frozen=True)
@@ -22,60 +29,60 @@ class LigerConfig:
     """Which kernels to apply and how.
 
     Args:
-        rms_norm, layer_norm, rope, glu: replace the model's RMS norms, layer norms, rotary embeddings and gated
-            activations (SwiGLU, GeGLU) where a numeric probe shows that our op computes the same.
-        attention: grouped-query attention under a mask hands SDPA keys and values as they are, where
-            transformers repeats them for each query head; only where torch has a fused kernel for it, and not under
-            torch.compile.
-        padding_mask: training batches whose padding is on the right and has no labels are given to causal attention
-            without their mask, which changes neither loss nor gradients; hidden states at padding are others. Not under
-            torch.compile.
-        fused_loss: compute the causal-LM loss inside ``lm_head``, with the logits of a chunk of tokens at a time.
-        strict: anything asked for and not applied is an error instead of a line in the report; but for
-            ``padding_mask``, which is up to each batch.
-        logits_budget_mib: what the logits of a chunk may take in MiB. Larger is faster up to a point, smaller is
-            leaner; it changes no result. While ``lm_head`` is trained in bf16, chunks need an fp32 sum of its gradient:
-            if all tokens at once take no more memory than a chunk and that sum, they are taken at once, whatever this
-            says.
-        low_memory: the fused loss computes the logits twice, at most 64 MiB of them at a time, without an fp32 sum of
-            ``lm_head``'s gradient: leaner by that sum and by most of a chunk, a head that is trained slower by 17 to
-            56 % (H100, ``docs/paper.md``).
-        recompute_glu: gated MLPs keep their gate and up projections for backward but not ``act(gate) * up``, which is
-            made again along with their gradients: leaner by a third of the MLP's activations for one more write.
-            Where the down projection is a bare ``nn.Linear``: one with an adapter or hooks keeps its input.
+        rms_norm: Replace RMS norms where a numeric probe shows that our op computes the same.
+        layer_norm: Replace layer norms, found in the same way.
+        rope: Replace rotary embeddings, found in the same way.
+        glu: Replace gated activations (SwiGLU, GeGLU), found in the same way.
+        attention: Pass grouped keys and values to SDPA as they are. transformers repeats them for each query head when
+            there is a mask. Applies where torch has a fused kernel for grouped heads, and not under torch.compile.
+        padding_mask: Drop the padding mask of training batches that causal attention does not need: all padding is on
+            the right and has no labels. Loss and gradients stay the same; hidden states at padding change. Does not
+            apply under torch.compile.
+        fused_loss: Compute the causal-LM loss inside ``lm_head``, for one chunk of tokens at a time.
+        strict: Raise an error if a requested kernel cannot be applied, instead of listing it in the report.
+            ``padding_mask`` is exempt because it is decided per batch.
+        logits_budget_mib: Memory budget, in MiB, for one chunk of logits. Ignored when a single chunk needs no more
+            memory than chunking plus its fp32 accumulator. Does not change the result.
+        low_memory: Compute the logits of the fused loss twice, at most 64 MiB at a time, without an fp32 accumulator
+            for the gradient of ``lm_head``. Saves the accumulator and most of a chunk; makes a trained head 17 to 56 %
+            slower (H100, ``docs/paper.md``).
+        recompute_glu: Recompute ``act(gate) * up`` in backward instead of saving it. Saves a third of the activations
+            of a gated MLP for one extra write. Applies if the down projection is a plain ``nn.Linear`` without adapters
+            or hooks.
 
     Raises:
-        TypeError: an option of the wrong type; names the option, its value and the type expected.
-        ValueError: ``logits_budget_mib`` below 1.
+        TypeError: An option has the wrong type. The message names the option, its value and the expected type.
+        ValueError: ``logits_budget_mib`` is below 1.
     """
 
-    rms_norm: bool = True
-    layer_norm: bool = True
-    rope: bool = True
-    glu: bool = True
-    attention: bool = True
-    padding_mask: bool = True
-    fused_loss: bool = True
+    rms_norm: bool = _kind()
+    layer_norm: bool = _kind()
+    rope: bool = _kind()
+    glu: bool = _kind()
+    attention: bool = _kind()
+    padding_mask: bool = _kind()
+    fused_loss: bool = _kind()
     strict: bool = False
-    logits_budget_mib: int = 512
-    low_memory: bool = False
-    recompute_glu: bool = True
+    logits_budget_mib: int = _option_of("fused_loss", 512)
+    low_memory: bool = _option_of("fused_loss", False)
+    recompute_glu: bool = _option_of("glu", True)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if type(value) is not field.type:
-                raise TypeError(f"liger_config: {field.name} must be {field.type.__name__}, got {value!r}")
+                expected = getattr(field.type, "__name__", field.type)
+                raise TypeError(f"liger_config.{field.name}: got {value!r}; must be of type {expected}")
         if self.logits_budget_mib < 1:
-            raise ValueError(f"liger_config: logits_budget_mib must be at least 1 (MiB), got {self.logits_budget_mib}")
+            raise ValueError(f"liger_config.logits_budget_mib: got {self.logits_budget_mib}; must be at least 1 (MiB)")
 
     @classmethod
     def parse(cls, value: "LigerConfig | dict[str, Any] | str | None") -> "LigerConfig":
-        """A config from itself, a dict, JSON text (as a command line gives it), or ``None`` for the defaults.
+        """Make a config from a config, a dict, JSON text (from a command line), or ``None`` for the defaults.
 
         Raises:
-            ValueError: text that is not a JSON object, or an unknown key (names it and the nearest valid one).
-            TypeError: a value of another type.
+            ValueError: The text is not a JSON object, or a key is unknown. The message names the nearest valid key.
+            TypeError: The value has another type.
         """
         if value is None:
             return cls()
@@ -85,14 +92,14 @@ class LigerConfig:
             try:
                 value = json.loads(value)
             except json.JSONDecodeError as error:
-                raise ValueError(f"liger_config must be a JSON object, got {value!r}: {error}") from error
+                raise ValueError(f"liger_config: got {value!r}; must be a JSON object ({error})") from error
         if not isinstance(value, dict):
-            raise TypeError(f"liger_config must be a LigerConfig, a dict, a JSON object or None, got {value!r}")
+            raise TypeError(f"liger_config: got {value!r}; must be a LigerConfig, a dict, a JSON object or None")
         valid = [field.name for field in dataclasses.fields(cls)]
         for key in value:
             if key not in valid:
                 hint = nearest(str(key), valid)
-                raise ValueError(f"liger_config: unknown key {key!r}{hint}; valid keys: {', '.join(valid)}")
+                raise ValueError(f"liger_config: got unknown key {key!r}{hint}; must be one of {', '.join(valid)}")
         return cls(**value)
 
     def to_dict(self) -> dict[str, Any]:
@@ -100,5 +107,18 @@ class LigerConfig:
         return dataclasses.asdict(self)
 
     def wants(self, kind: str) -> bool:
-        """Whether ``kind``, one of ``KINDS``, was asked for."""
+        """Whether ``kind``, one of ``KINDS``, is requested."""
         return getattr(self, kind)
+
+    def options_of(self, kind: str) -> dict[str, Any]:
+        """The options that belong to ``kind``, one of ``KINDS``, as keyword arguments of its op."""
+        return {name: getattr(self, name) for name in _OPTIONS[kind]}
+
+
+# Names of the kinds, in the order of their fields; ``liger_trainer/rules/`` has the rules of each.
+KINDS = tuple(field.name for field in dataclasses.fields(LigerConfig) if field.metadata.get("kind"))
+_OPTIONS = {
+    kind: tuple(field.name for field in dataclasses.fields(LigerConfig) if field.metadata.get("option_of") == kind)
+    for kind in KINDS
+}
+BY_BATCH = ("padding_mask",)  # decided per batch, so ``strict`` does not apply

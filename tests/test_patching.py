@@ -282,9 +282,9 @@ def test_wrong_use():
         apply_liger("llama")
     with pytest.raises(ValueError, match=r"unknown key 'rms_nrom' \(did you mean 'rms_norm'\?\)"):
         apply_liger(model, {"rms_nrom": True})
-    with pytest.raises(TypeError, match="rope must be bool, got 1"):
+    with pytest.raises(TypeError, match="rope: got 1; must be of type bool"):
         apply_liger(model, {"rope": 1})
-    with pytest.raises(ValueError, match="logits_budget_mib must be at least 1"):
+    with pytest.raises(ValueError, match="logits_budget_mib: got 0; must be at least 1"):
         LigerConfig(logits_budget_mib=0)
     with pytest.raises(ValueError, match="must be a JSON object"):
         LigerConfig.parse("{rope")

@@ -42,7 +42,7 @@ class FusedHead:
     def __init__(self, model: nn.Module, form: HeadForm, config: LigerConfig):
         self.model = model
         self.form = form
-        self.config = config
+        self.options = config.options_of("fused_loss")
         self.original_loss_function = model.loss_function
         self.call: _Call | None = None
         self.calls_fused = 0
@@ -105,8 +105,7 @@ class FusedHead:
             "softcap": self.form.softcap,
             "logit_scale": self.form.logit_scale,
             "num_items": call.num_items,
-            "logits_budget_mib": self.config.logits_budget_mib,
-            "low_memory": self.config.low_memory,
+            **self.options,
         }
         if torch.is_grad_enabled():
             call.loss, _, empty_logits = linear_cross_entropy_with_empty_logits(

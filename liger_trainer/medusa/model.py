@@ -249,8 +249,7 @@ class MedusaModel(PreTrainedModel):
         state: PatchState | None = patch_state(self)
         if state is None or not state.config.fused_loss:
             return plain_head_loss, transform
-        budget = {"logits_budget_mib": state.config.logits_budget_mib, "low_memory": state.config.low_memory}
-        return None, transform | budget
+        return None, transform | state.config.options_of("fused_loss")
 
     @torch.compiler.disable
     def _find_form(self):

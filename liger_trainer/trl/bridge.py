@@ -7,12 +7,12 @@ name in ``trl.trainer.utils`` becomes a dispatcher: while the forward of a patch
 
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from ..config import LigerConfig
 from ..kernels.linear_logprobs import Speculation, linear_logprobs
 from ..patching import add_hooks, core_model, patch_state
 from ..probing.sharding import check_materialized, gathered, is_partitioned
@@ -23,7 +23,7 @@ from ..report import Applied
 class _Head:
     """One model's settings behind TRL's head; its methods are forward hooks."""
 
-    config: LigerConfig
+    options: dict[str, Any]
     speculation: Speculation = field(default_factory=Speculation)
     calls_fused: int = 0
 
@@ -67,8 +67,7 @@ class _Dispatcher:
         with _gathered_again_in_backward(weight, bias):
             out = linear_logprobs(
                 hidden, weight, targets, bias, temperature=temperature, softcap=softcap, logit_scale=logit_scale,
-                logits_budget_mib=head.config.logits_budget_mib, low_memory=head.config.low_memory,
-                speculation=head.speculation,
+                speculation=head.speculation, **head.options,
             )  # fmt: skip
         optional = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
         return out.log_probs, *(getattr(out, name) if name in outputs else None for name in optional)
@@ -106,7 +105,7 @@ def attach(model: nn.Module) -> None:
         return
     if not isinstance(trl_utils._ChunkedLogProbFunction, _Dispatcher):
         trl_utils._ChunkedLogProbFunction = _Dispatcher(trl_utils._ChunkedLogProbFunction)
-    head = state.trl_head = _Head(state.config)
+    head = state.trl_head = _Head(state.config.options_of("fused_loss"))
     add_hooks(core, state, head.before_forward, head.after_forward)
     variant = "linear_logprobs, behind TRL's fused head"
     state.report.applied.append(Applied("fused_loss", "", type(core).__name__, variant))
