@@ -74,9 +74,8 @@ def outcome(job: dict) -> dict:
         if is_out_of_memory(error):
             return {"status": fit.OUT_OF_MEMORY, **facts}
         return {"status": fit.LOST_PEER if is_lost_peer(error) else fit.ERROR, "message": traceback.format_exc()}
-    names = {"peak_memory_allocated_gib": "allocated", "peak_memory_reserved_gib": "reserved"}
-    peak = {names.get(key, "rss"): value for key, value in peak_memory(device).items()}
-    return {"status": fit.FITS, **facts, "world_size": recipe.training.world_size, "peak_gib": peak}
+    world_size, peak = recipe.training.world_size, peak_memory(device)
+    return {"status": fit.FITS, **facts, "world_size": world_size, "peak_gib": peak}
 
 
 def main(job: dict):

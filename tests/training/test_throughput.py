@@ -90,7 +90,8 @@ def test_logs_tokens_and_time_of_each_interval(tmp_path, monkeypatch, tokenizer,
         collator = DataCollatorForSeq2Seq(tokenizer)
         trainer = Trainer(model, args, collator, train_dataset=dataset, eval_dataset=dataset.select(range(4)))
     trainer.add_callback(clock)
-    trainer.add_callback(ThroughputCallback)
+    meter = ThroughputCallback()
+    trainer.add_callback(meter)
     trainer.train()
 
     pairs = [LENGTHS[i : i + 2 * accumulation] for i in range(0, len(LENGTHS), 2 * accumulation)]
@@ -104,6 +105,11 @@ def test_logs_tokens_and_time_of_each_interval(tmp_path, monkeypatch, tokenizer,
         padded = sum(2 * max(step[i : i + 2]) for step in steps for i in range(0, len(step), 2))
         assert entry["padded_tokens_per_second"] == pytest.approx(padded / seconds)
         assert entry["step_seconds"] == pytest.approx(accumulation)
+    assert [interval.last_step for interval in meter.intervals] == [entry["step"] for entry in history[1:]]
+    for interval, entry in zip(meter.intervals, history[1:], strict=True):
+        assert interval.real_tokens / interval.seconds == entry["tokens_per_second"]
+        assert interval.padded_tokens / interval.seconds == entry["padded_tokens_per_second"]
+        assert interval.peak_gib["rss"] == entry["peak_memory_rss_gib"]
     assert all(entry["peak_memory_rss_gib"] > 0.05 and "mfu" not in entry for entry in history)
     final = trainer.state.log_history[-1]
     total = sum(map(sum, pairs[2:])) / ((len(pairs) - 2) * accumulation)
@@ -131,6 +137,22 @@ def test_intervals_closed_by_an_epoch_or_the_end(tmp_path, monkeypatch, tokenize
     else:
         assert not epochs
     assert result.metrics["tokens_per_second"] == pytest.approx((sum(LENGTHS[4:]) + sum(LENGTHS)) / 14)
+
+
+def test_intervals_of_single_steps(tmp_path, monkeypatch, tokenizer):
+    """What a benchmark reads: every step on its own after a warm-up of its choice, and nothing of an earlier run."""
+    model = small_model()
+    Clock(model, monkeypatch)
+    rows = [{"input_ids": [5] * n, "attention_mask": [1] * n, "labels": [5] * n} for n in LENGTHS]
+    args = arguments(tmp_path, logging_steps=1, save_strategy="no")
+    meter = ThroughputCallback(warmup_steps=3)
+    trainer = Trainer(model, args, DataCollatorForSeq2Seq(tokenizer), Dataset.from_list(rows), callbacks=[meter])
+    for _ in range(2):
+        trainer.train()
+        assert [(i.last_step, i.steps, i.seconds) for i in meter.intervals] == [(n, 1, 1.0) for n in range(4, 9)]
+        assert [i.real_tokens for i in meter.intervals] == [
+            a + b for a, b in zip(LENGTHS[6::2], LENGTHS[7::2], strict=True)
+        ]
 
 
 def test_mfu_counts_flops_of_real_tokens_and_causal_pairs(tmp_path, monkeypatch, tokenizer):
