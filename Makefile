@@ -14,9 +14,10 @@ test: $(STAMP)  ## the whole suite; without a GPU the kernels run in Triton's in
 test-gpu: $(STAMP)  ## what only a GPU can test
 	$(VENV)/bin/pytest -m gpu $(ARGS)
 
-lint: $(STAMP)
+lint: $(STAMP)  ## style and types
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -1,6 +1,7 @@
 """The layout's rules, read from the source: who may import whom, how long a file may be, what a wheel contains."""
 
 import ast
+import os
 import subprocess
 import sys
 import tomllib
@@ -100,9 +101,10 @@ def test_files_are_short(path):
 def test_packages_are_the_folders():
     setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     folders = {module_name(file) for file in PACKAGE_FILES if file.stem == "__init__"}
-    assert set(setuptools["packages"]) == folders
+    assert set(setuptools["packages"]) == folders | {"liger_trainer.kernels"}
     assert setuptools["package-dir"] == {"liger_trainer.kernels": "kernels"}
     assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert os.readlink(ROOT / "liger_trainer" / "kernels") == "../kernels"
 
 
 def test_import_is_light_and_leaves_the_name_kernels_alone():
