@@ -1,34 +1,38 @@
-"""The ``liger-trainer`` command. Heavy imports happen inside the subcommands, so that ``--help`` answers at once."""
+"""The ``liger-trainer`` command. Subcommands import what they need, so that ``--help`` answers at once."""
 
 import argparse
 import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from .environment import environment
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
-def main(argv: list[str] | None = None):
-    """Entry point. Exits with status 2 on bad arguments, else with that of the subcommand."""
+def main(argv: list[str] | None = None) -> None:
+    """Run a subcommand and exit with its status, or with status 2 if the arguments are wrong."""
     parser = argparse.ArgumentParser(
         prog="liger-trainer", description="Triton kernels for LLM training as a Hugging Face Trainer plugin."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    train = commands.add_parser("train", help="run a recipe in this process; several GPUs: see `accelerate launch`")
+    train = commands.add_parser("train", help="run a recipe in this process; for several GPUs use `accelerate launch`")
     train.add_argument("recipe", help="YAML file, such as recipes/quickstart.yaml")
-    train.add_argument("overrides", nargs=argparse.REMAINDER, help="--key value of anything the recipe can say")
+    train.add_argument("overrides", nargs=argparse.REMAINDER, help="--key value, for any key of a recipe")
     train.set_defaults(run=run_train)
 
     fit = commands.add_parser(
         "fit",
         help="find the largest batch that trains, with and without the kernels",
         description="Find the largest per_device_train_batch_size with which RECIPE trains on rows of its full "
-        "max_length, with and without use_liger. Each size is tried in fresh processes for a few steps. What else is "
-        "given, --key value, overrides the recipe.",
+        "max_length, with and without use_liger. Each size runs for a few steps in fresh processes. Any other "
+        "--key value overrides the recipe.",
         allow_abbrev=False,
     )
     fit.add_argument("recipe", help="YAML file, such as recipes/quickstart.yaml")
@@ -36,62 +40,70 @@ def main(argv: list[str] | None = None):
         "--config_file", "--config-file", help="config for `accelerate launch`, such as configs/fsdp2.yaml"
     )
     fit.add_argument(
-        "--num_processes", "--num-processes", type=int, help="for `accelerate launch`; default: the config's"
+        "--num_processes",
+        "--num-processes",
+        type=int,
+        help="number of processes for `accelerate launch` (default: the config's)",
     )
     fit.add_argument(
-        "--use_liger", "--use-liger", choices=["both", "true", "false"], default="both", help="what to try"
+        "--use_liger",
+        "--use-liger",
+        choices=["both", "true", "false"],
+        default="both",
+        help="search with the kernels, without them, or both (default: %(default)s)",
     )
     fit.add_argument(
         "--max_batch", "--max-batch", type=int, default=1024, help="largest batch to try (default: %(default)s)"
     )
     fit.add_argument(
-        "--resolution", type=float, default=1 / 16, help="how far below the largest to stop, as a share of it"
+        "--resolution",
+        type=float,
+        default=1 / 16,
+        help="stop when the result is within this fraction of the largest batch that fits (default: %(default)s)",
     )
-    fit.add_argument("--json", metavar="FILE", help="write results, versions and the command")
-    fit.set_defaults(run=run_fit)
+    fit.add_argument("--json", metavar="FILE", help="write the results, the versions and the command to FILE")
+    fit.set_defaults(run=run_fit, takes_rest=True)
 
-    report = commands.add_parser("report", help="print what would be patched in a model; no weights needed")
-    report.add_argument("model", help="hub name, local path, or a recipe (.yaml)")
+    report = commands.add_parser("report", help="print what would be patched in a model; needs no weights")
+    report.add_argument("model", help="hub name, local path, or recipe (.yaml)")
     report.set_defaults(run=run_report)
 
-    bench = commands.add_parser("bench", help="measure ops or training, in a checkout")
+    bench = commands.add_parser("bench", help="measure ops or training (in a checkout)")
     bench.add_argument("subject", choices=["kernels", "train"])
-    bench.add_argument(
-        "rest", nargs=argparse.REMAINDER, help="their arguments: see `liger-trainer bench SUBJECT --help`"
-    )
+    bench.add_argument("rest", nargs=argparse.REMAINDER, help="arguments: see `liger-trainer bench SUBJECT --help`")
     bench.set_defaults(run=lambda args: run_benchmark(args.subject, args.rest))
 
-    plot = commands.add_parser("plot", help="draw tables and plots from the results, in a checkout", add_help=False)
-    plot.set_defaults(run=lambda args: run_benchmark("plot", args.rest))
+    plot = commands.add_parser("plot", help="draw tables and plots from the results (in a checkout)", add_help=False)
+    plot.set_defaults(run=lambda args: run_benchmark("plot", args.rest), takes_rest=True)
 
     env = commands.add_parser("env", help="print versions and devices, for a bug report")
-    env.add_argument("--json", action="store_true", help="as JSON")
+    env.add_argument("--json", action="store_true", help="print JSON")
     env.set_defaults(run=run_env)
 
     args, rest = parser.parse_known_args(argv)
-    if args.run in (plot.get_default("run"), run_fit):
+    if "takes_rest" in args:
         args.rest = rest
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     sys.exit(args.run(args))
 
 
-def run_train(args):
-    """Train by the recipe in this process."""
+def run_train(args: argparse.Namespace) -> None:
+    """Train a recipe in this process."""
     from .training.train import main as train
 
     train([args.recipe, *args.overrides])
 
 
-def run_fit(args) -> int:
-    """Search the largest batch of the recipe."""
+def run_fit(args: argparse.Namespace) -> int:
+    """Search for the largest batch of a recipe."""
     from .training.fit import main as fit
 
     return fit(args)
 
 
-def run_report(args):
-    """Print what ``apply_liger`` does to the model, built from its config on the meta device."""
+def run_report(args: argparse.Namespace) -> None:
+    """Print what ``apply_liger`` does to a model that is built from its config on the meta device."""
     try:
         config, liger_config = model_config(args.model)
     except (OSError, TypeError, ValueError) as error:
@@ -106,12 +118,12 @@ def run_report(args):
     print(apply_liger(model, liger_config))
 
 
-def model_config(source: str):
-    """The transformers config and the ``liger_config`` that ``source`` stands for.
+def model_config(source: str) -> "tuple[PreTrainedConfig, dict[str, Any] | None]":
+    """Find the transformers config of a model, and the ``liger_config`` to apply to it.
 
     Args:
-        source: hub name or local path of a model, or a recipe ending in ``.yaml`` or ``.yml``, whose ``model_config``
-            is taken where it has one: that needs no hub.
+        source: Hub name or local path of a model, or a recipe ending in ``.yaml`` or ``.yml``. A recipe with a
+            ``model_config`` needs no hub.
     """
     from transformers import AutoConfig
 
@@ -120,7 +132,7 @@ def model_config(source: str):
     from .training.recipe import parse_recipe, peek
 
     recipe = parse_recipe([source])
-    shape = peek([source], "model_config")  # which the parsed recipe no longer has beside a name
+    shape = peek([source], "model_config")  # parse_recipe drops it if the recipe also names a model
     if shape is not None:
         return AutoConfig.for_model(**json.loads(shape)), recipe.training.liger_config
     return AutoConfig.from_pretrained(recipe.model.model_name_or_path), recipe.training.liger_config
@@ -130,12 +142,12 @@ def run_benchmark(subject: str, rest: list[str]) -> int:
     """Run ``benchmarks/SUBJECT.py`` with the arguments ``rest``."""
     script = BENCHMARKS / f"{subject}.py"
     if not script.is_file():
-        sys.exit(f"liger-trainer: error: {script.name} is not installed with the package: run this in a checkout")
+        sys.exit(f"liger-trainer: error: {script.name} is not installed with the package; run this in a checkout")
     return subprocess.run([sys.executable, str(script), *rest], check=False).returncode
 
 
-def run_env(args):
-    """Print versions of what matters, and the devices."""
+def run_env(args: argparse.Namespace) -> None:
+    """Print versions and devices."""
     facts = environment()
     if args.json:
         print(json.dumps(facts, indent=2))

@@ -1,4 +1,4 @@
-"""Versions and devices, for bug reports and beside measured numbers."""
+"""Versions and devices, for bug reports and for the records of measurements."""
 
 import subprocess
 import sys
@@ -9,19 +9,24 @@ PACKAGES = ("liger-trainer", "torch", "triton", "transformers", "accelerate", "t
 
 
 def environment() -> dict[str, str | list[str] | None]:
-    """Versions of what matters and the names of the GPUs; starts the first GPU if there is one."""
-    facts = {"python": sys.version.split()[0], **versions(PACKAGES)}
+    """The versions of ``PACKAGES``, CUDA and the driver, and the names of the GPUs.
+
+    Initialises the first GPU if there is one.
+    """
     import torch
 
-    facts["cuda"] = torch.version.cuda
-    facts["devices"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    facts["driver"] = nvidia_driver()
-    return facts
+    return {
+        "python": sys.version.split()[0],
+        **versions(PACKAGES),
+        "cuda": torch.version.cuda,
+        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "driver": nvidia_driver(),
+    }
 
 
 def versions(packages: Iterable[str]) -> dict[str, str | None]:
-    """The version of each package, ``None`` where it is not installed."""
-    found = {}
+    """The version of each package, or ``None`` if it is not installed."""
+    found: dict[str, str | None] = {}
     for name in packages:
         try:
             found[name] = metadata.version(name)
@@ -31,7 +36,7 @@ def versions(packages: Iterable[str]) -> dict[str, str | None]:
 
 
 def nvidia_driver() -> str | None:
-    """Version of the NVIDIA driver, or ``None`` without one."""
+    """The version of the NVIDIA driver, or ``None`` if there is none."""
     try:
         command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
