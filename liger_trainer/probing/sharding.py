@@ -2,10 +2,13 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
+
+T = TypeVar("T", Tensor, Tensor | None)
 
 
 def full_shape(parameter: Tensor) -> torch.Size:
@@ -15,11 +18,12 @@ def full_shape(parameter: Tensor) -> torch.Size:
 
 def is_partitioned(parameter: Tensor) -> bool:
     """Whether ZeRO-3 has the parameter's values spread over the ranks at this moment."""
-    return hasattr(parameter, "ds_status") and parameter.ds_status.name != "AVAILABLE"
+    status = getattr(parameter, "ds_status", None)
+    return status is not None and status.name != "AVAILABLE"
 
 
 @contextmanager
-def gathered(*parameters: nn.Parameter | None) -> Iterator[list[Tensor | None]]:
+def gathered(*parameters: T) -> Iterator[list[T]]:
     """The whole parameters as plain tensors, outside the module calls for which the engine gathers them itself.
 
     A collective operation: every rank has to enter. The tensors are not to be kept past the context.

@@ -1,11 +1,14 @@
-"""Our per-token log-probabilities behind TRL's own fused LM head, for models that ``use_liger`` patched.
+"""Computes the per-token log-probabilities of TRL's fused LM head with our op, for models that ``use_liger`` patched.
 
 TRL's trainers call ``model(..., fused_lm_head=True)``, whose forward ends in ``_ChunkedLogProbFunction.apply``. That
-name in ``trl.trainer.utils`` becomes a dispatcher: while the forward of a patched model is running it computes with
-``linear_logprobs``, otherwise it is TRL's own function. The loss math, the metrics and every other model stay TRL's.
+name in ``trl.trainer.utils`` is replaced by a dispatcher. While the forward of a patched model runs, the dispatcher
+calls ``linear_logprobs``; otherwise it calls TRL's own function. Nothing else changes: TRL computes the loss and the
+metrics, and other models keep TRL's function.
 """
 
-from contextlib import nullcontext
+import importlib
+import sys
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,27 +24,27 @@ from ..report import Applied
 
 @dataclass
 class _Head:
-    """One model's settings behind TRL's head; its methods are forward hooks."""
+    """The settings of one patched model; its methods are that model's forward hooks."""
 
     options: dict[str, Any]
     speculation: Speculation = field(default_factory=Speculation)
     calls_fused: int = 0
 
-    def before_forward(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Make this head the running one for a forward with ``fused_lm_head=True``."""
-        _Dispatcher.running = self if kwargs.get("fused_lm_head") else None
+    def before_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Activate this head for a forward with ``fused_lm_head=True``."""
+        _Dispatcher.active = self if kwargs.get("fused_lm_head") else None
 
-    def after_forward(self, module: nn.Module, args: tuple, output) -> None:
-        """No head is running any more."""
-        _Dispatcher.running = None
+    def after_forward(self, module: nn.Module, args: tuple, output: object) -> None:
+        """Deactivate this head."""
+        _Dispatcher.active = None
 
 
 class _Dispatcher:
-    """Stands where TRL looks up its autograd function."""
+    """Takes the place of TRL's autograd function."""
 
-    running: _Head | None = None
+    active: _Head | None = None
 
-    def __init__(self, original):
+    def __init__(self, original: type[torch.autograd.Function]):
         self.original = original
 
     def apply(
@@ -57,7 +60,7 @@ class _Dispatcher:
         outputs: tuple[str, ...] = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1"),
     ) -> tuple[Tensor | None, ...]:
         """TRL's signature and outputs: log-probs, entropy, log-sum-of-squared-probs, mean logits, is-top-1."""
-        head = self.running
+        head = self.active
         if head is None:
             return self.original.apply(
                 hidden, weight, bias, targets, temperature, chunk_size, softcap, logit_scale, outputs
@@ -73,12 +76,13 @@ class _Dispatcher:
         return out.log_probs, *(getattr(out, name) if name in outputs else None for name in optional)
 
 
-def _gathered_again_in_backward(*parameters: Tensor | None):
-    """A context in which saving a ZeRO-3 parameter for backward saves whose it is, not where its values are now.
+def _gathered_again_in_backward(*parameters: Tensor | None) -> AbstractContextManager[Any]:
+    """A context in which autograd saves a reference to a ZeRO-3 parameter instead of its current values.
 
-    TRL's forward gathers lm_head's weight for this one call: by the time of backward its values are partitioned again.
+    TRL's forward gathers lm_head's weight for this one call. By the time of backward the values are partitioned again,
+    so the saved reference gathers them once more.
     """
-    managed = [p for p in parameters if hasattr(p, "ds_id")]
+    managed = [p for p in parameters if p is not None and hasattr(p, "ds_id")]
     if not managed:
         return nullcontext()
 
@@ -88,7 +92,7 @@ def _gathered_again_in_backward(*parameters: Tensor | None):
     def unpack(packed: Tensor | int) -> Tensor:
         if isinstance(packed, Tensor):
             return packed
-        if not is_partitioned(managed[packed]):  # DeepSpeed has it there for a module that it saw reading it
+        if not is_partitioned(managed[packed]):  # DeepSpeed has gathered it for a module that it saw reading it
             return managed[packed]
         with gathered(managed[packed]) as (whole,):
             return whole.detach().clone()
@@ -96,13 +100,32 @@ def _gathered_again_in_backward(*parameters: Tensor | None):
     return saved_tensors_hooks(pack, unpack)
 
 
-def attach(model: nn.Module) -> None:
-    """Use ``linear_logprobs`` behind TRL's fused head of ``model``, which ``apply_liger`` has patched."""
-    import trl.trainer.utils as trl_utils
+def has_fused_head(args: object) -> bool:
+    """Whether ``args`` belong to a TRL trainer that computes its loss with TRL's fused head.
 
+    TRL keeps each trainer beside its arguments (``sft_trainer.py``, ``sft_config.py``), and the trainers that use the
+    fused head import ``add_fused_lm_head``. The trainer's module is loaded by the time it has arguments.
+    """
+    modules = [cls.__module__ for cls in type(args).__mro__ if cls.__module__.startswith("trl.trainer.")]
+    trainers = [sys.modules.get(name.replace("_config", "_trainer")) for name in modules]
+    return any(hasattr(trainer, "add_fused_lm_head") for trainer in trainers)
+
+
+def attach(model: nn.Module) -> None:
+    """Use ``linear_logprobs`` in TRL's fused head of ``model``.
+
+    Args:
+        model: A model that ``apply_liger`` has patched.
+
+    Raises:
+        ValueError: ``model`` is not patched.
+    """
     state, core = patch_state(model), core_model(model)
+    if state is None:
+        raise ValueError(f"model: got an unpatched {type(core).__name__}; must be a model patched by apply_liger")
     if state.trl_head is not None:
         return
+    trl_utils: Any = importlib.import_module("trl.trainer.utils")
     if not isinstance(trl_utils._ChunkedLogProbFunction, _Dispatcher):
         trl_utils._ChunkedLogProbFunction = _Dispatcher(trl_utils._ChunkedLogProbFunction)
     head = state.trl_head = _Head(state.config.options_of("fused_loss"))

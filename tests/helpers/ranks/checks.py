@@ -115,9 +115,9 @@ def head_gathered_for_one_call(directory, settings):
     apply_liger(model)
     trl.attach(model)
     with deepspeed.zero.GatheredParameters([head.weight]):
-        trl._Dispatcher.running = patch_state(model).trl_head
+        trl._Dispatcher.active = patch_state(model).trl_head
         log_probs, *_ = trl_utils._ChunkedLogProbFunction.apply(hidden, head.weight, None, targets, 1.0, 8)
-        trl._Dispatcher.running = None
+        trl._Dispatcher.active = None
     assert sharding.is_partitioned(head.weight)
     (ours,) = torch.autograd.grad((log_probs * upstream).sum(), hidden)
     expected = plain(hidden).log_softmax(-1)[torch.arange(7), targets]
