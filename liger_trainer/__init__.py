@@ -1,38 +1,45 @@
 """Triton kernels for LLM training as a Hugging Face Trainer plugin.
 
-The names below are imported when first used, so ``import liger_trainer`` is quick and needs neither a GPU nor Triton.
+The public names are imported when first used, so ``import liger_trainer`` is quick and needs neither a GPU nor Triton.
 """
 
 import importlib
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-_HOME = {
-    "LigerConfig": "config",
-    "LigerReport": "report",
-    "apply_liger": "patching",
-    "revert_liger": "patching",
-    "LigerCallback": "callbacks",
-    "ThroughputCallback": "training.throughput",
-    "AutoLigerModelForCausalLM": "auto",
-    "MedusaConfig": "medusa",
-    "MedusaModel": "medusa",
-    "LigerTrainingArguments": "arguments",
-    "LigerSFTConfig": "arguments",
-    "LigerDPOConfig": "arguments",
-    "LigerKTOConfig": "arguments",
-    "LigerGRPOConfig": "arguments",
-    "LigerRLOOConfig": "arguments",
-    "LigerRewardConfig": "arguments",
-}
-__all__ = [*_HOME, "__version__"]
+if TYPE_CHECKING:
+    from .arguments.trainer import LigerTrainingArguments as LigerTrainingArguments
+    from .arguments.trl import *  # noqa: F403
+    from .auto import AutoLigerModelForCausalLM as AutoLigerModelForCausalLM
+    from .callbacks import LigerCallback as LigerCallback
+    from .config import LigerConfig as LigerConfig
+    from .medusa import MedusaConfig as MedusaConfig
+    from .medusa import MedusaModel as MedusaModel
+    from .patching import apply_liger as apply_liger
+    from .patching import revert_liger as revert_liger
+    from .report import LigerReport as LigerReport
+    from .training.throughput import ThroughputCallback as ThroughputCallback
+else:
+    from . import arguments
 
+    _MODULES = {
+        "LigerConfig": "config",
+        "LigerReport": "report",
+        "apply_liger": "patching",
+        "revert_liger": "patching",
+        "LigerCallback": "callbacks",
+        "ThroughputCallback": "training.throughput",
+        "AutoLigerModelForCausalLM": "auto",
+        "MedusaConfig": "medusa",
+        "MedusaModel": "medusa",
+    } | dict.fromkeys(arguments.__all__, "arguments")
+    __all__ = [*_MODULES, "__version__"]
 
-def __getattr__(name: str):
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    def __getattr__(name: str) -> Any:
+        if name not in _MODULES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
 
-
-def __dir__():
-    return sorted(__all__)
+    def __dir__() -> list[str]:
+        return sorted(__all__)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import liger_trainer
+
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("kernels", "liger_trainer", "tests", "benchmarks")
 FILES = sorted(file for folder in FOLDERS for file in (ROOT / folder).glob("**/*.py"))
@@ -104,6 +106,7 @@ def test_packages_are_the_folders():
     assert set(setuptools["packages"]) == folders | {"liger_trainer.kernels"}
     assert setuptools["package-dir"] == {"liger_trainer.kernels": "kernels"}
     assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert setuptools["package-data"] == {"liger_trainer": ["py.typed"]}
     assert os.readlink(ROOT / "liger_trainer" / "kernels") == "../kernels"
 
 
@@ -116,3 +119,18 @@ def test_import_is_light_and_leaves_the_name_kernels_alone():
     )
     done = subprocess.run([sys.executable, "-I", "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_type_checkers_and_users_see_the_same_names():
+    tree = ast.parse((ROOT / "liger_trainer" / "__init__.py").read_text(encoding="utf-8"))
+    [block] = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    names = {alias.asname for node in block.body for alias in node.names if alias.name != "*"}
+    of_trl = set(liger_trainer.arguments.__all__) - {"LigerTrainingArguments"}  # which come through the `*`
+    assert names == set(liger_trainer.__all__) - of_trl - {"__version__"}
+
+
+def test_the_version_is_in_one_place():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert project["project"]["dynamic"] == ["version"]
+    assert project["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "liger_trainer.__version__"}
+    assert liger_trainer.__version__ in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")

@@ -8,7 +8,7 @@ import resource
 import sys
 from pathlib import Path
 
-import liger_trainer.arguments
+import liger_trainer.arguments.trainer
 import liger_trainer.patching  # noqa: F401  and all of torch that the run needs
 from liger_trainer.training import fit_trial
 from liger_trainer.training.recipe import parse_recipe

@@ -1,18 +1,23 @@
 """Stock TRL trainers with the flag: same losses, weights and logged metrics as without it."""
 
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
 import pytest
 import torch
+import trl
 from datasets import Dataset
 from liger_trainer.kernels.runtime import launch
 from peft import LoraConfig
-from tiny_models import VOCAB, batch, kernels_skipped, tiny_model
+from tiny_models import VOCAB, batch, kernels_skipped, tiny_config, tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from training import arguments, assert_same_run
-from transformers import PreTrainedTokenizerFast
-from trl import DPOTrainer, SFTTrainer
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 import liger_trainer
-from liger_trainer import LigerDPOConfig, LigerSFTConfig, patching
+from liger_trainer import LigerSFTConfig, patching
 from liger_trainer.patching import patch_state
 
 METRICS = ("entropy", "mean_token_accuracy", "num_tokens", "grad_norm")
@@ -41,7 +46,7 @@ def sft_rows():
 
 def run_sft(output_dir, use_liger, model_type="llama", peft_config=None, **overrides):
     settings = {"optim": "sgd", "learning_rate": 0.1, "max_length": 16, "activation_checkpointing": False}
-    trainer = SFTTrainer(
+    trainer = trl.SFTTrainer(
         tiny_model(model_type),
         args=arguments(output_dir, cls=LigerSFTConfig, use_liger=use_liger, **{**settings, **overrides}),
         train_dataset=sft_rows(),
@@ -118,16 +123,7 @@ def test_sft_with_lora(tmp_path):
 
 
 def test_per_token_gradients_of_dpo(tmp_path):
-    rows = [{"prompt": text(4, i), "chosen": text(5, 30 + i), "rejected": text(6, 60 + i)} for i in range(12)]
-    runs = []
-    for flag in (False, True):
-        args = arguments(tmp_path, cls=LigerDPOConfig, use_liger=flag, optim="sgd", activation_checkpointing=False)
-        trainer = DPOTrainer(
-            tiny_model("llama"), ref_model=tiny_model("llama", seed=1), args=args,
-            train_dataset=Dataset.from_list(rows), processing_class=tokenizer(),
-        )  # fmt: skip
-        trainer.train()
-        runs.append(trainer)
+    runs = [run("DPO", tmp_path, flag) for flag in (False, True)]
     assert_same_run(*runs)
     assert_same_metrics(*runs, names=("rewards/chosen", "rewards/margins", "logps/chosen", "entropy", "grad_norm"))
     assert patch_state(runs[1].model).trl_head.calls_fused == 5
@@ -147,28 +143,23 @@ def test_trl_keeps_its_own_head_for_other_models(tmp_path):
     torch.testing.assert_close(theirs.log_probs, log_probs, rtol=1e-4, atol=1e-5)
 
 
-def test_argument_classes_are_subclasses_of_trls():
-    import trl
-
-    for name in ("SFT", "DPO", "KTO", "GRPO", "RLOO", "Reward"):
-        cls = getattr(liger_trainer, f"Liger{name}Config")
-        assert issubclass(cls, getattr(trl, f"{name}Config"))
-        assert cls is getattr(liger_trainer, f"Liger{name}Config")
-    with pytest.raises(ValueError, match="use_liger_kernel"):
-        liger_trainer.LigerSFTConfig("out", use_liger=True, use_liger_kernel=True)
-    with pytest.raises(AttributeError, match="LigerXConfig"):
-        _ = liger_trainer.arguments.LigerXConfig
+def make_sft(args):
+    return trl.SFTTrainer(tiny_model("llama"), args=args, train_dataset=sft_rows(), processing_class=tokenizer())
 
 
-def run_kto(args):
-    from trl import KTOTrainer
+def make_dpo(args):
+    rows = [{"prompt": text(4, i), "chosen": text(5, 30 + i), "rejected": text(6, 60 + i)} for i in range(12)]
+    models = {"model": tiny_model("llama"), "ref_model": tiny_model("llama", seed=1)}
+    return trl.DPOTrainer(**models, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer())
 
+
+def make_kto(args):
     rows = [{"prompt": text(4, i), "completion": text(5, 40 + i), "label": i % 2 == 0} for i in range(12)]
     models = {"model": tiny_model("llama"), "ref_model": tiny_model("llama", seed=1)}
-    return KTOTrainer(**models, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer())
+    return trl.KTOTrainer(**models, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer())
 
 
-def run_online(trainer_class, args):
+def make_online(trainer_class, args):
     rows = [{"prompt": text(4, i)} for i in range(12)]
     reward = lambda completions, **kwargs: [float(len(set(c.split()))) for c in completions]  # noqa: E731
     data = Dataset.from_list(rows)
@@ -177,40 +168,68 @@ def run_online(trainer_class, args):
     )
 
 
-@pytest.mark.parametrize("name", ["KTO", "GRPO", "RLOO"])
-def test_other_trainers_are_the_same(name, tmp_path):
-    import trl
+def make_reward(args):
+    rows = [{"chosen": text(6, i), "rejected": text(5, 40 + i)} for i in range(12)]
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_config(tiny_config("llama", num_labels=1))
+    return trl.RewardTrainer(model, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer())
 
-    runs = []
-    for flag in (False, True):
-        options = {"optim": "sgd", "activation_checkpointing": False, "max_steps": 2, "per_device_train_batch_size": 4}
-        if name != "KTO":
-            options |= {"num_generations": 4, "max_completion_length": 6, "beta": 0.0}  # no reference model
-        args = arguments(tmp_path, cls=getattr(liger_trainer, f"Liger{name}Config"), use_liger=flag, **options)
-        trainer = run_kto(args) if name == "KTO" else run_online(getattr(trl, f"{name}Trainer"), args)
-        trainer.train()
-        runs.append(trainer)
+
+class Case(NamedTuple):
+    make: Callable  # the trainer, from its arguments
+    options: dict[str, Any]  # of the arguments
+    fused_head: bool = True
+
+
+ONLINE = {
+    "num_generations": 4, "max_completion_length": 6, "beta": 0.0, "max_steps": 2, "per_device_train_batch_size": 4
+}  # fmt: skip
+# Every class in liger_trainer/arguments/trl.py; beta 0: no reference model.
+TRAINERS = {
+    "SFT": Case(make_sft, {"max_length": 16, "max_steps": 2}),
+    "DPO": Case(make_dpo, {}),
+    "KTO": Case(make_kto, {"max_steps": 2, "per_device_train_batch_size": 4}),
+    "GRPO": Case(partial(make_online, trl.GRPOTrainer), ONLINE),
+    "RLOO": Case(partial(make_online, trl.RLOOTrainer), ONLINE),
+    "Reward": Case(make_reward, {"max_steps": 3}, fused_head=False),
+}
+
+
+def run(name, output_dir, use_liger):
+    cls, case = getattr(liger_trainer, f"Liger{name}Config"), TRAINERS[name]
+    options = {"optim": "sgd", "activation_checkpointing": False, **case.options}
+    trainer = case.make(arguments(output_dir, cls=cls, use_liger=use_liger, **options))
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_every_trainer_is_the_same(name, tmp_path):
+    runs = [run(name, tmp_path, flag) for flag in (False, True)]
     assert_same_run(*runs)
-    assert patch_state(runs[1].model).trl_head.calls_fused > 0
+    head = patch_state(runs[1].model).trl_head
+    assert (head is not None and head.calls_fused > 0) == TRAINERS[name].fused_head
+
+
+def test_argument_classes_are_subclasses_of_trls():
+    assert {f"Liger{name}Config" for name in TRAINERS} == set(liger_trainer.arguments.__all__) - {
+        "LigerTrainingArguments"
+    }
+    for name in TRAINERS:
+        cls = getattr(liger_trainer, f"Liger{name}Config")
+        assert issubclass(cls, getattr(trl, f"{name}Config"))
+        assert cls is getattr(liger_trainer, f"Liger{name}Config")
+        ours, theirs = (dataclasses.fields(c) for c in (cls, getattr(trl, f"{name}Config")))
+        defaults = {field.name: field.default for field in ours}
+        assert defaults == {f.name: f.default for f in theirs} | {"use_liger": False, "liger_config": None}
+    with pytest.raises(ValueError, match="use_liger_kernel"):
+        liger_trainer.LigerSFTConfig("out", use_liger=True, use_liger_kernel=True)
+    with pytest.raises(AttributeError, match="LigerXConfig"):
+        _ = liger_trainer.arguments.LigerXConfig
 
 
 def test_reward_model_gets_the_layer_kernels(tmp_path):
-    from tiny_models import tiny_config
-    from transformers import AutoModelForSequenceClassification
-    from trl import RewardTrainer
-
-    rows = [{"chosen": text(6, i), "rejected": text(5, 40 + i)} for i in range(12)]
-    runs = []
-    for flag in (False, True):
-        torch.manual_seed(0)
-        model = AutoModelForSequenceClassification.from_config(tiny_config("llama", num_labels=1))
-        options = {"optim": "sgd", "activation_checkpointing": False, "max_steps": 3}
-        args = arguments(tmp_path, cls=liger_trainer.LigerRewardConfig, use_liger=flag, **options)
-        trainer = RewardTrainer(model, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer())
-        trainer.train()
-        runs.append(trainer)
-    assert_same_run(*runs)
-    report = patch_state(runs[1].model).report
+    report = patch_state(run("Reward", tmp_path, True).model).report
     assert report.counts == {"rms_norm": 5, "rope": 2, "glu": 2, "attention": 2}
     reasons = {s.kind: s.reason for s in report.skipped}
     assert reasons.keys() == {"fused_loss", "padding_mask"}
