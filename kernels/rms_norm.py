@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from . import reference
 from .runtime.autograd import Function
 from .runtime.checks import check_rows, check_vector, dense_like, row_layout
-from .runtime.launch import Launcher, sm_count, tl, triton, use_triton
+from .runtime.launch import launcher, sm_count, tl, triton, use_triton
 from .runtime.operators import opaque_op, or_empty
 from .shared.norm_tiles import (
     check_width,
@@ -48,10 +48,8 @@ def _rms_norm_fwd_kernel(
     residual_row_stride,
     num_rows,
     num_cols,
-    eps,
-    weight_offset,
-    HAS_RESIDUAL: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
+    eps: float,
+    weight_offset: float,
     SCALE_IN_FP32: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
@@ -62,18 +60,18 @@ def _rms_norm_fwd_kernel(
     out_offsets = rows[:, None] * num_cols + cols[None, :]
     x = tl.load(x_ptr + rows[:, None] * x_row_stride + cols[None, :], mask=mask, other=0.0)
     x_dtype = x.dtype
-    if HAS_RESIDUAL:
+    if residual_ptr is not None:
         residual_offsets = rows[:, None] * residual_row_stride + cols[None, :]
         residual = tl.load(residual_ptr + residual_offsets, mask=mask, other=0.0)
         # What is normalised is the sum as the next layer reads it, rounded.
         x = (x.to(tl.float32) + residual.to(tl.float32)).to(x_dtype)
         tl.store(total_ptr + out_offsets, x, mask=mask)
-    if HAS_WEIGHT:  # before the reduction, so that its latency hides behind that of x
+    if weight_ptr is not None:  # before the reduction, so that its latency hides behind that of x
         scale = _load_scale(weight_ptr, weight_offset, cols, num_cols, SCALE_IN_FP32)
     x = x.to(tl.float32)
     rstd = tl.rsqrt(tl.sum(x * x, axis=1, keep_dims=True) / num_cols + eps)
     y = x * rstd
-    if HAS_WEIGHT:
+    if weight_ptr is not None:
         if not SCALE_IN_FP32:
             y = y.to(x_dtype).to(tl.float32)
         y *= scale
@@ -90,19 +88,15 @@ def _rms_norm_bwd_kernel(
     weight_ptr,  # [num_cols]
     rstd_ptr,  # [num_rows] fp32
     dx_ptr,  # [num_rows, num_cols], contiguous
-    partial_ptr,  # [num_programs, num_cols]
+    dw_partial_ptr,  # [num_programs, num_cols]
     dy_row_stride,
     dtotal_row_stride,
     x_row_stride,
     num_rows,
     num_cols,
     num_tiles,
-    weight_offset,
-    HAS_DTOTAL: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
+    weight_offset: float,
     SCALE_IN_FP32: tl.constexpr,
-    NEEDS_DX: tl.constexpr,
-    NEEDS_DW: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
     NUM_STAGES: tl.constexpr,
@@ -110,9 +104,9 @@ def _rms_norm_bwd_kernel(
     cols = tl.arange(0, BLOCK_COLS)
     col_mask = cols < num_cols
     KEEP_SCALE: tl.constexpr = BLOCK_COLS < 16384  # in wider rows it would push others out of the registers
-    if HAS_WEIGHT and KEEP_SCALE:
+    if weight_ptr is not None and KEEP_SCALE:
         scale = _load_scale(weight_ptr, weight_offset, cols, num_cols, SCALE_IN_FP32)
-    if NEEDS_DW:
+    if dw_partial_ptr is not None:
         dw = tl.zeros((TILE_ROWS, BLOCK_COLS), dtype=tl.float32)
     for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), num_stages=NUM_STAGES):
         first_row = tl.cast(tile, tl.int64) * TILE_ROWS
@@ -122,27 +116,27 @@ def _rms_norm_bwd_kernel(
         dy = tl.load(dy_ptr + rows[:, None] * dy_row_stride + cols[None, :], mask=mask, other=0.0).to(tl.float32)
         rstd = load_per_row(rstd_ptr, first_row, num_rows, TILE_ROWS)
         normed = x * rstd
-        if NEEDS_DW:
+        if dw_partial_ptr is not None:
             dw += dy * normed
-        if NEEDS_DX:
-            if HAS_WEIGHT:
+        if dx_ptr is not None:
+            if weight_ptr is not None:
                 if not KEEP_SCALE:
                     scale = _load_scale(weight_ptr, weight_offset, cols, num_cols, SCALE_IN_FP32)
                 dy *= scale
             dx = rstd * (dy - normed * (tl.sum(dy * normed, axis=1, keep_dims=True) / num_cols))
-            if HAS_DTOTAL:
+            if dtotal_ptr is not None:
                 dtotal_offsets = rows[:, None] * dtotal_row_stride + cols[None, :]
                 dx += tl.load(dtotal_ptr + dtotal_offsets, mask=mask, other=0.0).to(tl.float32)
             dx_offsets = rows[:, None] * num_cols + cols[None, :]
             tl.store(dx_ptr + dx_offsets, dx.to(dx_ptr.dtype.element_ty), mask=mask)
-    if NEEDS_DW:
+    if dw_partial_ptr is not None:
         row = tl.program_id(0).to(tl.int64)
-        dw_sum = tl.sum(dw, axis=0).to(partial_ptr.dtype.element_ty)
-        tl.store(partial_ptr + row * num_cols + cols, dw_sum, mask=col_mask)
+        dw_sum = tl.sum(dw, axis=0).to(dw_partial_ptr.dtype.element_ty)
+        tl.store(dw_partial_ptr + row * num_cols + cols, dw_sum, mask=col_mask)
 
 
-_launch_fwd = Launcher(_rms_norm_fwd_kernel)
-_launch_bwd = Launcher(_rms_norm_bwd_kernel)
+_launch_fwd = launcher(_rms_norm_fwd_kernel)
+_launch_bwd = launcher(_rms_norm_bwd_kernel)
 
 
 def rms_norm_fwd(
@@ -166,11 +160,22 @@ def rms_norm_fwd(
         tiling = row_tiling(num_rows, num_cols, sm_count(x))
         _launch_fwd(
             (tiling.num_programs, 1, 1),
-            (x, residual, weight, y, total, rstd),
-            (x_stride, residual_stride, num_rows, num_cols),
-            (eps, weight_offset),
-            (residual is not None, weight is not None, scale_in_fp32, tiling.tile_rows, tiling.block_cols),
             tiling.options,
+            x_ptr=x,
+            residual_ptr=residual,
+            weight_ptr=weight,
+            y_ptr=y,
+            total_ptr=total,
+            rstd_ptr=rstd,
+            x_row_stride=x_stride,
+            residual_row_stride=residual_stride,
+            num_rows=num_rows,
+            num_cols=num_cols,
+            eps=eps,
+            weight_offset=weight_offset,
+            SCALE_IN_FP32=scale_in_fp32,
+            TILE_ROWS=tiling.tile_rows,
+            BLOCK_COLS=tiling.block_cols,
         )
     return y, total, rstd
 
@@ -200,15 +205,26 @@ def rms_norm_bwd(
     if summed or needs_dx:
         _launch_bwd(
             (tiling.num_programs, 1, 1),
-            (dy, dtotal, x, weight, rstd, dx, partials if summed else None),
-            (dy_stride, dtotal_stride, x_stride, num_rows, num_cols, tiling.num_tiles),
-            (weight_offset,),
-            (
-                dtotal is not None, weight is not None, scale_in_fp32, needs_dx, summed,
-                tiling.tile_rows, tiling.block_cols, tiling.num_stages,
-            ),
             tiling.options,
-        )  # fmt: skip
+            dy_ptr=dy,
+            dtotal_ptr=dtotal,
+            x_ptr=x,
+            weight_ptr=weight,
+            rstd_ptr=rstd,
+            dx_ptr=dx,
+            dw_partial_ptr=partials if summed else None,
+            dy_row_stride=dy_stride,
+            dtotal_row_stride=dtotal_stride,
+            x_row_stride=x_stride,
+            num_rows=num_rows,
+            num_cols=num_cols,
+            num_tiles=tiling.num_tiles,
+            weight_offset=weight_offset,
+            SCALE_IN_FP32=scale_in_fp32,
+            TILE_ROWS=tiling.tile_rows,
+            BLOCK_COLS=tiling.block_cols,
+            NUM_STAGES=tiling.num_stages,
+        )
     return dx, sum_partials(partials, weight.dtype)[0] if needs_dw else None
 
 

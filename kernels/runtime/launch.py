@@ -1,6 +1,8 @@
 """Where an op runs and how its kernel is launched: the one place that knows about devices and Triton's launch path."""
 
+import inspect
 import os
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -110,6 +112,87 @@ class Launcher:
     def _launch_through_triton(self, grid, tensors, ints, floats, constants, options):
         # An int in the place of a float would be specialised on.
         return self.kernel[grid](*tensors, *ints, *map(float, floats), *constants, **dict(options))
+
+
+# The body of a launcher, which is generated per kernel as Triton generates its binder: Python itself then checks the
+# names of the arguments, and neither names nor groups of arguments are looked up in a launch.
+_LAUNCHER = """
+def make(compiled, launch_slowly):
+    def launch{kernel}(grid, options, /, *, {names}):
+        {addresses}
+        key = ({pointer}.get_device(), options, {key})
+        known = compiled.get(key)
+        if known is None or key[0] != current_device() or _has_hooks():
+            return launch_slowly(key, grid, options, ({names},))
+        run, function, metadata = known
+        # The three Nones: launch metadata, and the hooks that would read it.
+        run(*grid, current_stream(key[0]), function, metadata, None, None, None, {values})
+    return launch{kernel}
+"""
+# Where Triton would compile another kernel, the key differs. Triton looks at the dtype of a pointer and whether it is
+# a multiple of 16; at whether an int is 1, is a multiple of 16, and fits 32 bits; and at which arguments are None.
+# n >> 31 is 0 or -1 for 32-bit numbers and something else for wider ones.
+_POINTER_KEY = "None if {0} is None else ({0}.dtype,) if {0}_address & 15 else {0}.dtype"
+_INT_KEY = "None if {0} == 1 else {0} >> 31 << 1 | (not {0} & 15)"
+
+
+def parameter_kinds(kernel: Any) -> dict[str, str]:
+    """``"pointer"``, ``"int"``, ``"float"`` or ``"constant"`` for each parameter of ``kernel``, in order.
+
+    A pointer's name ends in ``_ptr``, a constant is annotated ``tl.constexpr`` and a float ``float``, which Triton
+    takes as fp32; ints have no annotation, because Triton would no longer specialise on them.
+    """
+    kinds = {}
+    for name, parameter in inspect.signature(getattr(kernel, "fn", kernel)).parameters.items():
+        if parameter.annotation is inspect.Parameter.empty:
+            kinds[name] = "pointer" if name.endswith("_ptr") else "int"
+        elif parameter.annotation in (float, tl.constexpr):
+            kinds[name] = "float" if parameter.annotation is float else "constant"
+        else:
+            raise TypeError(f"{name}: got annotation {parameter.annotation}; must be float, tl.constexpr or none")
+    return kinds
+
+
+def launcher(kernel: Any) -> Callable[..., None]:
+    """A function ``launch(grid, options, /, *, ...)`` that takes the arguments of ``kernel`` by name.
+
+    It launches on the device and current stream of the first pointer's tensor, which must not be None. ``grid`` has
+    three numbers and ``options`` are Triton's, as a tuple of pairs. From the second launch of a specialization on, it
+    calls the compiled kernel past Triton's binder, which takes longer than many kernels run.
+
+    Raises (when called):
+        TypeError: an argument is missing or unknown.
+    """
+    kinds = parameter_kinds(kernel)
+    pointers, ints, constants = (
+        [name for name, kind in kinds.items() if kind == wanted] for wanted in ("pointer", "int", "constant")
+    )
+    compiled: dict[tuple, tuple] = {}
+
+    def launch_slowly(key: tuple, grid: tuple[int, int, int], options: tuple, values: tuple) -> None:
+        device = key[0]
+        if device >= 0 and device != current_device():  # Triton launches on the current device
+            with torch.cuda.device(device):
+                launch(grid, options, **dict(zip(kinds, values, strict=True)))
+            return
+        values = [float(v) if kind == "float" else v for v, kind in zip(values, kinds.values(), strict=True)]
+        binary = kernel[grid](*values, **dict(options))
+        if DIRECT_LAUNCH and not _has_hooks():
+            compiled[key] = (binary.run, binary.function, binary.packed_metadata)
+
+    source = _LAUNCHER.format(
+        kernel=kernel.__name__,
+        names=", ".join(kinds),
+        addresses="; ".join(f"{name}_address = None if {name} is None else {name}.data_ptr()" for name in pointers),
+        pointer=pointers[0],
+        key=", ".join([*constants, *map(_POINTER_KEY.format, pointers), *map(_INT_KEY.format, ints)]),
+        values=", ".join(f"{name}_address" if kind == "pointer" else name for name, kind in kinds.items()),
+    )
+    scope: dict[str, Any] = {}
+    exec(source, globals(), scope)
+    launch = scope["make"](compiled, launch_slowly)
+    launch.kernel, launch.compiled = kernel, compiled
+    return launch
 
 
 def next_power_of_2(n: int) -> int:

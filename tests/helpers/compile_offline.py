@@ -2,14 +2,17 @@
 
 The interpreter runs kernels as Python and takes much that Triton's compiler refuses. Nothing is launched here: the ops
 run on CPU tensors, and where they would launch, the kernel is compiled for the arguments they pass. Exit status 1 where
-one fails, a launcher of the package was never called or always with the same value of a switch, or a kernel at the
+one fails, a kernel of the package was never launched or always with the same value of a switch, or a kernel at the
 speed of memory has no variant that reads and writes 16 bytes at a time. Needs ``TRITON_INTERPRET=0``.
 """
 
 import importlib
+import inspect
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -36,43 +39,46 @@ WIDE = {
 ALIGNED = [["tt.divisibility", 16]]
 
 compiled: dict[tuple, int] = {}
-called: set[int] = set()
+launched: set[str] = set()
 wide: set[str] = set()
-switches: dict[tuple[str, str], set[bool]] = {}  # values of a kernel's boolean constants
+switches: dict[tuple[str, str], set[bool]] = {}  # a kernel's boolean constants; whether an optional pointer is None
 
 
-def compile_launch(self, grid, tensors, ints, floats, constants, options) -> None:
-    """In the place of ``Launcher.__call__``: compile what it would launch."""
-    called.add(id(self))
-    names = self.kernel.arg_names
-    values = (*tensors, *ints, *floats, *constants)
-    assert len(names) == len(values), f"{self.kernel.__name__} takes {names}"
-    signature, fixed, attributes = {}, {}, {}
-    for index, (name, value) in enumerate(zip(names, values, strict=True)):
-        is_int = len(tensors) <= index < len(tensors) + len(ints)
-        if isinstance(value, bool):
-            switches.setdefault((self.kernel.__name__, name), set()).add(value)
-        if torch.is_tensor(value):
-            signature[name] = f"*{TYPES[value.dtype]}"
-            aligned = value.data_ptr() % 16 == 0
-        elif is_int and value != 1:
-            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            aligned = value % 16 == 0
-        elif len(tensors) + len(ints) <= index < len(tensors) + len(ints) + len(floats):
-            signature[name], aligned = "fp32", False
-        else:
-            signature[name], aligned = "constexpr", False
-            fixed[(index,)] = value
-        if aligned:
-            attributes[(index,)] = ALIGNED
-    key = (self.kernel.__name__, *signature.values(), *map(str, fixed.items()), *attributes, *options)
-    if key not in compiled:
-        flags = dict(options) | ({"debug": True} if self.kernel.debug else {})
-        kernel = triton.compile(ASTSource(self.kernel, signature, fixed, attributes), target=H100, options=flags)
-        compiled[key] = len(kernel.asm["cubin"])
-        ptx = kernel.asm["ptx"]
-        if re.search(r"(ld\.global[\w.:]*\.v4|cp\.async\.cg)", ptx) and re.search(r"st\.global[\w.:]*\.v4", ptx):
-            wide.add(self.kernel.__name__)
+def compile_launch(kernel: triton.JITFunction, grid: tuple[int, int, int]) -> Callable[..., None]:
+    """In the place of ``kernel[grid]``: a function that compiles what it would launch."""
+    source = inspect.getsource(kernel.fn)
+
+    def run(*values: Any, **options: int) -> None:
+        launched.add(kernel.__name__)
+        signature, fixed, attributes = {}, {}, {}
+        for index, (parameter, value) in enumerate(zip(kernel.params, values, strict=True)):
+            name, aligned = parameter.name, False
+            if isinstance(value, bool) or f" {name} is not None" in source:
+                taken = value if isinstance(value, bool) else value is not None
+                switches.setdefault((kernel.__name__, name), set()).add(taken)
+            if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+                signature[name] = "constexpr"
+                fixed[(index,)] = value
+            elif torch.is_tensor(value):
+                signature[name] = f"*{TYPES[value.dtype]}"
+                aligned = value.data_ptr() % 16 == 0
+            elif isinstance(value, float):
+                signature[name] = "fp32"
+            else:
+                signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+                aligned = value % 16 == 0
+            if aligned:
+                attributes[(index,)] = ALIGNED
+        key = (kernel.__name__, *signature.values(), *map(str, fixed.items()), *attributes, *options.items())
+        if key not in compiled:
+            flags = options | ({"debug": True} if kernel.debug else {})
+            binary = triton.compile(ASTSource(kernel, signature, fixed, attributes), target=H100, options=flags)
+            compiled[key] = len(binary.asm["cubin"])
+            ptx = binary.asm["ptx"]
+            if re.search(r"(ld\.global[\w.:]*\.v4|cp\.async\.cg)", ptx) and re.search(r"st\.global[\w.:]*\.v4", ptx):
+                wide.add(kernel.__name__)
+
+    return run
 
 
 def only_run(name, ours, theirs, leaves) -> None:
@@ -85,20 +91,24 @@ def main() -> int:
     root = Path(launch.__file__).parents[1]
     files = sorted(file.relative_to(root).with_suffix("") for file in root.glob("**/*.py"))
     modules = [importlib.import_module(f"liger_trainer.kernels.{'.'.join(file.parts)}") for file in files]
-    launchers = {id(v): v for module in modules for v in vars(module).values() if isinstance(v, launch.Launcher)}
+    functions = {v for module in modules for v in vars(module).values() if isinstance(v, triton.JITFunction)}
+    kernels = {function.__name__ for function in functions if function.__name__.endswith("_kernel")}
     for module in modules:
         for name, value in (("use_triton", lambda x: True), ("sm_count", lambda x: H100_SMS)):
             if hasattr(module, name):
                 setattr(module, name, value)
-    launch.Launcher.__call__ = compile_launch
+    launch.DIRECT_LAUNCH = False
+    triton.JITFunction.__getitem__ = compile_launch
     torch.version.cuda = torch.version.cuda or "13.0"  # register limits are for CUDA
     reference.check_labels = lambda *arguments: None
     sanitize.check = only_run
     for sanitize.ROWS, sanitize.COLS in SHAPES:
         sanitize.main()
-    missing = [launcher.kernel.__name__ for key, launcher in launchers.items() if key not in called]
+    missing = sorted(kernels - launched)
     narrow = sorted(WIDE - wide)
-    print(f"{len(compiled)} variants of {len(called)} kernels compiled; never launched: {', '.join(missing) or 'none'}")
+    print(
+        f"{len(compiled)} variants of {len(launched)} kernels compiled; never launched: {', '.join(missing) or 'none'}"
+    )
     print(f"accesses of 16 bytes missing: {', '.join(narrow) or 'none'}")
     stuck = [f"{kernel} {name}={values}" for (kernel, name), values in switches.items() if len(values) < 2]
     print(f"always the same: {', '.join(stuck) or 'none'}")

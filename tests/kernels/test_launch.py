@@ -31,20 +31,34 @@ def tensors_of_all_kinds():
     return [None, *buffers, *(b[1:] for b in buffers), buffers[0][4:], buffers[1][8:], buffers[0][:0]]
 
 
-def test_key_separates_all_that_triton_separates():
-    ints = [(n, triton_specialization(n), launch.specialization((), (n,))[1]) for n in INTS]
-    tensors = [(t, triton_specialization(t), launch.specialization((t,), ())[1]) for t in tensors_of_all_kinds()]
-    for group in (ints, tensors):
+def launch_keys(launcher, arguments):
+    """The key under which a launch with each of ``arguments`` finds its compiled kernel."""
+    start, _ = launcher
+    keys = []
+    for changed in arguments:
+        start.compiled.clear()
+        start((5, 1, 1), (), **CALL | changed)
+        keys += start.compiled
+    return keys
+
+
+def test_key_separates_all_that_triton_separates(launcher):
+    for name, values in (("num_cols", INTS), ("bias_ptr", tensors_of_all_kinds())):
+        keys = launch_keys(launcher, [{name: value} for value in values])
+        group = [(v, triton_specialization(v), key) for v, key in zip(values, keys, strict=True)]
         assert len({repr(theirs) for _, theirs, _ in group}) > 4
         for (a, theirs_a, ours_a), (b, theirs_b, ours_b) in combinations(group, 2):
             assert theirs_a == theirs_b or ours_a != ours_b, f"one key for {a!r:.40} and {b!r:.40}"
     # and no more than that for everyday values, or every sequence length would be a slow first launch
-    assert len({tuple(launch.specialization((), (n,))[1]) for n in range(2, 4096)}) == 2
+    assert len(set(launch_keys(launcher, [{"num_cols": n} for n in range(2, 4096)]))) == 2
 
 
-def test_addresses_are_those_of_the_tensors():
-    tensors = tensors_of_all_kinds()
-    assert launch.specialization(tuple(tensors), ())[0] == [t if t is None else t.data_ptr() for t in tensors]
+def test_addresses_are_those_of_the_tensors(launcher):
+    start, kernel = launcher
+    for tensor in tensors_of_all_kinds():
+        for _ in range(2):
+            start((5, 1, 1), (), **CALL | {"bias_ptr": tensor})
+        assert kernel.direct[-1][1][10] == (None if tensor is None else tensor.data_ptr())
 
 
 @pytest.mark.parametrize(
@@ -62,8 +76,22 @@ def test_only_known_tritons_are_launched_directly(triton_version, cuda_version, 
     assert launch.can_launch_directly(triton_version, cuda_version) is allowed
 
 
+# Plain, and jitted where it is used: the tests of this process may have Triton interpret what it jits.
+def scale_rows(
+    x_ptr, bias_ptr, y_ptr, x_row_stride, num_cols, factor: float, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + row * x_row_stride + cols, mask=cols < num_cols, other=0.0).to(tl.float32) * factor
+    if HAS_BIAS:
+        x += tl.load(bias_ptr + cols, mask=cols < num_cols, other=0.0).to(tl.float32)
+    tl.store(y_ptr + row * num_cols + cols, x.to(y_ptr.dtype.element_ty), mask=cols < num_cols)
+
+
 class Kernel:
     """Stands for a jitted kernel: records launches through Triton, and those that go straight to what it compiled."""
+
+    fn, __name__ = staticmethod(scale_rows), "_scale_rows_kernel"
 
     def __init__(self):
         self.ordinary, self.direct = [], []
@@ -81,67 +109,116 @@ class Kernel:
 
 X, ODD = torch.zeros(64), torch.zeros(65)[1:]
 CALL = {
-    "tensors": (X, None),
-    "ints": (16, 3),
-    "floats": (0, 0.5),
-    "constants": (True, 128),
-    "options": (("num_warps", 4),),
-}
+    "x_ptr": X, "bias_ptr": None, "y_ptr": X, "x_row_stride": 16, "num_cols": 3, "factor": 2, "HAS_BIAS": True,
+    "BLOCK": 128,
+}  # fmt: skip
+OPTIONS = (("num_warps", 4),)
 
 
 @pytest.fixture
 def launcher(monkeypatch):
     monkeypatch.setattr(launch, "DIRECT_LAUNCH", True)
     monkeypatch.setattr(launch, "current_stream", lambda device: 77)
+    monkeypatch.setattr(launch, "current_device", lambda: -1)
     kernel = Kernel()
-    return launch.Launcher(kernel), kernel
+    return launch.launcher(kernel), kernel
 
 
 def test_second_launch_goes_straight_to_the_compiled_kernel(launcher):
     start, kernel = launcher
     for grid in ((5, 1, 1), (6, 2, 1), (7, 1, 1)):
-        start(grid, **CALL)
+        start(grid, OPTIONS, **CALL)
     ((grid, args, options),) = kernel.ordinary
-    assert (grid, args, options) == ((5, 1, 1), (X, None, 16, 3, 0.0, 0.5, True, 128), {"num_warps": 4})
-    assert isinstance(args[4], float), "an int in the place of a float would be specialised on"
-    rest = (77, "f1", "m1", None, None, None, X.data_ptr(), None, 16, 3, 0, 0.5, True, 128)
+    assert (grid, args, options) == ((5, 1, 1), (X, None, X, 16, 3, 2.0, True, 128), {"num_warps": 4})
+    assert isinstance(args[5], float), "an int in the place of a float would be an int in the interpreter"
+    rest = (77, "f1", "m1", None, None, None, X.data_ptr(), None, X.data_ptr(), 16, 3, 2, True, 128)
     assert kernel.direct == [(1, (6, 2, 1, *rest)), (1, (7, 1, 1, *rest))]
+
+
+def test_order_of_names_is_free(launcher):
+    start, kernel = launcher
+    start((5, 1, 1), OPTIONS, **CALL)
+    start((5, 1, 1), OPTIONS, **dict(reversed(CALL.items())))
+    start((6, 1, 1), OPTIONS, **CALL)
+    assert len(kernel.ordinary) == 1
+    (_, first), (_, second) = kernel.direct
+    assert first[1:] == second[1:]
+
+
+@pytest.mark.parametrize("name", CALL)
+def test_missing_argument_is_named(launcher, name):
+    start, kernel = launcher
+    with pytest.raises(TypeError, match=rf"launch_scale_rows_kernel.*'{name}'"):
+        start((5, 1, 1), OPTIONS, **{other: value for other, value in CALL.items() if other != name})
+    assert not kernel.ordinary
+
+
+@pytest.mark.parametrize("name", ["num_col", "X_ptr", "num_warps"])
+def test_unknown_argument_is_named(launcher, name):
+    start, kernel = launcher
+    with pytest.raises(TypeError, match=rf"launch_scale_rows_kernel.*'{name}'"):
+        start((5, 1, 1), OPTIONS, **CALL, **{name: 1})
+    assert not kernel.ordinary
+
+
+def test_parameters_of_unknown_kind_are_refused():
+    def kernel(x_ptr, num_cols: int):
+        pass
+
+    with pytest.raises(TypeError, match="num_cols"):
+        launch.launcher(kernel)
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        {"tensors": (ODD, None)},
-        {"tensors": (X.int(), None)},
-        {"tensors": (X, X)},
-        {"ints": (16, 1)},
-        {"ints": (17, 3)},
-        {"ints": (16, 2**31 + 3)},
-        {"constants": (False, 128)},
-        {"options": (("num_warps", 8),)},
-        {"options": (("num_warps", 4), ("maxnreg", 64))},
+        {"x_ptr": ODD},
+        {"x_ptr": X.int()},
+        {"bias_ptr": X},
+        {"num_cols": 1},
+        {"x_row_stride": 17},
+        {"num_cols": 2**31 + 3},
+        {"HAS_BIAS": False},
+        {"BLOCK": 64},
     ],
     ids=str,
 )
 def test_another_specialization_is_another_kernel(launcher, change):
     start, kernel = launcher
     for call in (CALL, CALL | change, CALL, CALL | change):
-        start((5, 1, 1), **call)
+        start((5, 1, 1), OPTIONS, **call)
     assert len(kernel.ordinary) == 2
     assert [number for number, _ in kernel.direct] == [1, 2]
+
+
+@pytest.mark.parametrize("change", [(("num_warps", 8),), (("num_warps", 4), ("maxnreg", 64))], ids=str)
+def test_other_options_are_another_kernel(launcher, change):
+    start, kernel = launcher
+    for options in (OPTIONS, change, OPTIONS, change):
+        start((5, 1, 1), options, **CALL)
+    assert len(kernel.ordinary) == 2
+    assert [number for number, _ in kernel.direct] == [1, 2]
+
+
+def test_float_annotation_is_the_type_triton_gives_a_float():
+    """An annotation overrides what Triton finds from the value, so it must be the same type and as little special."""
+    from triton.runtime.jit import JITFunction
+
+    factor = JITFunction(scale_rows).params[5]
+    assert (factor.annotation_type, None) == triton_specialization(2.0)
 
 
 @pytest.mark.parametrize("hook", ["launch_enter_hook", "launch_exit_hook"])
 def test_profilers_see_every_launch(launcher, monkeypatch, hook):
     start, kernel = launcher
-    start((5, 1, 1), **CALL)
+    start((5, 1, 1), OPTIONS, **CALL)
     chain = getattr(triton.knobs.runtime, hook)
     chain.add(print)
-    start((5, 1, 1), **CALL)
+    start((5, 1, 1), OPTIONS, **CALL)
     chain.remove(print)
     assert (len(kernel.ordinary), len(kernel.direct)) == (2, 0)
     monkeypatch.setattr(triton.knobs.runtime, hook, print)
-    start((5, 1, 1), **CALL)
+    start((5, 1, 1), OPTIONS, **CALL)
     assert (len(kernel.ordinary), len(kernel.direct)) == (3, 0)
 
 
@@ -149,19 +226,17 @@ def test_without_direct_launch_triton_is_asked_each_time(launcher, monkeypatch):
     start, kernel = launcher
     monkeypatch.setattr(launch, "DIRECT_LAUNCH", False)
     for _ in range(3):
-        start((5, 1, 1), **CALL)
+        start((5, 1, 1), OPTIONS, **CALL)
     assert (len(kernel.ordinary), len(kernel.direct)) == (3, 0)
     assert not start.compiled
 
 
-# Plain, and jitted where it is used: the tests of this process may have Triton interpret what it jits.
-def scale_rows(x_ptr, bias_ptr, y_ptr, x_row_stride, num_cols, factor, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    cols = tl.arange(0, BLOCK)
-    x = tl.load(x_ptr + row * x_row_stride + cols, mask=cols < num_cols, other=0.0).to(tl.float32) * factor
-    if HAS_BIAS:
-        x += tl.load(bias_ptr + cols, mask=cols < num_cols, other=0.0).to(tl.float32)
-    tl.store(y_ptr + row * num_cols + cols, x.to(y_ptr.dtype.element_ty), mask=cols < num_cols)
+def scaled(x, bias, y, factor, block):
+    """Arguments of ``scale_rows``."""
+    return {
+        "x_ptr": x, "bias_ptr": bias, "y_ptr": y, "x_row_stride": x.stride(0), "num_cols": x.shape[1],
+        "factor": factor, "HAS_BIAS": bias is not None, "BLOCK": block,
+    }  # fmt: skip
 
 
 def check_both_ways_to_launch():
@@ -180,11 +255,11 @@ def check_both_ways_to_launch():
     )
     driver.set_active(recorder)
     compiler.max_shared_mem = lambda device: 232448
-    launch.DIRECT_LAUNCH, launch.current_stream = True, lambda device: 77
+    launch.DIRECT_LAUNCH, launch.current_stream, launch.current_device = True, lambda device: 77, lambda: -1
     x, y = torch.zeros(4, 16), torch.zeros(4, 16)
-    start = launch.Launcher(triton.jit(scale_rows))
+    start = launch.launcher(triton.jit(scale_rows))
     for _ in range(2):
-        start((4, 1, 1), (x, None, y), (16, 16), (2,), (False, 16), (("num_warps", 1),))
+        start((4, 1, 1), (("num_warps", 1),), **scaled(x, None, y, 2, 16))
     ordinary, direct = calls
     assert direct[:6] == ordinary[:6] == (4, 1, 1, 77, 11, ordinary[5])
     assert direct[6:9] == (None, None, None)  # launch metadata and hooks, which a direct launch leaves out
@@ -213,7 +288,7 @@ def test_every_kernel_compiles_for_an_h100(tmp_path):
 def test_launches_in_any_order_compute_the_same():
     """Each case follows one whose compiled kernel would read it wrongly: alignment, strides, widths, None, int64."""
     assert launch.DIRECT_LAUNCH
-    start = launch.Launcher(triton.jit(scale_rows))
+    start = launch.launcher(triton.jit(scale_rows))
     buffer = torch.randn(40_000, device="cuda")
     cases = []
     for dtype in (torch.float32, torch.bfloat16):
@@ -229,10 +304,7 @@ def test_launches_in_any_order_compute_the_same():
         for i, x in enumerate(cases):
             bias = buffer[i % 5 : i % 5 + x.shape[1]] if i % 3 else None
             y = torch.empty(x.shape, device="cuda")
-            start(
-                (x.shape[0], 1, 1), (x, bias, y), (x.stride(0), x.shape[1]), (i % 4,),
-                (bias is not None, 64), (("num_warps", 2),),
-            )  # fmt: skip
+            start((x.shape[0], 1, 1), (("num_warps", 2),), **scaled(x, bias, y, i % 4, 64))
             expected = x.float() * (i % 4) + (0.0 if bias is None else bias)
             torch.testing.assert_close(y, expected, rtol=1e-6, atol=1e-6)
     assert len(start.compiled) < len(cases)
@@ -240,12 +312,12 @@ def test_launches_in_any_order_compute_the_same():
 
 @pytest.mark.gpu
 def test_launches_on_the_current_stream_and_the_tensors_device():
-    start = launch.Launcher(triton.jit(scale_rows))
+    start = launch.launcher(triton.jit(scale_rows))
     stream = torch.cuda.Stream()
     for index in [*range(torch.cuda.device_count()), *range(torch.cuda.device_count())]:
         x = torch.randn(8, 16, device=f"cuda:{index}")
         y = torch.zeros_like(x)
-        start((8, 1, 1), (x, None, y), (16, 16), (2.0,), (False, 16), (("num_warps", 1),))
+        start((8, 1, 1), (("num_warps", 1),), **scaled(x, None, y, 2.0, 16))
         assert torch.equal(y, 2 * x)
         assert torch.cuda.current_device() == 0
     x = torch.randn(8, 16, device="cuda")
@@ -254,7 +326,7 @@ def test_launches_on_the_current_stream_and_the_tensors_device():
         torch.cuda._sleep(50_000_000)
         x.add_(1.0)  # a launch on the default stream would read x before this
         y = torch.zeros_like(x)
-        start((8, 1, 1), (x, None, y), (16, 16), (2.0,), (False, 16), (("num_warps", 1),))
+        start((8, 1, 1), (("num_warps", 1),), **scaled(x, None, y, 2.0, 16))
     stream.synchronize()
     assert torch.equal(y, 2 * x)
 
