@@ -1,14 +1,14 @@
-"""The loss of a Medusa head: plain, or fused so that nothing of one head is alive while the next one is computed.
+"""The loss of a Medusa head: plain, or fused so that each head's activations are freed before the next head runs.
 
-The fused loss of a head runs its residual blocks and ``linear_cross_entropy`` on detached hidden states inside its own
-forward, and takes the gradients there. What stays until backward is the gradient of the head's parameters; logits and
-activations are freed before the next head starts. The gradient with respect to the hidden states, which all heads
-share, is summed in one fp32 buffer (``HiddenGradient``), which enters the autograd graph through ``open_gate``.
+The fused loss runs a head's residual blocks and ``linear_cross_entropy`` on detached hidden states and computes the
+gradients in its forward. Logits and activations are freed there; only the gradients of the head's parameters stay until
+backward. All heads share the hidden states, so their gradients with respect to these are summed in one fp32 buffer
+(``HiddenGradient``), which joins the autograd graph through ``open_gate``.
 
-Where gradients are accumulated over micro-batches, those of the parameters exist twice from forward to backward.
+With gradient accumulation over micro-batches, the gradients of the parameters exist twice from forward to backward.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,19 +20,22 @@ from ..kernels.linear_cross_entropy import linear_cross_entropy
 from ..kernels.linear_loss.scale_gradients import graph_is_kept, scale_gradients
 from ..kernels.runtime.launch import use_triton
 
-# In fp16, the largest factor that gradients carry from forward to backward, like a loss scale of that size. No larger:
-# a GradScaler lowers its own scale where gradients overflow, but knows nothing of this one.
+# In fp16, the largest factor that gradients carry from forward to backward, like a loss scale of that size. It is kept
+# small because a GradScaler lowers its own scale when gradients overflow, but does not know about this one.
 MAX_LATE_SCALE = 2.0**10
 HeadLoss = Callable[..., Tensor]
 
 
 def residual_blocks(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """``h + silu(R h + b)``, one block after the other.
+    """Apply ``h + silu(R h + b)`` once per block.
 
     Args:
         hidden: ``[..., H]``.
-        weight: ``[L * H, H]``, the ``R`` of ``L`` blocks below one another.
+        weight: ``[L * H, H]``, the matrices ``R`` of the ``L`` blocks, stacked.
         bias: ``[L * H]``.
+
+    Returns:
+        ``[..., H]``.
     """
     width = hidden.shape[-1]
     for r, b in zip(weight.split(width), bias.split(width), strict=True):
@@ -43,17 +46,17 @@ def residual_blocks(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def plain_head_loss(
     hidden: Tensor, weight: Tensor, labels: Tensor, *, logit_scale: float = 1.0, softcap: float | None = None
 ) -> Tensor:
-    """The sum of the cross-entropies of materialised logits in fp32: what an unpatched causal LM computes.
+    """Sum the cross-entropies of materialised fp32 logits, as an unpatched causal LM does.
 
     Args:
         hidden: ``[N, H]``, the output of a head's residual blocks.
         weight: ``[V, H]``.
-        labels: ``[N]``, aligned with ``hidden``; -100 counts nothing.
-        logit_scale: factor of the logits.
-        softcap: then ``logits = softcap * tanh(logits / softcap)``, unless ``None``.
+        labels: ``[N]``, aligned with ``hidden``; -100 is ignored.
+        logit_scale: Factor of the logits.
+        softcap: Unless ``None``, ``logits = softcap * tanh(logits / softcap)`` after scaling.
 
     Returns:
-        0-d; 0 where no label counts.
+        A 0-d tensor, 0 if every label is ignored.
     """
     logits = F.linear(hidden, weight)
     if logit_scale != 1.0:
@@ -67,21 +70,21 @@ class HiddenGradient:
     """The gradient with respect to the hidden states, summed over the heads while they run; ``[..., H]`` in fp32."""
 
     def __init__(self, hidden: Tensor):
-        self.total = torch.zeros_like(hidden, dtype=torch.promote_types(hidden.dtype, torch.float32))
-        self.upstream: Tensor | None = None  # of the sum of the heads' losses, known in backward
+        self.total: Tensor | None = torch.zeros_like(hidden, dtype=torch.promote_types(hidden.dtype, torch.float32))
+        self.upstream: Tensor | None = None  # gradient of the sum of the heads' losses, known in backward
 
 
 class _Gate(torch.autograd.Function):
-    """An empty tensor that stands for the hidden states; its backward hands out what the heads have summed."""
+    """An empty tensor that represents the hidden states; its backward returns what the heads have summed."""
 
     @staticmethod
-    def forward(ctx, hidden, shared):
+    def forward(ctx: Any, hidden: Tensor, shared: HiddenGradient) -> Tensor:
         ctx.shared, ctx.dtype = shared, hidden.dtype
         return hidden.new_empty(0)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, _):
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None]:
         shared = ctx.shared
         if graph_is_kept():
             return (shared.total * shared.upstream).to(ctx.dtype), None
@@ -89,9 +92,9 @@ class _Gate(torch.autograd.Function):
         return total.mul_(shared.upstream).to(ctx.dtype), None
 
 
-@torch.compiler.disable
+@torch.compiler.disable()
 def open_gate(hidden: Tensor, shared: HiddenGradient) -> Tensor:
-    """An empty tensor to pass to each head in the place of ``hidden``: it is what a head's loss depends on.
+    """Make the empty tensor that each head's loss depends on, in place of ``hidden``.
 
     The upstream gradients of all heads' losses must be equal, as those of a sum are.
     """
@@ -99,18 +102,19 @@ def open_gate(hidden: Tensor, shared: HiddenGradient) -> Tensor:
 
 
 class HeadCall:
-    """One head's call: what it is to compute, and the ``loss`` it has computed.
+    """The arguments of one head's call, and the loss that it computes.
 
-    Travels in one object because FSDP2 casts every floating-point tensor that enters or leaves a unit to the compute
-    dtype: ``num_items`` and ``loss`` would be rounded to bf16. It looks into dataclasses, too, so this is none.
+    FSDP2 casts every floating-point tensor that enters or leaves a unit to the compute dtype, which would round
+    ``num_items`` and ``loss`` to bf16. It does not look into this object. It does look into dataclasses, so this is not
+    one.
 
     Args:
         labels: ``[...]``, aligned with the hidden states: position t holds the token that the head predicts there.
-        num_items: divisor of the sum of the cross-entropies, the head's weight in the total included.
-        head_loss: computes the sum of the cross-entropies from ``(hidden [N, H], weight [V, H], labels [N])`` and
-            ``options`` through ordinary autograd. ``None``: fused.
-        options: keyword arguments of ``head_loss``; of ``linear_cross_entropy``, where fused.
-        shared: sum of the hidden states' gradient, where fused and wanted.
+        num_items: Divisor of the sum of the cross-entropies, with the head's weight in the total included.
+        head_loss: Computes the sum of the cross-entropies from ``(hidden [N, H], weight [V, H], labels [N])`` and
+            ``options`` through ordinary autograd. ``None``: the fused loss.
+        options: Keyword arguments of ``head_loss``, or of ``linear_cross_entropy`` for the fused loss.
+        shared: Sum of the gradients of the hidden states. ``None`` if these need no gradient or the loss is not fused.
     """
 
     def __init__(
@@ -126,43 +130,54 @@ class HeadCall:
         self.loss: Tensor | None = None
         self._differentiable, self._begun = torch.is_grad_enabled(), False
 
+    def pop_loss(self) -> Tensor:
+        """Return the loss and drop it here: activation checkpointing keeps this object and would keep the graph."""
+        loss, self.loss = self.loss, None
+        assert loss is not None, "the head's forward stores a loss"
+        return loss
+
     def begin(self) -> bool:
-        """Whether the head runs for the first time, not again in backward to compute its activations anew.
+        """Whether this is the head's first run, and not a recomputation of its activations in backward.
 
         Raises:
-            ValueError: gradients were on where the call was made and are off in the head. Reentrant activation
-                checkpointing does that, and passes on the gradients of a module's outputs only: ``loss`` is none.
+            ValueError: Gradients were enabled when the call was made and are disabled in the head, which means
+                reentrant activation checkpointing. It passes on gradients of a module's outputs only, and ``loss`` is
+                not one.
         """
         if self._differentiable and not torch.is_grad_enabled():
             raise ValueError(
-                "use_reentrant=True: a Medusa head ran without gradients inside a training forward, as reentrant "
-                "activation checkpointing of the head does, and its loss would be lost for backward. Checkpoint the "
-                "heads with use_reentrant=False, or not at all: their fused loss keeps no activations"
+                "use_reentrant=True: a Medusa head ran without gradients in a training forward, which reentrant "
+                "activation checkpointing causes, so backward would miss its loss. Checkpoint the heads with "
+                "use_reentrant=False, or do not checkpoint them: their fused loss keeps no activations"
             )
         first, self._begun = not self._begun, True
         return first
 
 
 class _FusedHeadLoss(torch.autograd.Function):
-    """A head's loss from detached hidden states, its gradients taken in forward.
+    """A head's loss from detached hidden states, with the gradients computed in forward.
 
-    ``first``: the call's first run. A second one, for activation checkpointing, saves the same gradients of the
-    parameters for backward; that of the hidden states is in the sum already.
+    ``first`` marks the call's first run. A second run, for activation checkpointing, saves the same gradients of the
+    parameters for backward, but the gradient of the hidden states is already in the sum.
     """
 
     @staticmethod
-    def forward(ctx, gate, hidden, call, first, *parameters):
+    def forward(
+        ctx: Any, gate: Tensor | None, hidden: Tensor, call: HeadCall, first: bool, *parameters: Tensor
+    ) -> Tensor:
         ctx.set_materialize_grads(False)
+        shared = call.shared if first else None
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
-            x = hidden.detach().requires_grad_(call.shared is not None and first)
+            x = hidden.detach().requires_grad_(shared is not None)
             leaves = [p.detach().requires_grad_(p.requires_grad) for p in parameters]
             loss = _loss(x, leaves, call)
             wanted = [t for t in (x, *leaves) if t.requires_grad]
             late = _late_scale(hidden, call)
             grads = iter(torch.autograd.grad(loss, wanted, late))
-        if x.requires_grad:
+        if shared is not None:
             grad = next(grads)
-            call.shared.total.add_(grad if late is None else grad.float() / late)
+            assert shared.total is not None, "the sum is taken only in backward, after all heads have run"
+            shared.total.add_(grad if late is None else grad.float() / late)
         ctx.shared, ctx.late = call.shared, late
         ctx.dtypes = [p.dtype for p in parameters]
         ctx.save_for_backward(*(next(grads) if p.requires_grad else None for p in parameters))
@@ -170,7 +185,7 @@ class _FusedHeadLoss(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, upstream):
+    def backward(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         if upstream is None:
             return (None,) * (4 + len(ctx.dtypes))
         if ctx.shared is not None:
@@ -181,21 +196,24 @@ class _FusedHeadLoss(torch.autograd.Function):
 
 
 def _as_it_is(tensor: Tensor) -> Tensor:
-    """What is saved inside a head's forward is used there: not for a checkpoint to drop, nor to be offloaded."""
+    """Keep saved tensors as they are: a head's forward uses them itself, so checkpoints must not drop them."""
     return tensor
 
 
-def _loss(hidden: Tensor, parameters: list[Tensor], call: HeadCall) -> Tensor:
+def _loss(hidden: Tensor, parameters: Sequence[Tensor], call: HeadCall) -> Tensor:
     residual_weight, residual_bias, weight = parameters
     x = residual_blocks(hidden, residual_weight, residual_bias)
-    return linear_cross_entropy(x, weight, call.labels, num_items=call.num_items, **call.options)
+    loss = linear_cross_entropy(x, weight, call.labels, num_items=call.num_items, **call.options)
+    assert isinstance(loss, Tensor), "without the option that adds statistics, the op returns the loss alone"
+    return loss
 
 
 def _late_scale(hidden: Tensor, call: HeadCall) -> Tensor | None:
-    """In fp16 the factor by which gradients are kept too large until backward, where a loss scale comes in.
+    """In fp16, the factor by which forward enlarges gradients and backward divides them again; else ``None``.
 
-    The loss divides by the number of tokens, and without the loss scale gradients that small would underflow. Up to
-    ``MAX_LATE_SCALE``: undivided, sums over thousands of tokens would overflow.
+    The loss is divided by the number of tokens, and gradients that small would underflow before the loss scale is
+    applied in backward. The factor is at most ``MAX_LATE_SCALE``, because undivided sums over thousands of tokens would
+    overflow.
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
@@ -212,18 +230,21 @@ def _scaled(grads: tuple[Tensor | None, ...], dtypes: list[torch.dtype], scale: 
     return [None if grad is None else (grad * scale).to(dtype) for grad, dtype in zip(grads, dtypes, strict=True)]
 
 
-@torch.compiler.disable  # gradients inside a forward are no graph that it could trace
+@torch.compiler.disable()  # the compiler cannot trace gradients that are computed inside a forward
 def fused_head_loss(
-    hidden: Tensor, gate: Tensor | None, call: HeadCall, parameters: list[Tensor], first: bool
+    hidden: Tensor, gate: Tensor | None, call: HeadCall, parameters: Sequence[Tensor], first: bool
 ) -> Tensor:
-    """A head's share of the loss, ``sum of cross-entropies / call.num_items``, in fp32, without the logits.
+    """Compute a head's share of the loss without materialising the logits.
 
     Args:
         hidden: ``[..., H]``, detached: gradients go through ``gate`` into ``call.shared``.
-        gate: from ``open_gate``, or ``None`` where the hidden states want no gradient.
-        call: with ``head_loss=None``.
+        gate: From ``open_gate``, or ``None`` if the hidden states need no gradient.
+        call: With ``head_loss=None``.
         parameters: ``residual_weight`` ``[L * H, H]``, ``residual_bias`` ``[L * H]`` and ``weight`` ``[V, H]``.
-        first: what ``call.begin()`` said.
+        first: The result of ``call.begin()``.
+
+    Returns:
+        ``sum of cross-entropies / call.num_items``, 0-d, in fp32.
     """
     if torch.is_grad_enabled() and (gate is not None or any(p.requires_grad for p in parameters)):
         return _FusedHeadLoss.apply(gate, hidden, call, first, *parameters)
@@ -232,22 +253,22 @@ def fused_head_loss(
 
 
 class _TieEmpty(torch.autograd.Function):
-    """``(loss, empty tensor)`` from one node."""
+    """``(loss, empty tensor)`` from one autograd node."""
 
     @staticmethod
-    def forward(ctx, loss, dtype):
+    def forward(ctx: Any, loss: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         return loss.view_as(loss), loss.new_empty(0, dtype=dtype)
 
     @staticmethod
-    def backward(ctx, grad, _):
+    def backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, None]:
         return grad, None
 
 
 def tie_empty(loss: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """``loss`` and an empty tensor of ``dtype`` that leave one autograd node.
+    """Return ``loss`` and an empty tensor of ``dtype`` as outputs of one autograd node.
 
-    Sharded engines gather a module's weights for backward by a hook on its outputs. With the empty tensor as the
-    module's output and ``loss + empty.sum()`` differentiated, that hook runs before the gradients of ``loss``.
+    Sharded engines gather a module's weights for backward in a hook on the module's outputs. If the module returns the
+    empty tensor and ``loss + empty.sum()`` is differentiated, that hook runs before the gradient of ``loss``.
     """
     return _TieEmpty.apply(loss, dtype)

@@ -320,13 +320,13 @@ def test_new_heads_are_the_lms_own_and_leave_it_as_it_is():
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"heads": 0}, ValueError, "heads must be at least 1, got 0"),
-        ({"heads": 2.0}, TypeError, r"heads must be an int, got 2\.0"),
-        ({"layers": 0}, ValueError, "layers must be at least 1, got 0"),
-        ({"coefficient": 0.0}, ValueError, r"coefficient must be above 0 and finite, got 0\.0"),
-        ({"coefficient": "0.2"}, TypeError, "coefficient must be a float, got '0.2'"),
-        ({"decay": 1.5}, ValueError, r"decay must be above 0 and at most 1, got 1\.5"),
-        ({"stage": 3}, ValueError, r"stage must be 1 .* or 2 .*, got 3"),
+        ({"heads": 0}, ValueError, "heads: got 0; must be at least 1"),
+        ({"heads": 2.0}, TypeError, r"heads: got 2\.0; must be an int"),
+        ({"layers": 0}, ValueError, "layers: got 0; must be at least 1"),
+        ({"coefficient": 0.0}, ValueError, r"coefficient: got 0\.0; must be above 0 and finite"),
+        ({"coefficient": "0.2"}, TypeError, "coefficient: got '0.2'; must be a float"),
+        ({"decay": 1.5}, ValueError, r"decay: got 1\.5; must be above 0 and at most 1"),
+        ({"stage": 3}, ValueError, r"stage: got 3; must be 1 .* or 2 .*"),
     ],
 )
 def test_bad_settings_are_named(settings, error, message):
@@ -336,12 +336,12 @@ def test_bad_settings_are_named(settings, error, message):
 
 def test_bad_calls_are_named():
     inputs = batch()
-    with pytest.raises(TypeError, match="lm must be a transformers PreTrainedModel, got Linear"):
+    with pytest.raises(TypeError, match="lm: got Linear; must be a transformers PreTrainedModel"):
         MedusaModel.from_causal_lm(torch.nn.Linear(2, 2), MedusaConfig())
-    with pytest.raises(ValueError, match="causal LM with a backbone and output embeddings, got LlamaModel"):
+    with pytest.raises(ValueError, match="got LlamaModel; must be a causal LM with a backbone and output embeddings"):
         MedusaModel.from_causal_lm(tiny_model("llama").model, MedusaConfig())
     model = medusa_model(patched=True)
-    with pytest.raises(ValueError, match="labels: MedusaModel computes training losses"):
+    with pytest.raises(ValueError, match="labels: got None; must be given"):
         model(input_ids=inputs["input_ids"])
     with pytest.raises(ValueError, match="shift_labels"):
         model(**inputs, shift_labels=inputs["labels"])

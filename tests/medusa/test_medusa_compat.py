@@ -103,12 +103,12 @@ def test_heads_scale_and_cap_logits_as_the_lm_does(model_type):
             torch.testing.assert_close(output.head_losses[k - 1], loss / (labels[:, 1:] != -100).sum())
     assert_same_training(*results)
     model.head_loss = plain_head_loss
-    with pytest.raises(ValueError, match=r"head_loss must be None for .*: its logits have .*softcap"):
+    with pytest.raises(ValueError, match=r"head_loss: got .*, whose logits have .*softcap.*; must be None"):
         model(**inputs)
 
 
 def test_lms_of_which_no_heads_can_be_made(monkeypatch):
-    with pytest.raises(ValueError, match="lm: output embeddings must have no bias, as heads have none, got PhiFor"):
+    with pytest.raises(ValueError, match="lm: got PhiForCausalLM, whose output embeddings have a bias; must have none"):
         MedusaModel.from_causal_lm(tiny_model("phi"), MedusaConfig())
     lm = tiny_model("llama")
     forward = type(lm).forward
@@ -125,7 +125,7 @@ def test_lms_of_which_no_heads_can_be_made(monkeypatch):
 
 def test_a_plain_lm_is_no_medusa_model(tmp_path):
     tiny_model("llama").save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"config\.medusa must be .*, got None: .*from_causal_lm"):
+    with pytest.raises(ValueError, match=r"config\.medusa: got None from .*; must be .*from_causal_lm"):
         MedusaModel.from_pretrained(tmp_path)
     with pytest.raises(NotImplementedError, match=r"call lm\.resize_token_embeddings before"):
         medusa_model().resize_token_embeddings(140)

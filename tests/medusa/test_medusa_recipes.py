@@ -33,8 +33,8 @@ def test_a_recipe_makes_heads(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--medusa_heads -1", "medusa_heads must be at least 1, got -1"),
-        ("--medusa_stage 3", "medusa_stage must be 1"),
+        ("--medusa_heads -1", "medusa_heads: got -1; must be at least 1"),
+        ("--medusa_stage 3", "medusa_stage: got 3; must be 1"),
         ("--medusa_head 3", r"unknown key 'medusa_head' \(did you mean 'medusa_heads'\?\)"),
         ("--trainer sft", "medusa_heads=5 needs trainer: trainer, got trainer: sft"),
         ("--use_peft true", "medusa_heads=5 .* use_peft: false"),
