@@ -5,12 +5,14 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from .environment import environment
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
+
+    from .arguments import LigerTrainingArguments
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -118,7 +120,7 @@ def run_report(args: argparse.Namespace) -> None:
     print(apply_liger(model, liger_config))
 
 
-def model_config(source: str) -> "tuple[PreTrainedConfig, dict[str, Any] | None]":
+def model_config(source: str) -> "tuple[PreTrainedConfig, dict[str, Any] | str | None]":
     """Find the transformers config of a model, and the ``liger_config`` to apply to it.
 
     Args:
@@ -132,10 +134,12 @@ def model_config(source: str) -> "tuple[PreTrainedConfig, dict[str, Any] | None]
     from .training.recipe import parse_recipe, peek
 
     recipe = parse_recipe([source])
+    liger_config = cast("LigerTrainingArguments", recipe.training).liger_config
     shape = peek([source], "model_config")  # parse_recipe drops it if the recipe also names a model
     if shape is not None:
-        return AutoConfig.for_model(**json.loads(shape)), recipe.training.liger_config
-    return AutoConfig.from_pretrained(recipe.model.model_name_or_path), recipe.training.liger_config
+        return AutoConfig.for_model(**json.loads(shape)), liger_config
+    assert recipe.model.model_name_or_path is not None, "parse_recipe accepts no recipe with neither"
+    return AutoConfig.from_pretrained(recipe.model.model_name_or_path), liger_config
 
 
 def run_benchmark(subject: str, rest: list[str]) -> int:
