@@ -67,7 +67,7 @@ class LigerCallback(TrainerCallback):
         config = self.config or LigerConfig.parse(getattr(args, "liger_config", None))
         if patched is not None and self.config is None and getattr(args, "liger_config", None) is None:
             config = patched.config  # the user has patched the model with options, which stay
-        report = apply_with(model, config, _why_no_fused_loss(args))
+        report = apply_with(model, config, _excluded(args))
         if config.fused_loss and bridge.has_fused_head(args):
             bridge.attach(model)
         if not self._printed and state.is_world_process_zero:
@@ -90,7 +90,8 @@ def install_default_callback() -> None:
         defaults.append(FlaggedLigerCallback)
 
 
-def _why_no_fused_loss(args: TrainingArguments) -> str | None:
+def _excluded(args: TrainingArguments) -> dict[str, str]:
+    """Kinds that cannot be used with ``args``, and why."""
     if args.label_smoothing_factor > 0:
-        return "label_smoothing_factor is set: the Trainer computes the smoothed loss from the logits itself"
-    return None
+        return {"fused_loss": "label_smoothing_factor is set: the Trainer computes the smoothed loss from the logits"}
+    return {}

@@ -35,10 +35,10 @@ class LigerConfig:
         glu: Replace gated activations (SwiGLU, GeGLU), found in the same way.
         attention: Pass grouped keys and values to SDPA as they are. transformers repeats them for each query head when
             there is a mask. Applies where torch has a fused kernel for grouped heads, and not under torch.compile.
+        fused_loss: Compute the causal-LM loss inside ``lm_head``, for one chunk of tokens at a time.
         padding_mask: Drop the padding mask of training batches that causal attention does not need: all padding is on
             the right and has no labels. Loss and gradients stay the same; hidden states at padding change. Does not
             apply under torch.compile.
-        fused_loss: Compute the causal-LM loss inside ``lm_head``, for one chunk of tokens at a time.
         strict: Raise an error if a requested kernel cannot be applied, instead of listing it in the report.
             ``padding_mask`` is exempt because it is decided per batch.
         logits_budget_mib: Memory budget, in MiB, for one chunk of logits. Ignored when a single chunk needs no more
@@ -60,8 +60,8 @@ class LigerConfig:
     rope: bool = _kind()
     glu: bool = _kind()
     attention: bool = _kind()
-    padding_mask: bool = _kind()
     fused_loss: bool = _kind()
+    padding_mask: bool = _kind()
     strict: bool = False
     logits_budget_mib: int = _option_of("fused_loss", 512)
     low_memory: bool = _option_of("fused_loss", False)
@@ -121,4 +121,3 @@ _OPTIONS = {
     kind: tuple(field.name for field in dataclasses.fields(LigerConfig) if field.metadata.get("option_of") == kind)
     for kind in KINDS
 }
-BY_BATCH = ("padding_mask",)  # decided per batch, so ``strict`` does not apply

@@ -5,7 +5,6 @@ import sys
 
 import pytest
 import torch
-from liger_trainer.kernels.gated_linear import gated_linear
 from liger_trainer.kernels.runtime import launch
 from tiny_models import (
     MODEL_TYPES,
@@ -20,8 +19,6 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from liger_trainer import LigerConfig, apply_liger, revert_liger
-from liger_trainer.rules import glu as gated
-from liger_trainer.rules import norms
 
 # What each architecture has two layers of: (norms, rotary attentions, gated MLPs).
 EXPECTED = {
@@ -84,47 +81,6 @@ def test_same_numbers_and_nothing_skipped(model_type, triton, monkeypatch):
     assert torch.equal(theirs_again[0], theirs[0])
 
 
-@pytest.mark.parametrize(
-    ("model_type", "overrides", "ropes"),
-    [
-        ("gpt_oss", {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16}, 2),  # an entry for each pair
-        ("deepseek_v4", {}, 0),  # turns the end of a head, where the op turns its beginning
-    ],
-)
-def test_rotary_functions_are_taken_by_what_they_compute(model_type, overrides, ropes):
-    plain = tiny_model(model_type, **overrides)
-    model = copy.deepcopy(plain)
-    report = apply_liger(model)
-    assert report.counts.get("rope", 0) == ropes
-    assert ("rope" in {skipped.kind for skipped in report.skipped}) == (ropes == 0)
-    inputs = batch()
-    torch.testing.assert_close(model(**inputs).loss, plain(**inputs).loss, rtol=1e-5, atol=1e-7)
-
-
-@pytest.mark.parametrize(
-    ("model_type", "behaviour"), [("gpt_neox", "torch's"), ("cohere", "the input's"), ("nemotron", "autocast's")]
-)
-def test_layer_norms_keep_their_dtype_under_autocast(model_type, behaviour):
-    """What CUDA's autocast would do is told from a CPU; tests/test_models_gpu.py compares on a GPU."""
-    model = tiny_model(model_type)
-    (norm, *_) = (m for m in model.modules() if norms.matches(m))
-    assert norms._autocast_behaviour(norm, type(norm).forward) == behaviour
-    assert not torch.is_autocast_enabled("cuda")
-    apply_liger(model)
-    with torch.autocast("cpu", torch.bfloat16):
-        for dtype in (torch.float32, torch.bfloat16):
-            x = torch.randn(3, norm.weight.shape[0], dtype=dtype)
-            assert norm(x).dtype == type(norm).forward(norm, x).dtype
-
-
-def test_a_layer_norm_by_another_name_of_torch_s():
-    class Norm(nn.LayerNorm):
-        def forward(self, x):
-            return torch.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
-
-    assert norms._autocast_behaviour(Norm(32), Norm.forward) == "torch's"
-
-
 def test_logits_and_generation_are_unchanged_without_labels():
     model, inputs = tiny_model("gemma2").eval(), batch()
     ids = inputs["input_ids"][:1]
@@ -138,60 +94,6 @@ def test_logits_and_generation_are_unchanged_without_labels():
         kept = model(**inputs, logits_to_keep=inputs["labels"].shape[1]).logits
     assert type(kept) is torch.Tensor
     assert kept.shape[-1] == model.config.vocab_size
-
-
-@pytest.mark.parametrize("model_type", ["llama", "gemma2", "granite"])
-def test_evaluation_builds_logits_only_when_they_are_read(model_type):
-    model, inputs = tiny_model(model_type).eval(), batch()
-    with torch.no_grad():
-        theirs = model(**inputs)
-        apply_liger(model)
-        ours = model(**inputs)
-    torch.testing.assert_close(ours.loss, theirs.loss)
-    assert "not computed" in repr(ours.logits)
-    assert ours.logits.shape == theirs.logits.shape
-    assert ours.logits.dtype == theirs.logits.dtype
-    assert "not computed" in repr(ours.logits.float())  # what accelerate does to bf16 outputs
-    read = ours.logits.argmax(-1)
-    assert type(read) is torch.Tensor
-    assert torch.equal(read, theirs.logits.argmax(-1))
-    torch.testing.assert_close(torch.as_tensor(ours.logits.cpu().numpy()), theirs.logits, rtol=1e-5, atol=1e-5)
-
-
-def test_evaluation_mode_with_gradients_has_real_logits():
-    model, inputs = tiny_model("llama").eval(), batch()
-    apply_liger(model)
-    out = model(**inputs)
-    out.logits.sum().backward()
-    assert model.lm_head.weight.grad is not None
-
-
-@pytest.mark.parametrize(
-    ("labels", "num_items"),
-    [("ragged", None), ("ragged", 7), ("ragged", torch.tensor(5)), ("none valid", None), ("none valid", 9)],
-)
-def test_loss_is_normalised_as_transformers_does(labels, num_items):
-    model, inputs = tiny_model("qwen2"), batch()
-    if labels == "none valid":
-        inputs["labels"] = torch.full_like(inputs["labels"], -100)
-    extra = {} if num_items is None else {"num_items_in_batch": num_items}
-    theirs = loss_and_gradients(model, inputs | extra)
-    apply_liger(model)
-    ours = loss_and_gradients(model, inputs | extra)
-    if labels == "none valid" and num_items is None:
-        assert torch.isnan(theirs[0])  # 0 / 0; ours is a differentiable zero
-        assert ours[0] == 0
-        assert all(torch.isfinite(g).all() for g in ours[1].values())
-    else:
-        assert_same_training(theirs, ours)
-
-
-def test_shift_labels_are_used_as_given():
-    model, inputs = tiny_model("llama"), batch()
-    shifted = torch.roll(inputs["labels"], 3, dims=1)
-    theirs = loss_and_gradients(model, inputs | {"shift_labels": shifted})
-    apply_liger(model)
-    assert_same_training(theirs, loss_and_gradients(model, inputs | {"shift_labels": shifted}))
 
 
 def test_kinds_can_be_turned_off_and_the_report_reads_well():
@@ -250,35 +152,9 @@ def test_what_cannot_be_replaced_is_reported_and_strict_refuses_it():
     assert_same_training(theirs, loss_and_gradients(model, inputs))
 
 
-def test_models_that_change_their_logits_are_left_to_the_ordinary_path():
-    model, inputs = tiny_model("llama"), batch()
-
-    class Squared(type(model)):
-        def forward(self, *args, **kwargs):
-            loss_function = self.loss_function
-            self.loss_function = lambda logits, *a, **k: loss_function(logits**2, *a, **k)
-            out = super().forward(*args, **kwargs)
-            del self._loss_function
-            return out
-
-    model.__class__ = Squared
-    theirs = loss_and_gradients(model, inputs)
-    report = apply_liger(model)
-    assert [s.kind for s in report.skipped] == ["fused_loss", "padding_mask"]
-    assert_same_training(theirs, loss_and_gradients(model, inputs))
-
-
-def test_a_loss_function_set_later_is_respected():
-    model, inputs = tiny_model("llama"), batch()
-    apply_liger(model)
-    model.loss_function = lambda logits, labels, **kwargs: logits.float().square().mean()
-    loss, _ = loss_and_gradients(model, inputs)
-    assert loss > 0
-
-
 def test_wrong_use():
     model = tiny_model("llama")
-    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got str"):
+    with pytest.raises(TypeError, match=r"model: got str; must be a torch\.nn\.Module"):
         apply_liger("llama")
     with pytest.raises(ValueError, match=r"unknown key 'rms_nrom' \(did you mean 'rms_norm'\?\)"):
         apply_liger(model, {"rms_nrom": True})
@@ -293,22 +169,3 @@ def test_wrong_use():
         apply_liger(model)
     revert_liger(model)
     revert_liger(model)  # nothing left to revert
-
-
-@pytest.mark.parametrize("model_type", ["llama", "phi3"])
-def test_gated_activations_are_not_kept_for_backward(model_type, monkeypatch):
-    """A bare down projection goes with the activation into one op; one with a hook or an adapter is called."""
-    calls = []
-    monkeypatch.setattr(gated, "gated_linear", lambda *args, **kwargs: calls.append(1) or gated_linear(*args, **kwargs))
-    results = {}
-    for mode, expected in (("kept", 0), ("made again", 2), ("hooked", 1)):
-        model = tiny_model(model_type)
-        apply_liger(model, {"recompute_glu": mode != "kept"})
-        if mode == "hooked":
-            model.model.layers[0].mlp.down_proj.register_forward_hook(lambda module, args, out: out * 2)
-            model.model.layers[0].mlp.down_proj.register_forward_hook(lambda module, args, out: out / 2)
-        results[mode] = loss_and_gradients(model, batch())
-        assert len(calls) == expected
-        calls.clear()
-    assert_same_training(results["kept"], results["made again"])
-    assert_same_training(results["kept"], results["hooked"])

@@ -1,8 +1,8 @@
-"""What a causal LM does between ``lm_head`` and its loss, found out by running its own forward around stubs.
+"""What a causal LM does between ``lm_head`` and its loss, found by running its own forward around stubs.
 
-The backbone is replaced by one that returns zeros, ``lm_head`` by one that returns chosen logits, and the loss function
-by one that records what reaches it. From that follow the logit scale and soft-cap, as numbers, and whether the model
-hands ``num_items_in_batch`` and ``shift_labels`` on to its loss. No weight is needed and no model is named.
+A stub backbone returns zeros, a stub ``lm_head`` returns chosen logits, and a stub loss function records what reaches
+it. That gives the logit scale and the soft-cap as numbers, and shows whether the model passes ``num_items_in_batch``
+and ``shift_labels`` on to its loss. The probe needs no weights and no list of models.
 """
 
 import inspect
@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..probing.probe import hollow_copy
-from ..probing.sharding import full_shape
+from ..probing.probe import full_shape, hollow_copy
+from ..probing.rule import Skip, errors_skip
 
 TOKENS = 3
 
@@ -20,8 +20,11 @@ TOKENS = 3
 class HeadForm(NamedTuple):
     """What the fused loss must reproduce for one model.
 
-    ``logit_scale`` and ``softcap`` (``None``: no cap) act on the logits in that order. ``passes_num_items`` and
-    ``passes_shift_labels``: the model's forward hands these keyword arguments to its loss function.
+    Args:
+        logit_scale: Factor of the logits.
+        softcap: Soft-cap applied after the scale; ``None`` for none.
+        passes_num_items: The model's forward passes ``num_items_in_batch`` to its loss function.
+        passes_shift_labels: The model's forward passes ``shift_labels`` to its loss function.
     """
 
     logit_scale: float
@@ -35,75 +38,76 @@ class HeadForm(NamedTuple):
         return ", ".join(["linear_cross_entropy", *extras])
 
 
-class _Unfit(Exception):
-    """The model does something the fused loss cannot reproduce; the message is the reason for the report."""
-
-
 class _BackboneOutput:
-    """Output of the stub backbone: hidden states, and ``None`` for whatever else a model asks for."""
+    """Output of the stub backbone: hidden states, and ``None`` for any other attribute."""
 
     def __init__(self, hidden: Tensor):
         self.last_hidden_state = hidden
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> None:
         if name.startswith("__"):
             raise AttributeError(name)
-        return None
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> Any:
         return self.last_hidden_state if index == 0 else ()
 
 
 class _Backbone(nn.Module):
-    """Stub backbone: whatever is called on it returns the hidden states; settings are the real backbone's."""
+    """Stub backbone: any of its modules, when called, returns the hidden states. It has the real one's settings."""
 
     def __init__(self, hidden: Tensor, real: nn.Module):
         super().__init__()
         self.hidden = hidden
-        self.__dict__["real"] = real  # past nn.Module's registration: not a child
+        self.__dict__["real"] = real  # not registered as a child
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Any:
         value = getattr(self.__dict__["real"], name)
         return self if isinstance(value, nn.Module) else value
 
-    def forward(self, *args, **kwargs):
+    def forward(self, *args: Any, **kwargs: Any) -> _BackboneOutput:
         return _BackboneOutput(self.hidden)
 
 
 class _Head(nn.Module):
-    """Stub ``lm_head``: counts its calls, returns the chosen logits."""
+    """Stub ``lm_head``: records the shapes of its inputs and returns the chosen logits."""
 
     def __init__(self, logits: Tensor, hidden_size: int):
         super().__init__()
-        self.logits, self.calls = logits, []
+        self.logits = logits
+        self.calls: list[tuple[int, ...]] = []
         self.weight, self.bias = torch.empty(0, hidden_size), None
 
-    def forward(self, hidden):
+    def forward(self, hidden: Tensor) -> Tensor:
         self.calls.append(tuple(hidden.shape))
         return self.logits
 
 
-def probe_head(model: nn.Module, head_name: str, head: nn.Module) -> HeadForm | str:
-    """The form of ``model``'s path from ``lm_head`` to its loss, or the reason it cannot be fused."""
-    try:
+def probe_head(model: nn.Module, head_name: str, head: nn.Module) -> HeadForm:
+    """The form of ``model``'s path from ``lm_head`` to its loss.
+
+    Args:
+        model: The causal LM.
+        head_name: Name of ``lm_head`` in it.
+        head: The module of that name, or a Linear with a weight of the same shape.
+
+    Raises:
+        Skip: The fused loss cannot reproduce what the model does.
+    """
+    with errors_skip():
         return _probe(model, head_name, head)
-    except _Unfit as reason:
-        return str(reason)
-    except Exception as error:  # a stranger's forward may fail around stubs in any way: that is the reason
-        return f"its forward failed on a probe: {type(error).__name__}: {error}"
 
 
-def _probe(model, head_name, head) -> HeadForm:
+def _probe(model: Any, head_name: str, head: Any) -> HeadForm:
     vocab_size, hidden_size = full_shape(head.weight)
     random = torch.Generator().manual_seed(0)
     logits = torch.randn(1, TOKENS, vocab_size, generator=random).clamp(min=-4, max=4)
-    # small values show the slope at zero, moderate ones the shape, huge ones where a cap levels off
+    # Small values show the slope at zero, moderate ones the shape, huge ones the level of a cap.
     logits = logits * torch.tensor([1e-4, 20.0, 1e8])[:, None]
     run = _Runner(model, head_name, hidden_size)
 
     seen, _ = run(logits)
     if seen.shape != logits.shape:
-        raise _Unfit(f"its loss receives logits of shape {tuple(seen.shape)} where lm_head gave {tuple(logits.shape)}")
+        raise Skip(f"its loss receives logits of shape {tuple(seen.shape)} where lm_head gave {tuple(logits.shape)}")
     scale, softcap = _transform(logits, seen.detach(), model.config)
     run(logits.new_empty(1, TOKENS, 0))
 
@@ -118,40 +122,40 @@ def _probe(model, head_name, head) -> HeadForm:
 class _Runner:
     """Runs the model's own forward around stubs."""
 
-    def __init__(self, model, head_name, hidden_size):
+    def __init__(self, model: Any, head_name: str, hidden_size: int):
         self.model, self.head_name, self.hidden_size = model, head_name, hidden_size
         self.labels = torch.zeros(1, TOKENS, dtype=torch.long)
 
-    def __call__(self, logits: Tensor, **kwargs) -> tuple[Tensor, dict[str, Any]]:
+    def __call__(self, logits: Tensor, **kwargs: Any) -> tuple[Tensor, dict[str, Any]]:
         """The logits and the keyword arguments that reach the loss function."""
         if "output_router_logits" in inspect.signature(type(self.model).forward).parameters:
-            kwargs["output_router_logits"] = False  # the stub backbone has none to compute an auxiliary loss from
+            kwargs["output_router_logits"] = False  # the stub backbone has none for an auxiliary loss
         head = _Head(logits, self.hidden_size)
-        seen: list[tuple[Tensor, Tensor, dict]] = []
+        seen: list[tuple[Tensor, Tensor, dict[str, Any]]] = []
 
-        def record(logits, labels, *args, **extras):
+        def record(logits: Tensor, labels: Tensor, *args: Any, **extras: Any) -> Tensor:
             seen.append((logits, labels, extras))
             return logits.float().sum() * 0.0
 
-        twin = hollow_copy(self.model)
-        twin.__dict__["_loss_function"] = record
-        twin._modules = dict(self.model._modules)
+        copied = hollow_copy(self.model)
+        copied.__dict__["_loss_function"] = record
+        copied._modules = dict(self.model._modules)
         hidden = torch.zeros(1, TOKENS, self.hidden_size)
-        twin._modules[self.model.base_model_prefix] = _Backbone(hidden, self.model.base_model)
-        twin._modules[self.head_name] = head
+        copied._modules[self.model.base_model_prefix] = _Backbone(hidden, self.model.base_model)
+        copied._modules[self.head_name] = head
         with torch.no_grad():
-            type(self.model).forward(twin, input_ids=torch.zeros_like(self.labels), labels=self.labels, **kwargs)
+            type(self.model).forward(copied, input_ids=torch.zeros_like(self.labels), labels=self.labels, **kwargs)
         if not seen:
-            raise _Unfit("its forward does not compute the loss with `self.loss_function`")
+            raise Skip("its forward does not compute the loss with `self.loss_function`")
         if head.calls != [(1, TOKENS, self.hidden_size)]:
-            raise _Unfit(f"its forward calls lm_head on {head.calls}, not once on all hidden states")
+            raise Skip(f"its forward calls lm_head on {head.calls}, not once on all hidden states")
         if len(seen) > 1 or seen[0][1] is not self.labels:
-            raise _Unfit("its forward changes the labels before the loss, or computes several losses")
+            raise Skip("its forward changes the labels before the loss, or computes several losses")
         return seen[0][0], seen[0][2]
 
 
-def _transform(logits: Tensor, seen: Tensor, config) -> tuple[float, float | None]:
-    """The ``(logit_scale, softcap)`` that turn ``logits`` into ``seen``, rows as made in ``_probe``."""
+def _transform(logits: Tensor, seen: Tensor, config: Any) -> tuple[float, float | None]:
+    """The ``(logit_scale, softcap)`` that turn ``logits``, made as in ``_probe``, into ``seen``."""
     small, seen_small = logits[0, 0].double(), seen[0, 0].double()
     scale = _exact((small @ seen_small / (small @ small)).item(), config)
     level = seen[0, 2].double().abs().max().item()
@@ -162,12 +166,12 @@ def _transform(logits: Tensor, seen: Tensor, config) -> tuple[float, float | Non
         expected = softcap * torch.tanh(expected / softcap)
     error = (expected - seen.double()).abs() / expected.abs().clamp(min=1e-8)
     if scale == 0 or not error.max() < 1e-3 or not error[0, 1:].max() < 1e-4:
-        raise _Unfit("its logits go through more than a scale and a soft-cap before the loss")
+        raise Skip("its logits go through more than a scale and a soft-cap before the loss")
     return scale, softcap
 
 
-def _exact(measured: float, config) -> float:
-    """The setting that ``measured`` is, up to rounding: 1, or a number of the config or its reciprocal."""
+def _exact(measured: float, config: Any) -> float:
+    """The setting that ``measured`` equals up to rounding: 1, a number of the config, or its reciprocal."""
     text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
     settings = [v for v in text_config.to_dict().values() if type(v) in (int, float) and v]
     for value in (1.0, *settings, *(1 / v for v in settings)):

@@ -1,15 +1,18 @@
 """Logits that are computed when something reads them.
 
-In evaluation nothing tells a model whether its caller wants the logits or only the loss. With these, a loss-only
-evaluation never builds them, and ``compute_metrics`` gets real ones.
+In evaluation, nothing tells a model whether its caller wants the logits or only the loss. With lazy logits, an
+evaluation that needs only the loss never builds them, and ``compute_metrics`` gets real ones.
 """
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
 aten = torch.ops.aten
-# What models, accelerate and DeepSpeed do to logits between lm_head and the caller: these stay lazy, others compute.
+# What models, accelerate and DeepSpeed do to logits between lm_head and the caller. These stay lazy, others compute.
 _STAY_LAZY = {
     aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar, aten.tanh.default,
     aten._to_copy.default, aten.alias.default, aten.detach.default,
@@ -21,11 +24,20 @@ _READ_MEMORY = frozenset((
 
 
 class LazyLogits(Tensor):
-    """A tensor of known shape, dtype and device whose values ``compute()`` makes on first use, without gradients."""
+    """A tensor of known shape, dtype and device. ``compute`` makes its values on first use, without gradients."""
+
+    _compute: Callable[[], Tensor]
+    _values: Tensor | None
 
     @staticmethod
-    def __new__(cls, compute, shape, dtype, device):
-        """``compute``: a function of no arguments that returns a tensor of this shape, dtype and device."""
+    def __new__(
+        cls: type["LazyLogits"],
+        compute: Callable[[], Tensor],
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> "LazyLogits":
+        """Make one from ``compute``, which returns a tensor of this shape, dtype and device."""
         self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
         self._compute = compute
         self._values = None
@@ -35,7 +47,8 @@ class LazyLogits(Tensor):
         """The values as an ordinary tensor; computed once."""
         if self._values is None:
             with torch.no_grad():
-                self._values, self._compute = self._compute(), None
+                self._values = self._compute()
+            del self._compute  # it holds the hidden states
         return self._values
 
     def __repr__(self) -> str:
@@ -43,15 +56,19 @@ class LazyLogits(Tensor):
         return f"LazyLogits(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device}, {state})"
 
     @classmethod
-    def __torch_function__(cls, function, types, args=(), kwargs=None):
-        # These read memory behind the dispatcher's back.
+    def __torch_function__(
+        cls, function: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        # These read memory without going through the dispatcher.
         if getattr(function, "__name__", "") in _READ_MEMORY:
             args = tree_map(_materialized, args)
-        with torch._C.DisableTorchFunctionSubclass():  # the default would rewrap results as this class
+        with torch._C.DisableTorchFunctionSubclass():  # the default would wrap results as this class
             return function(*args, **kwargs or {})
 
     @classmethod
-    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        cls, function: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         lazy = args[0]
         if function in _STAY_LAZY and isinstance(lazy, cls) and not any(_is_tensor_of_values(a) for a in args[1:]):
@@ -62,10 +79,10 @@ class LazyLogits(Tensor):
         return function(*tree_map(_materialized, args), **tree_map(_materialized, kwargs))
 
 
-def _materialized(value):
+def _materialized(value: Any) -> Any:
     return value.materialize() if isinstance(value, LazyLogits) else value
 
 
-def _is_tensor_of_values(value) -> bool:
-    """Whether a second operand could change the shape or dtype: any tensor but a 0-d one."""
+def _is_tensor_of_values(value: Any) -> bool:
+    """Whether a second operand could change the shape or dtype, as any tensor but a 0-d one can."""
     return torch.is_tensor(value) and value.ndim > 0

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..probing.sharding import check_materialized
+from ..head.sharded_weights import check_materialized
 from .loss import (
     IGNORE_INDEX,
     HeadCall,

@@ -20,8 +20,9 @@ from transformers.configuration_utils import SubConfigSpec
 from transformers.utils import ModelOutput
 
 from ..head.form import HeadForm, probe_head
+from ..head.sharded_weights import check_materialized, gathered
 from ..patching import PatchState, patch_state
-from ..probing.sharding import check_materialized, gathered
+from ..probing.rule import Skip
 from .heads import MedusaConfig, MedusaHead, MedusaHeads
 from .loss import IGNORE_INDEX, HeadLoss, plain_head_loss
 
@@ -280,10 +281,12 @@ class MedusaModel(PreTrainedModel):
         assert head is not None, "checked in __init__"
         name = next(name for name, module in self.lm.named_modules() if module is head)
         with torch.device("cpu"):
-            form = probe_head(self.lm, name, head)
-        if isinstance(form, str):
-            raise ValueError(f"lm: Medusa heads cannot treat their logits as {type(self.lm).__name__} does: {form}")
-        self._form = form
+            try:
+                self._form = form = probe_head(self.lm, name, head)
+            except Skip as skip:
+                raise ValueError(
+                    f"lm: Medusa heads cannot treat their logits as {type(self.lm).__name__} does: {skip}"
+                ) from skip
         return form
 
     def export(self, directory: str | Path) -> None:

@@ -1,17 +1,16 @@
 """Numeric probes: does a module compute what one of our ops computes?
 
-A probe runs the module's own class-level ``forward`` on a few random numbers, on CPU, on a stand-in that shares the
-module's settings but has random parameters. So it works for weights that are on the meta device, sharded, quantised or
-on a GPU, and never touches the module.
+A probe runs the module's own class-level ``forward`` on a few random numbers on the CPU. It runs on a probe copy, which
+has the module's settings and random parameters. So a probe works for weights that are on the meta device, sharded,
+quantised or on a GPU, and it never touches the module.
 """
 
 import copy
 import inspect
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-
-from .sharding import full_shape
 
 # Largest error, relative to the largest value, at which two results count as the same computation.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
@@ -19,45 +18,52 @@ _PLAIN = (int, float, str, tuple, list, dict, type(None), torch.dtype, torch.Siz
 
 
 def generator() -> torch.Generator:
-    """The probes' own random numbers: the process-wide generator, and so training, is not touched."""
+    """The probes' own random numbers. The process-wide generator, which training uses, stays as it is."""
     return torch.Generator().manual_seed(0x11)
+
+
+def full_shape(parameter: Tensor) -> torch.Size:
+    """The shape of the whole parameter; ZeRO-3 leaves an empty 1-D tensor in its place."""
+    return getattr(parameter, "ds_shape", parameter.shape)
 
 
 def hollow_copy(module: nn.Module) -> nn.Module:
     """A module of the same class and settings without parameters, buffers, children, hooks or a bound ``forward``."""
-    twin = object.__new__(type(module))
-    nn.Module.__init__(twin)  # empty tables; a subclass's own __init__ would need its arguments
-    twin.__dict__.update({k: v for k, v in vars(module).items() if k not in vars(twin) and k != "forward"})
-    return twin
+    hollow = object.__new__(type(module))
+    nn.Module.__init__(hollow)  # makes the empty tables; a subclass's own __init__ would need its arguments
+    hollow.__dict__.update({k: v for k, v in vars(module).items() if k not in vars(hollow) and k != "forward"})
+    return hollow
 
 
-def stand_in(
+def probe_copy(
     module: nn.Module, dtype: torch.dtype, children: dict[str, nn.Module] | None = None, parameters: bool = True
 ) -> nn.Module:
-    """A training-mode copy of ``module`` without hooks or buffers, with random parameters in ``dtype`` on CPU.
+    """A training-mode copy of ``module`` without hooks or buffers, with random parameters on the CPU.
 
-    ``children`` replaces child modules by name; the others are deep-copied, which is asked of small ones only.
-    ``parameters=False`` leaves the parameters out, for methods that do not read them.
+    Args:
+        module: The module to copy.
+        dtype: Dtype of the parameters.
+        children: Replaces child modules by name. The others are deep-copied, so they should be small.
+        parameters: ``False`` leaves the parameters out, for methods that do not read them.
     """
-    twin = hollow_copy(module)
+    copied = hollow_copy(module)
     random = generator()
-    twin._parameters = {
+    copied._parameters = {
         name: None if p is None else nn.Parameter(torch.rand(full_shape(p), generator=random).add_(0.5).to(dtype))
         for name, p in module._parameters.items()
         if parameters
     }
-    children = children or {}
-    twin._modules = {
-        name: children[name] if name in children else copy.deepcopy(child).train()
-        for name, child in module._modules.items()
-    }
-    return twin
+    for name, child in module._modules.items():
+        if child is not None:
+            child = children[name] if children and name in children else copy.deepcopy(child).train()
+        copied._modules[name] = child
+    return copied
 
 
 def settings_key(module: nn.Module) -> tuple:
-    """What a probe's verdict may depend on: the code, every attribute, and the parameters' and children's form.
+    """What a probe's result may depend on: the code, every attribute, and the shapes of parameters and children.
 
-    Functions, configs and other objects count by identity, so two modules that share them are alike.
+    Functions, configs and other objects are compared by identity.
     """
     machinery = vars(nn.Module())
     attributes = tuple(
@@ -66,20 +72,20 @@ def settings_key(module: nn.Module) -> tuple:
         if name not in machinery
     )
     parameters = tuple((n, None if p is None else tuple(full_shape(p))) for n, p in module._parameters.items())
-    children = tuple((n, settings_key(c)) for n, c in module._modules.items())
+    children = tuple((n, None if c is None else settings_key(c)) for n, c in module._modules.items())
     return type(module), type(module).forward, attributes, parameters, children
 
 
 def difference(ours: Tensor, theirs: Tensor) -> float:
-    """Largest error relative to the largest value; infinite if shapes or dtypes differ or a value is not finite."""
+    """Largest error relative to the largest value; infinite if shapes or dtypes differ or the error is NaN."""
     if not torch.is_tensor(theirs) or ours.shape != theirs.shape or ours.dtype != theirs.dtype:
         return float("inf")
     error = ((ours.double() - theirs.double()).abs().amax() / theirs.double().abs().amax().clamp(min=1e-30)).item()
     return error if error == error else float("inf")
 
 
-def forward_parameters(function) -> list[inspect.Parameter] | None:
-    """The parameters of ``function`` after ``self``, or ``None`` where they cannot be known."""
+def forward_parameters(function: Callable) -> list[inspect.Parameter] | None:
+    """The parameters of ``function`` after ``self``, or ``None`` if it has no readable signature."""
     try:
         return list(inspect.signature(function).parameters.values())[1:]
     except (TypeError, ValueError):

@@ -1,59 +1,76 @@
-"""What a rule says of a module."""
+"""What a rule is, and what its probe gives: a match, or a skip with the reason."""
 
-from collections.abc import Callable, Hashable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
 from ..config import LigerConfig
+from .probe import settings_key
 
 
-class Replacement(NamedTuple):
-    """One of our ops can stand in: ``method(config)`` becomes the instance's method ``attribute``.
+class Skip(Exception):
+    """Raised when a candidate is left as it is. The message is the reason, as the report shows it."""
 
-    ``variant`` names the form of the op that agreed with the module's own. ``method`` gives the same function for the
-    same config, so that all layers of a model share one.
+
+@contextmanager
+def errors_skip() -> Iterator[None]:
+    """Turn any error into a ``Skip``: code that we did not write may fail on a probe's inputs in any way."""
+    try:
+        yield
+    except Skip:
+        raise
+    except Exception as error:
+        raise Skip(f"its forward failed on a probe: {type(error).__name__}: {error}") from error
+
+
+@dataclass(frozen=True)
+class Match:
+    """A candidate for which one of our ops computes the same, and what to change so that the op is used.
+
+    Args:
+        kind: One of ``config.KINDS``.
+        variant: The form of the op that agreed, as the report shows it.
+        methods: Functions to bind to the module, by the attribute that each replaces.
+        names: Globals to replace in the module's ``forward``. Those of several matches become one new forward.
+        attributes: ``(module, attribute, value)`` to set on instances.
+        before: Forward pre-hook ``(module, args, kwargs)``.
+        after: Forward hook ``(module, args, output)``, called after an error, too.
     """
 
     kind: str
     variant: str
-    attribute: str
-    method: Callable[[LigerConfig], Callable]
+    methods: Mapping[str, Callable] = field(default_factory=dict)
+    names: Mapping[str, Any] = field(default_factory=dict)
+    attributes: tuple[tuple[nn.Module, str, Any], ...] = ()
+    before: Callable | None = None
+    after: Callable | None = None
 
 
-class Rebinding(NamedTuple):
-    """The module's ``forward`` can be bound again with ours in place of globals that it looks up, by their ``names``.
+def _no_part(module: nn.Module) -> str:
+    return ""
 
-    Those of several rules for one module become one forward.
+
+@dataclass(frozen=True)
+class Rule:
+    """How candidates of a kind are found and probed.
+
+    Args:
+        kinds: The kinds that its matches can have. A skip is reported under the first.
+        matches: Whether a module is a candidate, judged by its structure.
+        probe: Gives the match of a candidate for a config, or raises ``Skip``.
+        key: What the result of ``probe`` depends on. Modules with equal keys are probed once.
+        whole_model: The rule looks at the causal LM as a whole, not at each of its modules.
+        per_batch: The match takes effect only for some batches, so ``strict`` does not apply to it.
+        part: Name of the submodule that the report shows for a candidate; empty for the candidate itself.
     """
 
-    kind: str
-    variant: str
-    names: dict[str, Any]
-
-    @property
-    def attribute(self) -> str:
-        """What is set on the instance."""
-        return "forward"
-
-
-class Refusal(NamedTuple):
-    """A candidate that stays as it is, and why."""
-
-    kind: str
-    reason: str
-
-
-Verdict = Replacement | Rebinding | Refusal
-
-
-class Rule(NamedTuple):
-    """A structural test, the probe for what passes it, and what the probe's verdict depends on.
-
-    ``kind`` is reported where the probe fails to run. Modules with equal ``key`` share a verdict.
-    """
-
-    kind: str
+    kinds: tuple[str, ...]
     matches: Callable[[nn.Module], bool]
-    probe: Callable[[nn.Module], Verdict]
-    key: Callable[[nn.Module], Hashable]
+    probe: Callable[[nn.Module, LigerConfig], Match]
+    key: Callable[[nn.Module], Hashable] = settings_key
+    whole_model: bool = False
+    per_batch: bool = False
+    part: Callable[[nn.Module], str] = _no_part

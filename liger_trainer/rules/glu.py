@@ -1,30 +1,31 @@
 """Rules for gated MLPs, ``down(act(gate(x)) * up(x))``, and for mixture-of-experts gates.
 
-The probe replaces the projections by recorders that return fixed random numbers of the right width. What reaches the
-down projection shows the activation, and the recorders show that nothing else happens before or after it; no
-projection weight is needed, so adapters and quantised projections make no difference.
+The probe replaces the projections by recorders that return fixed random numbers of the right width. The input of the
+down projection shows the activation, and the recorders show that nothing else happens before or after it. No projection
+weight is needed, so adapters and quantised projections make no difference.
 """
 
 import functools
 import inspect
 import itertools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from ..config import LigerConfig
 from ..kernels import reference
 from ..kernels.clamped_swiglu import clamped_swiglu
 from ..kernels.gated_linear import gated_linear
 from ..kernels.geglu import geglu
 from ..kernels.swiglu import swiglu
-from ..probing.probe import TOLERANCE, difference, forward_parameters, generator, stand_in, takes_one_tensor
-from ..probing.rule import Refusal, Replacement, Verdict
+from ..probing.probe import TOLERANCE, difference, forward_parameters, generator, probe_copy, takes_one_tensor
+from ..probing.rule import Match, Rule, Skip
 
 
 class Activation(NamedTuple):
-    """An activation as our op, as its definition, and by its name in ``gated_linear``."""
+    """An activation: our op, its definition, and its name in ``gated_linear``."""
 
     op: Callable
     definition: Callable
@@ -38,29 +39,29 @@ ACTIVATIONS = {
         functools.partial(geglu, approximate="none"), functools.partial(reference.geglu, approximate="none"), "gelu"
     ),
 }
-# (dtype, size of the numbers): large ones show a clamp on the gate or on the product.
+# (dtype, magnitude): large numbers show a clamp on the gate or on the product.
 SAMPLES = ((torch.float32, 2.0), (torch.bfloat16, 2.0), (torch.float32, 1e3))
-UNKNOWN = "what reaches the down projection is neither silu(gate) * up nor gelu(gate) * up"
+UNKNOWN = "the input of its down projection is neither silu(gate) * up nor gelu(gate) * up"
 
 
 class _Recorder(nn.Module):
-    """Stands for a projection: keeps its input, returns fixed numbers."""
+    """Replaces a projection: keeps its input and returns fixed numbers."""
 
     def __init__(self, width: int, seed: int, dtype: torch.dtype, size: float):
         super().__init__()
         self.out = torch.randn(1, 3, width, generator=generator().manual_seed(seed)).mul_(size).to(dtype)
-        self.seen = None
+        self.seen: Tensor | None = None
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         self.seen = x
         return self.out
 
 
-def _projections(module: nn.Module) -> dict[str, nn.Module]:
+def _projections(module: nn.Module) -> dict[str, Any]:
     return {n: c for n, c in module._modules.items() if hasattr(c, "in_features") and hasattr(c, "out_features")}
 
 
-def _roles(projections: dict[str, nn.Module]) -> list[tuple[str, ...]]:
+def _roles(projections: dict[str, Any]) -> list[tuple[str, ...]]:
     """Ways to read the children as (gate, up, down) or (packed gate_up, down), by their widths."""
     roles = []
     for names in itertools.permutations(projections):
@@ -69,7 +70,7 @@ def _roles(projections: dict[str, nn.Module]) -> list[tuple[str, ...]]:
         width = inner[0].out_features // (2 if len(inner) == 1 else 1)
         if same_input and down.in_features == width and down.out_features == inner[0].in_features:
             roles.append(names)
-    # A square MLP leaves the roles open; the usual reading comes first.
+    # In a square MLP several readings fit; the usual one comes first.
     return sorted(roles, key=lambda names: ("down" not in names[-1], "gate" not in names[0]))
 
 
@@ -78,15 +79,16 @@ def matches_mlp(module: nn.Module) -> bool:
     projections = _projections(module)
     if len(projections) not in (2, 3) or module._parameters or not takes_one_tensor(module):
         return False
-    others = (c for n, c in module._modules.items() if n not in projections)
+    others = (c for n, c in module._modules.items() if n not in projections and c is not None)
     return bool(_roles(projections)) and not any(True for c in others for _ in c.parameters())
 
 
-def probe_mlp(module: nn.Module) -> Verdict:
+def probe_mlp(module: nn.Module, config: LigerConfig) -> Match:
     """The activation and the reading of the children that agree with ``module``."""
     for names in _roles(_projections(module)):
-        runs = [_record(module, names, *sample) for sample in SAMPLES]
-        if any(run is None for run in runs):
+        recorded = [_record(module, names, *sample) for sample in SAMPLES]
+        runs = [run for run in recorded if run is not None]
+        if len(runs) < len(SAMPLES):
             continue
         for variant, activation in ACTIVATIONS.items():
             for swapped in (False, True):
@@ -95,21 +97,23 @@ def probe_mlp(module: nn.Module) -> Verdict:
                     difference(activation.definition(*pair), seen) <= TOLERANCE[dtype]
                     for pair, (_, seen), (dtype, _) in zip(inputs, runs, SAMPLES, strict=True)
                 ):
-                    method = _mlp_method(type(module).forward, names, swapped, activation)
+                    forward = _mlp_forward(type(module).forward, names, swapped, activation, config.recompute_glu)
                     packed = ", packed" if len(names) == 2 else ""
-                    return Replacement("glu", f"{variant}{packed}", "forward", method)
-    return Refusal("glu", UNKNOWN)
+                    return Match("glu", f"{variant}{packed}", methods={"forward": forward})
+    raise Skip(UNKNOWN)
 
 
-def _record(module, names, dtype, size):
-    """((gate, up), input of down) of one run, or ``None`` where the children are used in another way."""
+def _record(
+    module: nn.Module, names: tuple[str, ...], dtype: torch.dtype, size: float
+) -> tuple[tuple[Tensor, ...], Tensor] | None:
+    """((gate, up), input of down) of one run, or ``None`` if the module uses its children in another way."""
     projections = _projections(module)
     recorders = [_Recorder(projections[n].out_features, seed, dtype, size) for seed, n in enumerate(names)]
     *inner, down = recorders
-    twin = stand_in(module, dtype, dict(zip(names, recorders, strict=True)))
+    copied = probe_copy(module, dtype, dict(zip(names, recorders, strict=True)))
     x = torch.randn(1, 3, projections[names[0]].in_features, generator=generator()).to(dtype)
     with torch.no_grad():
-        out = type(module).forward(twin, x)
+        out = type(module).forward(copied, x)
     untouched = all(p.seen is not None and torch.equal(p.seen, x) for p in inner)
     if not untouched or down.seen is None or not torch.is_tensor(out) or not torch.equal(out, down.out):
         return None
@@ -117,31 +121,31 @@ def _record(module, names, dtype, size):
     return pair, down.seen
 
 
-def _mlp_method(original, names, swapped, activation):
+def _mlp_forward(
+    original: Callable, names: tuple[str, ...], swapped: bool, activation: Activation, recompute: bool
+) -> Callable:
     *inner_names, down_name = names
-    input_name = forward_parameters(original)[0].name
+    parameters = forward_parameters(original)
+    assert parameters is not None  # ``matches_mlp`` has seen them
+    input_name = parameters[0].name
 
-    @functools.cache
-    def method(config):
-        @functools.wraps(original)
-        def forward(self, *args, **kwargs):
-            hidden_states = args[0] if args else kwargs[input_name]
-            inner = [getattr(self, name)(hidden_states) for name in inner_names]
-            if swapped:
-                inner = [*reversed(inner[0].chunk(2, dim=-1) if len(inner) == 1 else inner)]
-            down = getattr(self, down_name)
-            if config.recompute_glu and torch.is_grad_enabled() and _is_bare(down):
-                gate, up = inner if len(inner) == 2 else (inner[0], None)
-                return gated_linear(gate, up, down.weight, down.bias, activation=activation.name)
-            return down(activation.op(*inner))
+    @functools.wraps(original)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        hidden_states = args[0] if args else kwargs[input_name]
+        inner = [getattr(self, name)(hidden_states) for name in inner_names]
+        if swapped:
+            inner = [*reversed(inner[0].chunk(2, dim=-1) if len(inner) == 1 else inner)]
+        down = getattr(self, down_name)
+        if recompute and torch.is_grad_enabled() and _is_bare(down):
+            gate, up = inner if len(inner) == 2 else (inner[0], None)
+            return gated_linear(gate, up, down.weight, down.bias, activation=activation.name)
+        return down(activation.op(*inner))
 
-        return forward
-
-    return method
+    return forward
 
 
 def _is_bare(linear: nn.Module) -> bool:
-    """Whether a call of ``linear`` is ``F.linear`` with its parameters: no subclass, adapter, hook or shard."""
+    """Whether calling ``linear`` is just ``F.linear`` with its parameters: no subclass, adapter, hook or shard."""
     hooks = linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks
     if hooks or torch.nn.modules.module._has_any_global_hook():
         return False
@@ -149,66 +153,75 @@ def _is_bare(linear: nn.Module) -> bool:
 
 
 def matches_experts(module: nn.Module) -> bool:
-    """transformers' experts with the gate as a method of its own, called by the batched and grouped forwards."""
+    """transformers' experts whose gate is a method, which the batched and grouped forwards call."""
     return bool(vars(module).get("has_gate")) and callable(getattr(type(module), "_apply_gate", None))
 
 
-def probe_experts(module: nn.Module) -> Verdict:
+def probe_experts(module: nn.Module, config: LigerConfig) -> Match:
     """The activation that agrees with the experts' ``_apply_gate`` on a packed ``[tokens, 2 * I]`` tensor."""
-    eager = module.config._experts_implementation in (None, "eager")
-    if eager and "_apply_gate" not in inspect.unwrap(type(module).forward).__code__.co_names:
-        return Refusal("glu", "its eager forward has the gate inline; set experts_implementation='grouped_mm'")
-    original = type(module)._apply_gate
-    twin = stand_in(module, torch.float32, parameters=False)
+    cls: Any = type(module)
+    model_config: Any = module.config
+    eager = model_config._experts_implementation in (None, "eager")
+    if eager and "_apply_gate" not in inspect.unwrap(cls.forward).__code__.co_names:
+        raise Skip("its eager forward has the gate inline; set experts_implementation='grouped_mm'")
+    original = cls._apply_gate
+    copied = probe_copy(module, torch.float32, parameters=False)
     gate_up = torch.randn(5, 48, generator=generator())
     samples = [(gate_up * size).to(dtype) for dtype, size in SAMPLES]
-    known = [(x, original(twin, x)) for x in samples]
+    known = [(x, original(copied, x)) for x in samples]
     for variant, activation in ACTIVATIONS.items():
         if _agrees(activation.definition, known):
             method = _experts_method(original, lambda module, x, op=activation.op: op(x))
-            return Replacement("glu", f"{variant}, packed", "_apply_gate", method)
-    return _probe_clamped(module, original, twin, known)
+            return Match("glu", f"{variant}, packed", methods={"_apply_gate": method})
+    return _probe_clamped(module, original, copied, known)
 
 
-def _agrees(definition: Callable, known: list[tuple]) -> bool:
-    """Whether ``definition`` gives the outputs of ``known``, pairs of an input and what the module makes of it."""
+def _agrees(definition: Callable, known: list[tuple[Tensor, Tensor]]) -> bool:
+    """Whether ``definition`` gives the output of each pair ``(input, output of the module)``."""
     return all(difference(definition(x), out) <= TOLERANCE[x.dtype] for x, out in known)
 
 
-def _probe_clamped(module: nn.Module, original, twin: nn.Module, known: list[tuple]) -> Verdict:
+def _probe_clamped(
+    module: nn.Module, original: Callable, copied: nn.Module, known: list[tuple[Tensor, Tensor]]
+) -> Match:
     """The form of ``clamped_swiglu`` that agrees; limit and alpha are attributes of ``module``, or alpha is 1."""
-    alphas = _numbers(module, ("alpha",))
-    alphas.insert(sum("alpha" in name for name in alphas), None)
+    alphas: list[str | None] = [*_numbers(module, ("alpha",))]
+    alphas.insert(sum("alpha" in name for name in alphas if name is not None), None)
     for limit in _numbers(module, ("limit", "clamp")):
-        # About the limit itself, too: the samples may all be on one side of it.
+        # The samples may all be on one side of the limit, so add numbers around it.
         around = known[0][0] * getattr(module, limit)
-        here = [*known, (around, original(twin, around))]
+        here = [*known, (around, original(copied, around))]
         for alpha, offset, interleaved in itertools.product(alphas, (0.0, 1.0), (False, True)):
             read = _settings_reader(limit, alpha, offset, interleaved)
             if _agrees(functools.partial(reference.clamped_swiglu, **read(module)), here):
                 method = _experts_method(original, lambda module, x, read=read: clamped_swiglu(x, **read(module)))
                 variant = "swiglu, clamped, packed" + ", interleaved" * interleaved
-                return Replacement("glu", variant, "_apply_gate", method)
-    return Refusal("glu", "its gate is neither silu(gate) * up nor gelu(gate) * up, nor a clamped form of these known")
+                return Match("glu", variant, methods={"_apply_gate": method})
+    raise Skip("its gate is neither silu(gate) * up nor gelu(gate) * up, nor a known clamped form of these")
 
 
 def _numbers(module: nn.Module, words: tuple[str, ...]) -> list[str]:
-    """Attributes that are positive numbers: first those with one of ``words`` in their name, floats before integers."""
+    """Names of attributes that are positive numbers: those that contain one of ``words`` first, then floats first."""
     found = {k: v for k, v in vars(module).items() if isinstance(v, int | float) and not isinstance(v, bool) and v > 0}
     return sorted(found, key=lambda k: (not any(word in k for word in words), isinstance(found[k], int)))
 
 
-def _settings_reader(limit: str, alpha: str | None, offset: float, interleaved: bool):
-    """A function of the module: the settings of ``clamped_swiglu`` as its attributes are then."""
+def _settings_reader(
+    limit: str, alpha: str | None, offset: float, interleaved: bool
+) -> Callable[[nn.Module], dict[str, Any]]:
+    """A function of the module: the settings of ``clamped_swiglu`` from the current attributes."""
     return lambda module: {
         "limit": getattr(module, limit), "alpha": 1.0 if alpha is None else getattr(module, alpha), "offset": offset,
         "interleaved": interleaved,
     }  # fmt: skip
 
 
-def _experts_method(original, op):
+def _experts_method(original: Callable, op: Callable[[nn.Module, Tensor], Tensor]) -> Callable:
     @functools.wraps(original)
-    def apply_gate(self, gate_up_out):
+    def apply_gate(self: nn.Module, gate_up_out: Tensor) -> Tensor:
         return op(self, gate_up_out)
 
-    return lambda config: apply_gate
+    return apply_gate
+
+
+RULES = (Rule(("glu",), matches_mlp, probe_mlp), Rule(("glu",), matches_experts, probe_experts))

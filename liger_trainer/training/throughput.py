@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..probing.sharding import full_shape
+from ..probing.probe import full_shape
 
 # Dense bf16 TFLOP/s from the vendors' data sheets. The first entry whose words occur in the device's name counts.
 PEAK_TFLOPS = {

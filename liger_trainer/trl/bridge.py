@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from ..head.sharded_weights import check_materialized, gathered, is_partitioned
 from ..kernels.linear_logprobs import Speculation, linear_logprobs
 from ..patching import add_hooks, core_model, patch_state
-from ..probing.sharding import check_materialized, gathered, is_partitioned
 from ..report import Applied
 
 

@@ -16,8 +16,8 @@ from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 from training import assert_same_tensors
 
 from liger_trainer import apply_liger
+from liger_trainer.head.sharded_weights import check_materialized
 from liger_trainer.patching import patch_state
-from liger_trainer.probing.sharding import check_materialized
 
 # The second rank has no label that counts in the first eight micro-batches, see cases.valid_labels.
 JOBS = {
@@ -137,7 +137,7 @@ def test_a_weight_that_is_not_materialised_is_refused(monkeypatch):
     model = tiny_model("llama").train()
     apply_liger(model)
     model.lm_head.weight.data = torch.empty(0)  # as ZeRO-3 leaves it outside lm_head's call
-    with pytest.raises(ValueError, match=r"lm_head\.weight is not materialised: it is empty, shape \(0,\)"):
+    with pytest.raises(ValueError, match=r"lm_head\.weight: got an empty tensor of shape \(0,\); must be materialised"):
         model(**batch())
 
 
@@ -153,7 +153,7 @@ def test_a_sharded_weight_is_refused(tmp_path):
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         sharded = distribute_tensor(torch.ones(4, 2), init_device_mesh("cpu", (1,)), [Shard(0)])
-        with pytest.raises(ValueError, match=r"lm_head\.weight is not materialised: it is a DTensor"):
+        with pytest.raises(ValueError, match=r"lm_head\.weight: got a DTensor"):
             check_materialized("lm_head.weight", sharded)
     finally:
         torch.distributed.destroy_process_group()

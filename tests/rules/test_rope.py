@@ -1,8 +1,13 @@
-"""The rule for rotary functions on functions of all manners: what it takes and refuses, what goes to the original."""
+"""The rope rule on many rotary functions: which match, which are skipped, which calls go to the original."""
+
+import copy
 
 import pytest
 import torch
+from tiny_models import batch, tiny_model
 
+from liger_trainer import apply_liger
+from liger_trainer.probing.rule import Skip
 from liger_trainer.rules import rope as rotary
 
 
@@ -18,8 +23,8 @@ def plain(q, k, cos, sin, unsqueeze_dim=1):
 
 def optional_k(q, k=None, cos=None, sin=None, unsqueeze_dim=1):
     cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
-    turned = q * cos + rotate_half(q) * sin
-    return turned if k is None else (turned, k * cos + rotate_half(k) * sin)
+    rotated = q * cos + rotate_half(q) * sin
+    return rotated if k is None else (rotated, k * cos + rotate_half(k) * sin)
 
 
 def to_halves(q, k, cos, sin):
@@ -57,9 +62,9 @@ def uneven_dtypes(q, k, cos, sin):
 @pytest.mark.parametrize(
     "function", [plain, optional_k, to_halves, asserting, ignores_positions], ids=lambda f: f.__name__
 )
-def test_taken(function):
+def test_matched(function):
     form = rotary._probe_function(function)
-    assert isinstance(form, rotary.Form), form
+    assert isinstance(form, rotary.Form)
     q, k, cos, sin = rotary._inputs(1, rotary.HEAD_DIM, torch.float32, torch.float32)
     for ours, theirs in zip(rotary._adapter(function, form)(q, k, cos, sin), function(q, k, cos, sin), strict=True):
         torch.testing.assert_close(ours, theirs)
@@ -76,8 +81,9 @@ def test_taken(function):
     ],
     ids=["positions", "layouts", "dtypes", "sum", "arguments"],
 )
-def test_refused(function, reason):
-    assert reason in rotary._probe_function(function)
+def test_skipped(function, reason):
+    with pytest.raises(Skip, match=reason):
+        rotary._probe_function(function)
 
 
 def test_what_rope_does_not_take_goes_to_the_original():
@@ -96,3 +102,20 @@ def test_what_rope_does_not_take_goes_to_the_original():
         theirs = function(*arguments, **tables)
         for a, b in zip((ours,) if tables else ours, (theirs,) if tables else theirs, strict=True):
             assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "overrides", "ropes"),
+    [
+        ("gpt_oss", {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16}, 2),  # an entry for each pair
+        ("deepseek_v4", {}, 0),  # rotates the end of a head, while the op rotates its beginning
+    ],
+)
+def test_rotary_functions_match_by_what_they_compute(model_type, overrides, ropes):
+    plain = tiny_model(model_type, **overrides)
+    model = copy.deepcopy(plain)
+    report = apply_liger(model)
+    assert report.counts.get("rope", 0) == ropes
+    assert ("rope" in {skipped.kind for skipped in report.skipped}) == (ropes == 0)
+    inputs = batch()
+    torch.testing.assert_close(model(**inputs).loss, plain(**inputs).loss, rtol=1e-5, atol=1e-7)

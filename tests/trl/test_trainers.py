@@ -17,8 +17,9 @@ from training import arguments, assert_same_run
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 import liger_trainer
-from liger_trainer import LigerSFTConfig, patching
+from liger_trainer import LigerSFTConfig
 from liger_trainer.patching import patch_state
+from liger_trainer.rules import padding_mask
 
 METRICS = ("entropy", "mean_token_accuracy", "num_tokens", "grad_norm")
 
@@ -96,12 +97,12 @@ def test_sft_without_masks_of_right_padding(tmp_path, monkeypatch):
     left_out = []
 
     def spy(*args):
-        changed = leave_out_mask(*args)
+        changed = drop_mask(*args)
         left_out.append(changed is not None)
         return changed
 
-    leave_out_mask = patching.leave_out_mask
-    monkeypatch.setattr(patching, "leave_out_mask", spy)
+    drop_mask = padding_mask.drop_mask
+    monkeypatch.setattr(padding_mask, "drop_mask", spy)
     theirs = run_sft(tmp_path, False)
     ours = run_sft(tmp_path, True, liger_config={"padding_mask": True, "attention": True})
     assert_same_run(theirs, ours)

@@ -11,7 +11,7 @@ from training import Rows, assert_same_run, train
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from liger_trainer import apply_liger, revert_liger
-from liger_trainer.rules import padding
+from liger_trainer.rules import padding_mask
 
 ON = {"padding_mask": True, "attention": False}
 CAUSAL = ("llama", "mistral", "qwen3", "gemma3_text", "phi3", "olmo2", "cohere", "gpt_neox", "deepseek_v3")
@@ -112,10 +112,10 @@ def test_calls_of_another_form_are_not_touched(call):
     inputs = padded()
     args, kwargs = call(inputs["input_ids"], inputs["attention_mask"], inputs["labels"])
     model = sdpa_model().train()
-    assert padding.leave_out_mask(model, args, kwargs) is None
-    assert padding.leave_out_mask(model.eval(), (), inputs) is None
+    assert padding_mask.drop_mask(model, args, kwargs) is None
+    assert padding_mask.drop_mask(model.eval(), (), inputs) is None
     others = {"use_cache": None, "return_dict": True, "output_attentions": False}
-    _, changed = padding.leave_out_mask(model.train(), (), {**inputs, **others})
+    _, changed = padding_mask.drop_mask(model.train(), (), {**inputs, **others})
     assert changed == {**inputs, **others, "attention_mask": None}
 
 
@@ -134,8 +134,8 @@ def test_masks_stay_in_evaluation_and_without_labels(masks):
     ("model_type", "overrides", "reason"),
     [
         ("llama", {"attention_dropout": 0.1}, "its attention has dropout"),
-        ("mixtral", {}, "its router's loss leaves padding out by the mask"),
-        ("llama", {"attn_implementation": "flex_attention"}, "flex_attention attention leaves padding out by the mask"),
+        ("mixtral", {}, "its router's loss uses the mask to skip padding"),
+        ("llama", {"attn_implementation": "flex_attention"}, "flex_attention attention uses the mask to skip padding"),
         ("gpt2", {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}, "it warns of padding that has no mask"),
         ("gptj", {"attn_pdrop": 0.1, "attn_implementation": "eager"}, "its attention has dropout"),
     ],
@@ -178,7 +178,7 @@ def test_with_classes_of_others_masks_stay(choose):
     model = sdpa_model()
     elsewhere(choose(model))
     choose(model).__class__ = type("Sharded", (type(choose(model)),), {"__module__": "torch.distributed"})
-    assert masks_stay(model) == "what Sharded does with a mask is not known"
+    assert masks_stay(model) == "it is not known what Sharded does with a mask"
 
 
 def test_sharded_and_quantised_classes_and_adapters_are_no_strangers():
@@ -201,15 +201,15 @@ def test_what_changes_after_applying_is_seen(model_type, overrides, change):
     model = sdpa_model(model_type, **overrides).train()
     assert masks_stay(model) is None
     inputs = padded()
-    assert padding.leave_out_mask(model, (), inputs) is not None
+    assert padding_mask.drop_mask(model, (), inputs) is not None
     loss_function = model.loss_function
     model.loss_function = lambda logits, labels, **kwargs: logits.float().square().mean()  # of padding, too
-    assert padding.leave_out_mask(model, (), inputs) is None
+    assert padding_mask.drop_mask(model, (), inputs) is None
     model.loss_function = loss_function
-    assert padding.leave_out_mask(model, (), inputs) is not None
+    assert padding_mask.drop_mask(model, (), inputs) is not None
     for name, value in change.items():
         setattr(model.config, name, value)
-    assert padding.leave_out_mask(model, (), inputs) is None
+    assert padding_mask.drop_mask(model, (), inputs) is None
 
 
 def test_where_nothing_can_be_read_masks_stay(monkeypatch):
@@ -218,7 +218,7 @@ def test_where_nothing_can_be_read_masks_stay(monkeypatch):
     seen = []
 
     def left_out(tensors):
-        seen.append(padding.leave_out_mask(model, (), tensors) is not None)
+        seen.append(padding_mask.drop_mask(model, (), tensors) is not None)
         return tensors["labels"].sum()
 
     left_out(inputs)

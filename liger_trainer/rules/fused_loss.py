@@ -1,0 +1,72 @@
+"""Rule for the fused loss: ``lm_head`` computes the causal-LM loss, and the logits are never materialised.
+
+What is replaced is in ``liger_trainer/head/``; this rule decides whether it fits a model.
+"""
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..config import LigerConfig
+from ..head.form import probe_head
+from ..head.fused_head import FusedHead, HeadForward, check_loss_function, head_linears
+from ..probing.rebinding import free_attribute
+from ..probing.rule import Match, Rule, Skip
+
+
+def matches(model: nn.Module) -> bool:
+    """Every model is a candidate, so the report says why the fused loss is missing."""
+    return True
+
+
+def _head(model: nn.Module) -> nn.Module | None:
+    return model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+
+
+def head_name(model: nn.Module) -> str:
+    """Name of the output embeddings in ``model``; empty if there are none."""
+    head = _head(model)
+    return next((name for name, module in model.named_modules() if module is head), "")
+
+
+def probe(model: nn.Module, config: LigerConfig) -> Match:
+    """The replacement of ``lm_head.forward`` and of the loss function."""
+    head = _head(model)
+    if head is None or not isinstance(model, PreTrainedModel):
+        raise Skip("it has no output embeddings")
+    linears = head_linears(model)
+    places = [_place(linear) for linear in linears]
+    tp_size = getattr(model, "tp_size", None) or 1
+    if tp_size > 1:
+        raise Skip(f"its weights are tensor-parallel (tp_size {tp_size}), and a vocabulary-sharded head is not fused")
+    name = head_name(model)
+    if "." in name:
+        raise Skip(f"its output embeddings are nested ({name})")
+    check_loss_function(model)
+    form = probe_head(model, name, linears[0])
+    fused = FusedHead(model, form, config.options_of("fused_loss"))
+    heads = [(linear, place, HeadForward(fused, linear).forward) for linear, place in zip(linears, places, strict=True)]
+    return Match(
+        "fused_loss",
+        str(form),
+        attributes=(*heads, (model, "_loss_function", fused.loss_function)),
+        before=fused.before_forward,
+        after=fused.after_forward,
+    )
+
+
+def _place(linear: nn.Module) -> str:
+    """The attribute to set on ``linear``, a plain Linear.
+
+    Raises:
+        Skip: It is not plain, or its forward is taken.
+    """
+    if linear._forward_hooks or linear._backward_hooks:
+        raise Skip("it has hooks on its output, which the fused loss does not compute")
+    if hasattr(linear, "base_layer"):
+        raise Skip(f"it carries an adapter ({type(linear).__module__.split('.')[-2]}): ordinary path")
+    if type(linear).forward is not nn.Linear.forward:
+        raise Skip(f"its forward is that of {type(linear).__qualname__}, not of torch.nn.Linear")
+    return free_attribute(linear, "forward")
+
+
+RULES = (Rule(("fused_loss",), matches, probe, key=id, whole_model=True, part=head_name),)

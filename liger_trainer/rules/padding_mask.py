@@ -1,0 +1,129 @@
+"""Rule for padding masks: causal attention does not need one if all padding is on the right.
+
+With a mask, SDPA computes the whole square of scores instead of the causal half, and transformers repeats keys and
+values for each query head. In causal attention no token sees the tokens after it. So if padding is on the right and has
+no labels, loss and gradients are the same without the mask. Hidden states at padding change, but nothing reads them.
+
+A forward pre-hook reads mask and labels of each training batch, for which the host waits once. Without a mask
+transformers does not read it again, but reads the positions if there is no cache. Masks stay where values cannot be
+read: in a compiled or traced forward and in a captured graph.
+"""
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils.import_utils import is_tracing
+
+from ..config import LigerConfig
+from ..head.fused_head import IGNORE_INDEX, check_loss_function
+from ..probing.rebinding import forward_function
+from ..probing.rule import Match, Rule, Skip
+
+# Arguments of a forward whose mask may be dropped. Others might say where tokens are, or ask for hidden states.
+HARMLESS_ARGUMENTS = {
+    "input_ids", "inputs_embeds", "attention_mask", "labels", "num_items_in_batch", "use_cache", "return_dict",
+    "fused_lm_head",
+}  # fmt: skip
+HIDDEN_STATES = ("output_hidden_states", "output_attentions")
+DENSE_MASKS = ("sdpa", "eager")  # implementations for which a mask only costs time; others use it to skip padding
+NOT_CAUSAL = "not all of its attention says that it is causal"
+PACKAGES = {"builtins", "abc", "typing", "torch", "transformers", "peft"}  # whose modules are known
+
+
+def matches(model: nn.Module) -> bool:
+    """Every model is a candidate, so the report says why masks stay."""
+    return True
+
+
+def probe(model: nn.Module, config: LigerConfig) -> Match:
+    """The pre-hook that drops masks, for a model in which nothing else depends on them."""
+    if not isinstance(model, PreTrainedModel):
+        raise Skip("it is no model of transformers, so it is not known what else it does with a mask")
+    for module in model.modules():
+        if not isinstance(module, nn.Linear) and not _is_known(type(module)):
+            raise Skip(f"it is not known what {type(module).__name__} does with a mask")
+    attentions = [module for module in model.modules() if hasattr(module, "is_causal")]
+    if model.config.is_encoder_decoder or not attentions or not all(module.is_causal for module in attentions):
+        raise Skip(NOT_CAUSAL)
+    implementation = model.config.get_text_config()._attn_implementation
+    if implementation not in DENSE_MASKS:
+        raise Skip(f"{implementation} attention uses the mask to skip padding")
+    if any(map(_has_dropout, attentions)):
+        raise Skip("its attention has dropout, whose random numbers depend on the mask")
+    if _warns_without_mask(model.base_model):
+        raise Skip("it warns of padding that has no mask")
+    if model.get_output_embeddings() is None:
+        raise Skip("it has no output embeddings, so it is not known how its loss is computed")
+    _check_settings(model)
+    return Match("padding_mask", "dropped where padding is on the right", before=drop_mask)
+
+
+def _is_known(cls: type) -> bool:
+    return all(base.__module__.partition(".")[0] in PACKAGES for base in cls.__mro__)
+
+
+def _has_dropout(attention: nn.Module) -> bool:
+    """Whether its own dropout, by whatever name, has a rate above zero; LoRA's dropout is in its projections."""
+    rates = [value for name, value in vars(attention).items() if "drop" in name and isinstance(value, float)]
+    return any(rates) or any(child.p for child in attention.children() if isinstance(child, nn.Dropout))
+
+
+def _warns_without_mask(module: nn.Module) -> bool:
+    function = forward_function(module)
+    return function is not None and "warn_if_padding_and_no_attention_mask" in function.__code__.co_names
+
+
+def _check_settings(model: PreTrainedModel) -> None:
+    """Check the settings that may change later, so each forward checks them again.
+
+    Raises:
+        Skip: One of them needs the mask.
+    """
+    configs = (model.config, model.config.get_text_config())
+    if not all(getattr(config, "is_causal", True) for config in configs):
+        raise Skip(NOT_CAUSAL)
+    if any(getattr(config, "output_router_logits", False) for config in configs):
+        raise Skip("its router's loss uses the mask to skip padding")
+    if any(getattr(config, name, False) for config in configs for name in HIDDEN_STATES):
+        raise Skip("it returns its hidden states, including those of padding")
+    check_loss_function(model)
+
+
+def drop_mask(module: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+    """Forward pre-hook: the arguments without ``attention_mask`` if loss and gradients are the same without it."""
+    mask, labels = kwargs.get("attention_mask"), kwargs.get("labels")
+    if args or not module.training or not torch.is_tensor(mask) or not torch.is_tensor(labels):
+        return None
+    if _cannot_be_read(mask) or _cannot_be_read(labels):
+        return None
+    if not all(map(_is_harmless, kwargs, kwargs.values())) or mask.dim() != 2 or mask.shape != labels.shape:
+        return None
+    positions = getattr(module.config.get_text_config(), "max_position_embeddings", None)
+    if positions and mask.shape[1] > positions:  # OPT has no embedding for padding beyond its table
+        return None
+    try:
+        _check_settings(module)
+    except Skip:
+        return None
+    return (args, {**kwargs, "attention_mask": None}) if _is_right_padding(mask, labels) else None
+
+
+def _is_harmless(name: str, value: Any) -> bool:
+    return name in HARMLESS_ARGUMENTS or value is None or (name in HIDDEN_STATES and value is False)
+
+
+def _cannot_be_read(tensor: Tensor) -> bool:
+    """Whether reading its values is an error, or would fix them for all later calls."""
+    return is_tracing(tensor) or tensor.is_meta or cast(Any, torch._C)._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def _is_right_padding(mask: Tensor, labels: Tensor) -> bool:
+    held = mask != 0
+    gaps = held[:, 1:] & ~held[:, :-1]
+    labelled = ~held & (labels != IGNORE_INDEX).to(mask.device)
+    return not bool(gaps.any() | labelled.any())
+
+
+RULES = (Rule(("padding_mask",), matches, probe, key=id, whole_model=True, per_batch=True),)

@@ -1,0 +1,35 @@
+"""The table of rules: it has every kind of LigerConfig, and every kind has its files."""
+
+from pathlib import Path
+
+import pytest
+
+from liger_trainer import LigerConfig
+from liger_trainer.config import KINDS
+from liger_trainer.rules import PER_BATCH, RULES
+
+TESTS = Path(__file__).parent
+FILES = {"rms_norm": "norms", "layer_norm": "norms"}  # both are one file
+
+
+def test_the_kinds_of_the_config_are_those_of_the_table():
+    assert {kind for rule in RULES for kind in rule.kinds} == set(KINDS)
+    order = [KINDS.index(rule.kinds[0]) for rule in RULES]
+    assert order == sorted(order)
+    assert {"padding_mask"} == PER_BATCH
+    assert all(LigerConfig(**{kind: False}).wants(kind) is False for kind in KINDS)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_is_probed_in_its_file_and_tested(kind):
+    file = FILES.get(kind, kind)
+    rules = [rule for rule in RULES if kind in rule.kinds]
+    assert {rule.probe.__module__ for rule in rules} == {f"liger_trainer.rules.{file}"}
+    assert (TESTS / f"test_{file}.py").exists()
+
+
+def test_every_option_is_a_kind_or_belongs_to_one_or_to_all():
+    owned = [name for kind in KINDS for name in LigerConfig().options_of(kind)]
+    assert sorted([*KINDS, *owned, "strict"]) == sorted(LigerConfig().to_dict())
+    assert LigerConfig(low_memory=True).options_of("fused_loss") == {"logits_budget_mib": 512, "low_memory": True}
+    assert LigerConfig().options_of("glu") == {"recompute_glu": True}
