@@ -30,6 +30,7 @@ if not __package__:  # run as a script; see kernels.py
 from benchmarks import common
 from benchmarks.common import HOPELESS
 from benchmarks.kernels import names
+from liger_trainer.config import KINDS
 
 TIMEOUT_S = 90  # for one model
 LARGEST = 60_000_000  # parameters; a config with large defaults that SIZES does not know is left out
@@ -252,16 +253,12 @@ def make_table(rows: list[dict]) -> str:
     built = [row for row in rows if row["status"] != "not built"]
     lines, left = [], {}
     for row in built:
-        applied = row.get("applied", {})
-        norms = applied.get("rms_norm", 0) + applied.get("layer_norm", 0)
-        counts = [n or "-" for n in (norms, *(applied.get(kind, 0) for kind in ("rope", "glu", "attention")))]
+        counts = [row.get("applied", {}).get(kind, "-") for kind in KINDS]
         differ = f"{row['gradient']:.0e}" if "gradient" in row else row["note"]
-        whole = ["yes" if kind in applied else "-" for kind in ("padding_mask", "fused_loss")]
-        lines.append([row["model_type"], row["status"], *counts, *whole, differ])
+        lines.append([row["model_type"], row["status"], *counts, differ])
         for skipped in row.get("skipped", []):
             left.setdefault(f"{skipped['kind']}: {skipped['reason']}", []).append(row["model_type"])
-    header = ["model type", "numbers", "norms", "rope", "GLU", "attention", "padding mask", "fused loss"]
-    header.append("gradients differ by")
+    header = ["model type", "numbers", *KINDS, "gradients differ by"]
     parts = [
         summary(rows),
         common.text_table(header, lines, markdown=True),
