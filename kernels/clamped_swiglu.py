@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from . import reference
 from .runtime.autograd import Function
 from .runtime.checks import check_rows, dense_like, row_layout
-from .runtime.launch import Launcher, cdiv, next_power_of_2, tl, triton, use_triton
+from .runtime.launch import cdiv, launcher, next_power_of_2, tl, triton, use_triton
 from .runtime.operators import opaque_op
 from .shared.gated import _sigmoid_and_complement
 
@@ -49,18 +49,18 @@ def _factors(gate, up, limit, alpha, offset):
 def _clamped_swiglu_fwd_kernel(
     gate_up_ptr,  # [num_rows, 2 * num_cols]
     out_ptr,  # [num_rows, num_cols], contiguous
-    row_stride,
+    gate_up_row_stride,
     num_cols,
     col_blocks,
-    limit,
-    alpha,
-    offset,
+    limit: float,
+    alpha: float,
+    offset: float,
     INTERLEAVED: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
 ):
     row = (tl.program_id(0) // col_blocks).to(tl.int64)
     start = (tl.program_id(0) % col_blocks).to(tl.int64) * BLOCK_COLS
-    gate, up = _load_pairs(gate_up_ptr + row * row_stride, start, num_cols, INTERLEAVED, BLOCK_COLS)
+    gate, up = _load_pairs(gate_up_ptr + row * gate_up_row_stride, start, num_cols, INTERLEAVED, BLOCK_COLS)
     value, _, shifted = _factors(gate, up, limit, alpha, offset)
     cols = start + tl.arange(0, BLOCK_COLS)
     out = (value * shifted).to(out_ptr.dtype.element_ty)
@@ -73,12 +73,12 @@ def _clamped_swiglu_bwd_kernel(
     gate_up_ptr,  # [num_rows, 2 * num_cols]
     dgate_up_ptr,  # [num_rows, 2 * num_cols], contiguous
     dout_row_stride,
-    row_stride,
+    gate_up_row_stride,
     num_cols,
     col_blocks,
-    limit,
-    alpha,
-    offset,
+    limit: float,
+    alpha: float,
+    offset: float,
     INTERLEAVED: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
 ):
@@ -86,7 +86,7 @@ def _clamped_swiglu_bwd_kernel(
     start = (tl.program_id(0) % col_blocks).to(tl.int64) * BLOCK_COLS
     cols = start + tl.arange(0, BLOCK_COLS)
     dout = tl.load(dout_ptr + row * dout_row_stride + cols, mask=cols < num_cols, other=0.0).to(tl.float32)
-    gate, up = _load_pairs(gate_up_ptr + row * row_stride, start, num_cols, INTERLEAVED, BLOCK_COLS)
+    gate, up = _load_pairs(gate_up_ptr + row * gate_up_row_stride, start, num_cols, INTERLEAVED, BLOCK_COLS)
     value, slope, shifted = _factors(gate, up, limit, alpha, offset)
     dgate = tl.where(gate <= limit, dout * shifted * slope, 0.0).to(dgate_up_ptr.dtype.element_ty)
     dup = tl.where(tl.abs(up) <= limit, dout * value, 0.0).to(dgate_up_ptr.dtype.element_ty)
@@ -100,8 +100,8 @@ def _clamped_swiglu_bwd_kernel(
         tl.store(dgate_up_ptr + num_cols + cols, dup, mask=cols < num_cols)
 
 
-_launch_fwd = Launcher(_clamped_swiglu_fwd_kernel)
-_launch_bwd = Launcher(_clamped_swiglu_bwd_kernel)
+_launch_fwd = launcher(_clamped_swiglu_fwd_kernel)
+_launch_bwd = launcher(_clamped_swiglu_bwd_kernel)
 
 
 def _grid(num_rows: int, num_cols: int) -> tuple[tuple[int, int, int], int, int]:
@@ -119,9 +119,19 @@ def clamped_swiglu_fwd(gate_up: Tensor, limit: float, alpha: float, offset: floa
         rows, stride = row_layout(gate_up)
         grid, col_blocks, block = _grid(out.numel() // num_cols, num_cols)
         _launch_fwd(
-            grid, (rows, out), (stride, num_cols, col_blocks), (limit, alpha, offset), (interleaved, block),
+            grid,
             (("num_warps", 4),),
-        )  # fmt: skip
+            gate_up_ptr=rows,
+            out_ptr=out,
+            gate_up_row_stride=stride,
+            num_cols=num_cols,
+            col_blocks=col_blocks,
+            limit=limit,
+            alpha=alpha,
+            offset=offset,
+            INTERLEAVED=interleaved,
+            BLOCK_COLS=block,
+        )
     return out
 
 
@@ -134,9 +144,21 @@ def clamped_swiglu_bwd(
         (dout, dout_stride), (rows, stride) = row_layout(dout), row_layout(gate_up)
         grid, col_blocks, block = _grid(dout.numel() // num_cols, num_cols)
         _launch_bwd(
-            grid, (dout, rows, dgate_up), (dout_stride, stride, num_cols, col_blocks), (limit, alpha, offset),
-            (interleaved, block), (("num_warps", 4),),
-        )  # fmt: skip
+            grid,
+            (("num_warps", 4),),
+            dout_ptr=dout,
+            gate_up_ptr=rows,
+            dgate_up_ptr=dgate_up,
+            dout_row_stride=dout_stride,
+            gate_up_row_stride=stride,
+            num_cols=num_cols,
+            col_blocks=col_blocks,
+            limit=limit,
+            alpha=alpha,
+            offset=offset,
+            INTERLEAVED=interleaved,
+            BLOCK_COLS=block,
+        )
     return dgate_up
 
 
@@ -157,16 +179,8 @@ class ClampedSwigluFunction(Function):
         return clamped_swiglu_bwd(dout, *ctx.saved_tensors, *ctx.settings), None, None, None, None
 
 
-def _fwd(gate_up: Tensor, limit: float, alpha: float, offset: float, interleaved: bool) -> Tensor:
-    return clamped_swiglu_fwd(gate_up, limit, alpha, offset, interleaved)
-
-
 def _fake_fwd(gate_up, *_):
     return gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
-
-
-def _bwd(dout: Tensor, gate_up: Tensor, limit: float, alpha: float, offset: float, interleaved: bool) -> Tensor:
-    return clamped_swiglu_bwd(dout, gate_up, limit, alpha, offset, interleaved)
 
 
 def _fake_bwd(dout, gate_up, *_):
@@ -179,11 +193,11 @@ def _save(ctx, inputs, output):
 
 
 def _differentiate(ctx, dout):
-    return _clamped_swiglu_bwd_op(dout, *ctx.saved_tensors, *ctx.settings), None, None, None, None
+    return (_clamped_swiglu_bwd_op(dout, *ctx.saved_tensors, *ctx.settings),)
 
 
-_clamped_swiglu_bwd_op = opaque_op("clamped_swiglu_bwd", _bwd, _fake_bwd)
-_clamped_swiglu_op = opaque_op("clamped_swiglu", _fwd, _fake_fwd, _differentiate, _save)
+_clamped_swiglu_bwd_op = opaque_op("clamped_swiglu_bwd", clamped_swiglu_bwd, _fake_bwd)
+_clamped_swiglu_op = opaque_op("clamped_swiglu", clamped_swiglu_fwd, _fake_fwd, _differentiate, _save)
 
 
 @lru_cache(maxsize=64)

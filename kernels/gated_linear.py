@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from . import reference
 from .runtime.autograd import Function
 from .runtime.launch import cdiv, use_triton
-from .runtime.operators import opaque_op, or_empty
+from .runtime.operators import opaque_op
 from .shared.gated import GELU_ERF, GELU_TANH, SILU, check_gated, gated_bwd, gated_fwd
 
 # name -> (the kernel's number, the definition)
@@ -171,20 +171,12 @@ def _fake_fwd(gate, up, weight, bias, activation):
     return gate.new_empty((*gate.shape[:-1], weight.shape[0]))
 
 
-def _bwd(
-    dout: Tensor, gate: Tensor, up: Tensor | None, weight: Tensor, activation: int, needs_gate: bool, needs_up: bool,
-    needs_weight: bool, needs_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    needs = (needs_gate, needs_up, needs_weight, needs_bias)
-    return tuple(or_empty(grad, gate) for grad in gated_linear_bwd(dout, gate, up, weight, activation, *needs))
-
-
 def _fake_bwd(dout, gate, up, weight, activation, needs_gate, needs_up, needs_weight, needs_bias):
     return (
-        gate.new_empty(gate.shape if needs_gate else 0),
-        gate.new_empty(gate.shape if needs_up and up is not None else 0),
-        weight.new_empty(weight.shape) if needs_weight else gate.new_empty(0),
-        weight.new_empty(weight.shape[:1]) if needs_bias else gate.new_empty(0),
+        gate.new_empty(gate.shape) if needs_gate else None,
+        gate.new_empty(gate.shape) if needs_up and up is not None else None,
+        weight.new_empty(weight.shape) if needs_weight else None,
+        weight.new_empty(weight.shape[:1]) if needs_bias else None,
     )
 
 
@@ -194,12 +186,10 @@ def _save(ctx, inputs, output):
 
 
 def _differentiate(ctx, dout):
-    needs = ctx.needs_input_grad[:4]
-    grads = _gated_linear_bwd_op(dout, *ctx.saved_tensors, ctx.activation, *needs)
-    return *(grad if needed else None for grad, needed in zip(grads, needs, strict=True)), None
+    return _gated_linear_bwd_op(dout, *ctx.saved_tensors, ctx.activation, *ctx.needs_input_grad[:4])
 
 
-_gated_linear_bwd_op = opaque_op("gated_linear_bwd", _bwd, _fake_bwd)
+_gated_linear_bwd_op = opaque_op("gated_linear_bwd", gated_linear_bwd, _fake_bwd)
 _gated_linear_op = opaque_op("gated_linear", _fwd, _fake_fwd, _differentiate, _save)
 
 

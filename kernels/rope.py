@@ -8,6 +8,7 @@ Saved: cos and sin. Moved, forward and backward alike: q and k in and out once; 
 """
 
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,8 +17,8 @@ from torch.autograd.function import once_differentiable
 from . import reference
 from .runtime.autograd import Function
 from .runtime.checks import check_device, check_floating, unit_stride
-from .runtime.launch import Launcher, cdiv, next_power_of_2, sm_count, tl, triton, use_triton
-from .runtime.operators import opaque_op, or_empty
+from .runtime.launch import cdiv, launcher, next_power_of_2, sm_count, tl, triton, use_triton
+from .runtime.operators import opaque_op
 
 TILE_SIZE = 4096  # elements of q or k that a program turns
 PROGRAMS_PER_SM = 8  # tiles get smaller until there are that many
@@ -53,7 +54,7 @@ def _load_pairs(base, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr, INTERLEAVED:
 
 
 @triton.jit
-def _turn_heads(
+def _rotate_heads(
     x_ptr, y_ptr, x_batch_stride, x_head_stride, x_token_stride, y_batch_stride, y_head_stride, y_token_stride,
     num_heads, first_head, batch, tokens, num_tokens, cos_base, sin_base, BACKWARD: tl.constexpr, PAIRED: tl.constexpr,
     HALF: tl.constexpr, TAIL: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_TAIL: tl.constexpr,
@@ -94,24 +95,33 @@ def _turn_heads(
 # accesses are 16 bytes wide.
 @triton.jit
 def _rope_kernel(
-    q_ptr,  # [B, H_q, T, D], like the next three whatever the memory order
-    k_ptr,  # [B, H_k, T, D]
+    q_ptr,  # [B, H_q, T, D]; the memory order of this and the next three is free
+    k_ptr,  # [B, H_k, T, D], or None
     q_out_ptr,  # [B, H_q, T, D]
-    k_out_ptr,  # [B, H_k, T, D]
+    k_out_ptr,  # [B, H_k, T, D], or None
     cos_ptr,  # [B, T, 2 * HALF], or [B, T, HALF] if PAIRED
     sin_ptr,  # like cos
-    q_batch_stride, q_head_stride, q_token_stride,
-    k_batch_stride, k_head_stride, k_token_stride,
-    q_out_batch_stride, q_out_head_stride, q_out_token_stride,
-    k_out_batch_stride, k_out_head_stride, k_out_token_stride,
-    cos_batch_stride, cos_token_stride,
-    sin_batch_stride, sin_token_stride,
+    q_batch_stride,
+    q_head_stride,
+    q_token_stride,
+    k_batch_stride,
+    k_head_stride,
+    k_token_stride,
+    q_out_batch_stride,
+    q_out_head_stride,
+    q_out_token_stride,
+    k_out_batch_stride,
+    k_out_head_stride,
+    k_out_token_stride,
+    cos_batch_stride,
+    cos_token_stride,
+    sin_batch_stride,
+    sin_token_stride,
     num_q_heads,
     num_k_heads,
     num_tokens,
     q_chunks,
     k_chunks,
-    HAS_K: tl.constexpr,
     BACKWARD: tl.constexpr,
     LOAD_INTERLEAVED: tl.constexpr,
     STORE_INTERLEAVED: tl.constexpr,  # PAIRED where it differs
@@ -122,7 +132,7 @@ def _rope_kernel(
     BLOCK_TAIL: tl.constexpr,
     TILE_TOKENS: tl.constexpr,
     TILE_HEADS: tl.constexpr,
-):  # fmt: skip
+):
     # Chunks of heads vary fastest: programs that read the same table entries and neighbouring memory run together.
     chunk = tl.program_id(0) % (q_chunks + k_chunks)
     block = tl.program_id(0) // (q_chunks + k_chunks)
@@ -131,15 +141,15 @@ def _rope_kernel(
     tokens = (block % token_blocks).to(tl.int64) * TILE_TOKENS + tl.arange(0, TILE_TOKENS)
     cos_base = (cos_ptr + batch * cos_batch_stride + tokens * cos_token_stride)[:, None, None]
     sin_base = (sin_ptr + batch * sin_batch_stride + tokens * sin_token_stride)[:, None, None]
-    if HAS_K and chunk >= q_chunks:
-        _turn_heads(
+    if k_ptr is not None and chunk >= q_chunks:
+        _rotate_heads(
             k_ptr, k_out_ptr, k_batch_stride, k_head_stride, k_token_stride, k_out_batch_stride, k_out_head_stride,
             k_out_token_stride, num_k_heads, (chunk - q_chunks) * TILE_HEADS, batch, tokens, num_tokens, cos_base,
             sin_base, BACKWARD, PAIRED, HALF, TAIL, BLOCK_HALF, BLOCK_TAIL, LOAD_INTERLEAVED, STORE_INTERLEAVED,
             TILE_HEADS,
         )  # fmt: skip
     else:
-        _turn_heads(
+        _rotate_heads(
             q_ptr, q_out_ptr, q_batch_stride, q_head_stride, q_token_stride, q_out_batch_stride, q_out_head_stride,
             q_out_token_stride, num_q_heads, chunk * TILE_HEADS, batch, tokens, num_tokens, cos_base,
             sin_base, BACKWARD, PAIRED, HALF, TAIL, BLOCK_HALF, BLOCK_TAIL, LOAD_INTERLEAVED, STORE_INTERLEAVED,
@@ -153,14 +163,28 @@ def _strides(x: Tensor, unsqueeze_dim: int) -> tuple[int, int, int]:
     return (batch, second, third) if unsqueeze_dim == 1 else (batch, third, second)
 
 
-_launch_rope = Launcher(_rope_kernel)
+_launch_rope = launcher(_rope_kernel)
+
+
+class _Tiling(NamedTuple):
+    """Programs, chunks of heads, and the kernel's constants from HALF to TILE_HEADS."""
+
+    num_programs: int
+    q_chunks: int
+    k_chunks: int
+    half: int
+    tail: int
+    block_half: int
+    block_tail: int
+    tile_tokens: int
+    tile_heads: int
 
 
 @lru_cache(maxsize=4096)
 def _tiling(
     batch: int, num_tokens: int, q_heads: int, k_heads: int, head_dim: int, rotary_dim: int, sms: int
-) -> tuple[int, int, int, tuple[int, int, int, int, int, int]]:
-    """Programs, chunks of q's and of k's heads, and the kernel's constants from HALF to TILE_HEADS."""
+) -> _Tiling:
+    """Tiles of ``TILE_SIZE`` elements, or fewer tokens where there would be too few programs."""
     half, tail = rotary_dim // 2, head_dim - rotary_dim
     block_half = next_power_of_2(half)
     tile_heads = min(TILE_HEADS, next_power_of_2(max(q_heads, k_heads)))
@@ -169,41 +193,70 @@ def _tiling(
     while tile_tokens > 1 and batch * cdiv(num_tokens, tile_tokens) * (q_chunks + k_chunks) < PROGRAMS_PER_SM * sms:
         tile_tokens //= 2
     programs = batch * cdiv(num_tokens, tile_tokens) * (q_chunks + k_chunks)
-    return programs, q_chunks, k_chunks, (half, tail, block_half, next_power_of_2(tail), tile_tokens, tile_heads)
+    block_tail = next_power_of_2(tail)
+    return _Tiling(programs, q_chunks, k_chunks, half, tail, block_half, block_tail, tile_tokens, tile_heads)
 
 
-def _turn(
+def _rotate(
     q: Tensor, q_out: Tensor, k: Tensor | None, k_out: Tensor | None, cos: Tensor, sin: Tensor, rotary_dim: int,
     interleaved: bool, deinterleave: bool, unsqueeze_dim: int, backward: bool,
 ) -> None:  # fmt: skip
-    """Turn ``q`` into ``q_out`` and, unless None, ``k`` into ``k_out``."""
+    """Rotate ``q`` into ``q_out`` and, unless None, ``k`` into ``k_out``."""
     shape, k_heads = q.shape, 0 if k is None else k.shape[unsqueeze_dim]
     batch, num_tokens, q_heads, head_dim = shape[0], shape[3 - unsqueeze_dim], shape[unsqueeze_dim], shape[3]
     if batch * num_tokens * (q_heads + k_heads) == 0:
         return
-    programs, q_chunks, k_chunks, constants = _tiling(
-        batch, num_tokens, q_heads, k_heads, head_dim, rotary_dim, sm_count(q)
-    )
-    no_strides = (0, 0, 0)
+    tiling = _tiling(batch, num_tokens, q_heads, k_heads, head_dim, rotary_dim, sm_count(q))
+    q_batch, q_head, q_token = _strides(q, unsqueeze_dim)
+    q_out_batch, q_out_head, q_out_token = _strides(q_out, unsqueeze_dim)
+    k_batch, k_head, k_token = k_out_batch, k_out_head, k_out_token = (0, 0, 0)
+    if k is not None:
+        k_batch, k_head, k_token = _strides(k, unsqueeze_dim)
+        k_out_batch, k_out_head, k_out_token = _strides(k_out, unsqueeze_dim)
     cos_batch, cos_token, _ = cos.stride()
     sin_batch, sin_token, _ = sin.stride()
     cos_rows, _, width = cos.shape
     _launch_rope(
-        (programs, 1, 1),
-        (q, k, q_out, k_out, cos, sin),
-        (
-            *_strides(q, unsqueeze_dim), *(no_strides if k is None else _strides(k, unsqueeze_dim)),
-            *_strides(q_out, unsqueeze_dim), *(no_strides if k is None else _strides(k_out, unsqueeze_dim)),
-            0 if cos_rows == 1 else cos_batch, cos_token, 0 if sin.shape[0] == 1 else sin_batch, sin_token,
-            q_heads, k_heads, num_tokens, q_chunks, k_chunks,
-        ),
-        (),
-        (
-            k is not None, backward, interleaved and not (deinterleave and backward),
-            interleaved and (backward or not deinterleave), width != rotary_dim, *constants,
-        ),
+        (tiling.num_programs, 1, 1),
         (("num_warps", 4),),
-    )  # fmt: skip
+        q_ptr=q,
+        k_ptr=k,
+        q_out_ptr=q_out,
+        k_out_ptr=k_out,
+        cos_ptr=cos,
+        sin_ptr=sin,
+        q_batch_stride=q_batch,
+        q_head_stride=q_head,
+        q_token_stride=q_token,
+        k_batch_stride=k_batch,
+        k_head_stride=k_head,
+        k_token_stride=k_token,
+        q_out_batch_stride=q_out_batch,
+        q_out_head_stride=q_out_head,
+        q_out_token_stride=q_out_token,
+        k_out_batch_stride=k_out_batch,
+        k_out_head_stride=k_out_head,
+        k_out_token_stride=k_out_token,
+        cos_batch_stride=0 if cos_rows == 1 else cos_batch,
+        cos_token_stride=cos_token,
+        sin_batch_stride=0 if sin.shape[0] == 1 else sin_batch,
+        sin_token_stride=sin_token,
+        num_q_heads=q_heads,
+        num_k_heads=k_heads,
+        num_tokens=num_tokens,
+        q_chunks=tiling.q_chunks,
+        k_chunks=tiling.k_chunks,
+        BACKWARD=backward,
+        LOAD_INTERLEAVED=interleaved and not (deinterleave and backward),
+        STORE_INTERLEAVED=interleaved and (backward or not deinterleave),
+        PAIRED=width != rotary_dim,
+        HALF=tiling.half,
+        TAIL=tiling.tail,
+        BLOCK_HALF=tiling.block_half,
+        BLOCK_TAIL=tiling.block_tail,
+        TILE_TOKENS=tiling.tile_tokens,
+        TILE_HEADS=tiling.tile_heads,
+    )
 
 
 def rope_fwd(
@@ -213,7 +266,7 @@ def rope_fwd(
     """Return the turned ``q`` and ``k``, in their shapes and memory order."""
     q, k = unit_stride(q), None if k is None else unit_stride(k)
     q_out, k_out = torch.empty_like(q), None if k is None else torch.empty_like(k)
-    _turn(q, q_out, k, k_out, cos, sin, rotary_dim, interleaved, deinterleave, unsqueeze_dim, backward=False)
+    _rotate(q, q_out, k, k_out, cos, sin, rotary_dim, interleaved, deinterleave, unsqueeze_dim, backward=False)
     return q_out, k_out
 
 
@@ -229,9 +282,9 @@ def rope_bwd(
     )
     tables = (cos, sin, rotary_dim, interleaved, deinterleave, unsqueeze_dim)
     if dq is not None:
-        _turn(dq, dq_out, dk, dk_out, *tables, backward=True)
+        _rotate(dq, dq_out, dk, dk_out, *tables, backward=True)
     elif dk is not None:
-        _turn(dk, dk_out, None, None, *tables, backward=True)
+        _rotate(dk, dk_out, None, None, *tables, backward=True)
     return dq_out, dk_out
 
 
@@ -258,30 +311,20 @@ class RopeFunction(Function):
         return *rope_bwd(dq, dk, *ctx.strides, *ctx.saved_tensors, *ctx.settings), None, None, None, None, None, None
 
 
-def _fwd(
-    q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, rotary_dim: int, interleaved: bool, deinterleave: bool,
-    unsqueeze_dim: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    q_out, k_out = rope_fwd(q, k, cos, sin, rotary_dim, interleaved, deinterleave, unsqueeze_dim)
-    return q_out, or_empty(k_out, q)
-
-
 def _fake_fwd(q, k, *_):
-    return torch.empty_like(unit_stride(q)), q.new_empty(0) if k is None else torch.empty_like(unit_stride(k))
+    return torch.empty_like(unit_stride(q)), None if k is None else torch.empty_like(unit_stride(k))
 
 
 def _bwd(
     dq: Tensor | None, dk: Tensor | None, cos: Tensor, sin: Tensor, rotary_dim: int, interleaved: bool,
     deinterleave: bool, unsqueeze_dim: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     strides = (None if grad is None else torch.empty_like(unit_stride(grad)).stride() for grad in (dq, dk))
-    grads = rope_bwd(dq, dk, *strides, cos, sin, rotary_dim, interleaved, deinterleave, unsqueeze_dim)
-    return or_empty(grads[0], cos), or_empty(grads[1], cos)
+    return rope_bwd(dq, dk, *strides, cos, sin, rotary_dim, interleaved, deinterleave, unsqueeze_dim)
 
 
-def _fake_bwd(dq, dk, cos, *_):
-    grads = [cos.new_empty(0) if grad is None else torch.empty_like(unit_stride(grad)) for grad in (dq, dk)]
-    return grads[0], grads[1]
+def _fake_bwd(dq, dk, *_):
+    return tuple(None if grad is None else torch.empty_like(unit_stride(grad)) for grad in (dq, dk))
 
 
 def _save(ctx, inputs, output):
@@ -293,13 +336,14 @@ def _save(ctx, inputs, output):
 
 
 def _differentiate(ctx, dq, dk):
-    dq, dk = (grad if needed else None for grad, needed in zip((dq, dk), ctx.needs_input_grad[:2], strict=True))
-    grads = _rope_bwd_op(dq, dk, *ctx.saved_tensors, *ctx.settings)
-    return None if dq is None else grads[0], None if dk is None else grads[1], *(None,) * 6
+    given = zip((dq, dk), ctx.needs_input_grad, strict=False)
+    grads = [grad if needed else None for grad, needed in given]
+    found = _rope_bwd_op(*grads, *ctx.saved_tensors, *ctx.settings)
+    return tuple(None if grad is None else out for grad, out in zip(grads, found, strict=True))
 
 
 _rope_bwd_op = opaque_op("rope_bwd", _bwd, _fake_bwd)
-_rope_op = opaque_op("rope", _fwd, _fake_fwd, _differentiate, _save)
+_rope_op = opaque_op("rope", rope_fwd, _fake_fwd, _differentiate, _save)
 
 
 def _check(q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, rotary_dim: int | None, unsqueeze_dim: int) -> int:

@@ -1,25 +1,53 @@
 """How an op appears to ``torch.compile``: as one opaque operator with a gradient, never traced into.
 
-Eager calls go through the op's ``autograd.Function``. Where the public function finds ``torch.compiler.is_compiling()``
-it calls instead an operator that wraps the same host functions, since neither Dynamo nor AOTAutograd can trace the
-launcher. To give an op this form, write next to its ``autograd.Function``
+Eager calls go through the op's ``autograd.Function``. While compiling, the public function calls an operator that wraps
+the same host functions, because neither Dynamo nor AOTAutograd can trace a launch. To give an op this form, write next
+to its ``autograd.Function``
 
-- ``fwd(...)``, typed as ``torch.library.custom_op`` wants it: tensors, numbers and strings in; a tensor or a tuple of
-  tensors out, no output sharing memory with another or with an input. What backward needs is among the outputs. An
-  output that is sometimes absent is empty then (``or_empty``), because an operator cannot return None;
-- ``fake_fwd(...)``, which gives empty tensors of the right shape, dtype and strides from shapes alone;
-- the same two for backward, registered with ``opaque_op(name, bwd, fake_bwd)``;
-- ``save(ctx, inputs, output)``, which keeps tensors with ``ctx.save_for_backward`` and settings on ``ctx``;
-- ``differentiate(ctx, *grads)``, which calls the backward operator and gives one gradient or None an input.
-  It is traced: it may only call operators.
+- ``fake_fwd(...)``, which takes the arguments of the host function ``fwd`` and returns empty tensors of the right
+  shape, dtype and strides from shapes alone;
+- ``fake_bwd(...)``, the same for the host function ``bwd``, registered together by ``opaque_op(name, bwd, fake_bwd)``;
+- ``save(ctx, inputs, output)``, which keeps tensors with ``ctx.save_for_backward`` and settings on ``ctx``, and marks
+  every output that is no result (a saved statistic) as non-differentiable;
+- ``differentiate(ctx, *grads)``, which calls the backward operator and returns the gradients of the first inputs. It is
+  traced: it may only call operators.
 
-Every output that is no result (a saved statistic) must be marked non-differentiable in ``save``.
+Host functions are annotated with tensors, numbers and strings as arguments and return a tensor or a tuple of tensors
+and Nones.
 """
 
+import inspect
 from collections.abc import Callable
+from functools import wraps
+from itertools import zip_longest
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
+
+
+def or_empty(t: Tensor | None, like: Tensor) -> Tensor:
+    """``t``, or an empty tensor in place of None."""
+    return like.new_empty(0) if t is None else t
+
+
+def _returning_tensors(function: Callable) -> Callable:
+    """``function`` with outputs that an operator may have: empty for None, and a copy of what shares memory."""
+
+    @wraps(function)
+    def wrapped(*arguments: Any) -> Tensor | tuple[Tensor, ...]:
+        outputs = function(*arguments)
+        if torch.is_tensor(outputs):
+            return outputs
+        like = next(a for a in arguments if torch.is_tensor(a))
+        tensors: list[Tensor] = []
+        for output in outputs:
+            tensor = or_empty(output, like)
+            shared = any(tensor.untyped_storage()._cdata == t.untyped_storage()._cdata for t in tensors)
+            tensors.append(tensor.clone() if shared else tensor)
+        return tuple(tensors)
+
+    return wrapped
 
 
 def opaque_op(
@@ -31,19 +59,35 @@ def opaque_op(
     *,
     waits: bool = False,
 ) -> Callable:
-    """Register ``liger_trainer::name``, which runs ``run`` and is seen by the compiler as ``fake``, and return it.
+    """Register ``liger_trainer::name``, which runs ``run`` and looks to the compiler like ``fake``, and return it.
 
-    ``waits``: the host reads a number off the device in it, which a CUDA graph cannot hold; the compiler then makes
-    graphs of what is before and after.
+    An operator cannot return None: outputs of ``run`` and ``fake`` that are None become empty tensors.
+
+    Args:
+        name: The operator's name.
+        run: The host function.
+        fake: Returns empty tensors like those of ``run``.
+        differentiate: Returns gradients of the first inputs; those of inputs that need none are dropped.
+        save: Keeps what ``differentiate`` needs.
+        waits: ``run`` reads a number off the device, which a CUDA graph cannot hold. The compiler then makes graphs of
+            what comes before and after.
     """
+    signature = inspect.signature(run)
+    outputs = len(get_args(signature.return_annotation)) if signature.return_annotation is not Tensor else 0
+    implementation = _returning_tensors(run)
+    if outputs:
+        returns = tuple[(Tensor,) * outputs]
+        implementation.__signature__ = signature.replace(return_annotation=returns)
     tags = (torch.Tag.cudagraph_unsafe,) if waits else ()
-    op = torch.library.custom_op(f"liger_trainer::{name}", run, mutates_args=(), tags=tags)
-    op.register_fake(fake)
+    op = torch.library.custom_op(f"liger_trainer::{name}", implementation, mutates_args=(), tags=tags)
+    op.register_fake(_returning_tensors(fake))
     if differentiate is not None:
-        op.register_autograd(differentiate, setup_context=save)
+
+        def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+            given = differentiate(ctx, *grads)
+            return tuple(
+                grad if needed else None for grad, needed in zip_longest(given, ctx.needs_input_grad, fillvalue=None)
+            )
+
+        op.register_autograd(backward, setup_context=save)
     return op
-
-
-def or_empty(t: Tensor | None, like: Tensor) -> Tensor:
-    """``t``, or an empty tensor in place of None."""
-    return like.new_empty(0) if t is None else t

@@ -12,8 +12,8 @@ from torch.autograd.function import once_differentiable
 
 from ..runtime.autograd import Function
 from ..runtime.checks import check_rows, check_same_shape, dense_like, row_layout
-from ..runtime.launch import Launcher, cdiv, next_power_of_2, sm_count, tl, triton
-from ..runtime.operators import opaque_op, or_empty
+from ..runtime.launch import cdiv, launcher, next_power_of_2, sm_count, tl, triton
+from ..runtime.operators import opaque_op
 
 SILU, GELU_TANH, GELU_ERF = 0, 1, 2
 BLOCK_SIZE = 2048
@@ -100,18 +100,18 @@ def _gated_fwd_kernel(
 @triton.jit
 def _gated_bwd_block(
     dout_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, out_ptr, cols, num_cols, ACTIVATION: tl.constexpr,
-    NEEDS_DGATE: tl.constexpr, NEEDS_DUP: tl.constexpr, NEEDS_OUT: tl.constexpr, MASKED: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
     dout = _load(dout_ptr, cols, num_cols, MASKED)
     gate = _load(gate_ptr, cols, num_cols, MASKED)
     value, slope = _activation(gate, ACTIVATION)
-    if NEEDS_DGATE or NEEDS_OUT:
+    if dgate_ptr is not None or out_ptr is not None:
         up = _load(up_ptr, cols, num_cols, MASKED)
-    if NEEDS_OUT:
+    if out_ptr is not None:
         _store(out_ptr, cols, num_cols, value * up, MASKED)
-    if NEEDS_DGATE:
+    if dgate_ptr is not None:
         _store(dgate_ptr, cols, num_cols, dout * up * slope, MASKED)
-    if NEEDS_DUP:
+    if dup_ptr is not None:
         _store(dup_ptr, cols, num_cols, dout * value, MASKED)
 
 
@@ -120,9 +120,9 @@ def _gated_bwd_kernel(
     dout_ptr,  # [num_rows, num_cols]
     gate_ptr,  # [num_rows, num_cols]
     up_ptr,  # [num_rows, num_cols]
-    dgate_ptr,  # [num_rows, num_cols]
-    dup_ptr,  # [num_rows, num_cols]
-    out_ptr,  # [num_rows, num_cols]
+    dgate_ptr,  # [num_rows, num_cols], or None
+    dup_ptr,  # [num_rows, num_cols], or None
+    out_ptr,  # [num_rows, num_cols], or None: the forward's result
     dout_row_stride,
     gate_row_stride,
     up_row_stride,
@@ -132,9 +132,6 @@ def _gated_bwd_kernel(
     num_cols,
     col_blocks,
     ACTIVATION: tl.constexpr,
-    NEEDS_DGATE: tl.constexpr,
-    NEEDS_DUP: tl.constexpr,
-    NEEDS_OUT: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
 ):
     row = (tl.program_id(0) // col_blocks).to(tl.int64)
@@ -143,26 +140,20 @@ def _gated_bwd_kernel(
     dout_ptr += row * dout_row_stride
     gate_ptr += row * gate_row_stride
     up_ptr += row * up_row_stride
-    if NEEDS_DGATE:
+    if dgate_ptr is not None:
         dgate_ptr += row * dgate_row_stride
-    if NEEDS_DUP:
+    if dup_ptr is not None:
         dup_ptr += row * dup_row_stride
-    if NEEDS_OUT:
+    if out_ptr is not None:
         out_ptr += row * out_row_stride
     if start + BLOCK_COLS <= num_cols:
-        _gated_bwd_block(
-            dout_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, out_ptr, cols, num_cols,
-            ACTIVATION, NEEDS_DGATE, NEEDS_DUP, NEEDS_OUT, False,
-        )  # fmt: skip
+        _gated_bwd_block(dout_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, out_ptr, cols, num_cols, ACTIVATION, False)
     else:
-        _gated_bwd_block(
-            dout_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, out_ptr, cols, num_cols,
-            ACTIVATION, NEEDS_DGATE, NEEDS_DUP, NEEDS_OUT, True,
-        )  # fmt: skip
+        _gated_bwd_block(dout_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, out_ptr, cols, num_cols, ACTIVATION, True)
 
 
-_launch_fwd = Launcher(_gated_fwd_kernel)
-_launch_bwd = Launcher(_gated_bwd_kernel)
+_launch_fwd = launcher(_gated_fwd_kernel)
+_launch_bwd = launcher(_gated_bwd_kernel)
 
 
 def _shared_layout(*tensors: Tensor | None) -> tuple[int, int, list[Tensor | None], list[int]]:
@@ -184,17 +175,25 @@ def gated_fwd(gate: Tensor, up: Tensor, activation: int) -> Tensor:
     dtype = gate.dtype if gate.dtype == up.dtype else torch.promote_types(gate.dtype, up.dtype)
     out = dense_like(gate, dtype)
     if out.numel():
-        num_rows, num_cols, (gate, up, out), strides = _shared_layout(gate, up, out)
+        num_rows, num_cols, tensors, strides = _shared_layout(gate, up, out)
+        gate_rows, up_rows, out_rows = tensors
+        gate_stride, up_stride, out_stride = strides
         block = BLOCK_SIZE if out.numel() > SMALL_GRID * BLOCK_SIZE * sm_count(out) else BLOCK_SIZE // 2
         block = min(block, next_power_of_2(num_cols))
         col_blocks = cdiv(num_cols, block)
         _launch_fwd(
             (num_rows * col_blocks, 1, 1),
-            (gate, up, out),
-            (*strides, num_cols, col_blocks),
-            (),
-            (activation, block),
             (("num_warps", 4),),
+            gate_ptr=gate_rows,
+            up_ptr=up_rows,
+            out_ptr=out_rows,
+            gate_row_stride=gate_stride,
+            up_row_stride=up_stride,
+            out_row_stride=out_stride,
+            num_cols=num_cols,
+            col_blocks=col_blocks,
+            ACTIVATION=activation,
+            BLOCK_COLS=block,
         )
     return out
 
@@ -215,15 +214,29 @@ def gated_bwd(
     if dout.numel() == 0:
         return
     num_rows, num_cols, tensors, strides = _shared_layout(dout, gate, up, dgate, dup, out)
+    dout, gate, up, dgate, dup, out = tensors
+    dout_stride, gate_stride, up_stride, dgate_stride, dup_stride, out_stride = strides
     block = min(BLOCK_SIZE, next_power_of_2(num_cols))
     col_blocks = cdiv(num_cols, block)
     _launch_bwd(
         (num_rows * col_blocks, 1, 1),
-        tuple(tensors),
-        (*strides, num_cols, col_blocks),
-        (),
-        (activation, dgate is not None, dup is not None, out is not None, block),
         (("num_warps", 8),),
+        dout_ptr=dout,
+        gate_ptr=gate,
+        up_ptr=up,
+        dgate_ptr=dgate,
+        dup_ptr=dup,
+        out_ptr=out,
+        dout_row_stride=dout_stride,
+        gate_row_stride=gate_stride,
+        up_row_stride=up_stride,
+        dgate_row_stride=dgate_stride,
+        dup_row_stride=dup_stride,
+        out_row_stride=out_stride,
+        num_cols=num_cols,
+        col_blocks=col_blocks,
+        ACTIVATION=activation,
+        BLOCK_COLS=block,
     )
 
 
@@ -241,6 +254,10 @@ def gated_grads(
     return dgate, dup
 
 
+def _activate(gate: Tensor, up: Tensor | None, activation: int) -> Tensor:
+    return gated_fwd(*(gate.chunk(2, dim=-1) if up is None else (gate, up)), activation)
+
+
 class GatedFunction(Function):
     """``act(gate) * up`` for two tensors, or for one that holds both halves (``up`` is None)."""
 
@@ -249,7 +266,7 @@ class GatedFunction(Function):
         """Save the inputs only."""
         ctx.save_for_backward(gate, up)
         ctx.activation = activation
-        return gated_fwd(*(gate.chunk(2, dim=-1) if up is None else (gate, up)), activation)
+        return _activate(gate, up, activation)
 
     @staticmethod
     @once_differentiable
@@ -258,25 +275,14 @@ class GatedFunction(Function):
         return *gated_grads(dout, *ctx.saved_tensors, ctx.activation, *ctx.needs_input_grad[:2]), None
 
 
-def _fwd(gate: Tensor, up: Tensor | None, activation: int) -> Tensor:
-    return gated_fwd(*(gate.chunk(2, dim=-1) if up is None else (gate, up)), activation)
-
-
 def _fake_fwd(gate, up, activation):
     if up is None:
         return gate.new_empty(*gate.shape[:-1], gate.shape[-1] // 2)
     return gate.new_empty(gate.shape, dtype=torch.promote_types(gate.dtype, up.dtype))
 
 
-def _bwd(
-    dout: Tensor, gate: Tensor, up: Tensor | None, activation: int, needs_dgate: bool, needs_dup: bool
-) -> tuple[Tensor, Tensor]:
-    dgate, dup = gated_grads(dout, gate, up, activation, needs_dgate, needs_dup)
-    return or_empty(dgate, gate), or_empty(dup, gate)
-
-
 def _fake_bwd(dout, gate, up, activation, needs_dgate, needs_dup):
-    return gate.new_empty(gate.shape if needs_dgate else 0), up.new_empty(up.shape) if needs_dup else gate.new_empty(0)
+    return gate.new_empty(gate.shape) if needs_dgate else None, up.new_empty(up.shape) if needs_dup else None
 
 
 def _save(ctx, inputs, output):
@@ -285,13 +291,11 @@ def _save(ctx, inputs, output):
 
 
 def _differentiate(ctx, dout):
-    needs_dgate, needs_dup = ctx.needs_input_grad[:2]
-    dgate, dup = _gated_bwd_op(dout, *ctx.saved_tensors, ctx.activation, needs_dgate, needs_dup)
-    return dgate if needs_dgate else None, dup if needs_dup else None, None
+    return _gated_bwd_op(dout, *ctx.saved_tensors, ctx.activation, *ctx.needs_input_grad[:2])
 
 
-_gated_bwd_op = opaque_op("gated_bwd", _bwd, _fake_bwd)
-_gated_op = opaque_op("gated", _fwd, _fake_fwd, _differentiate, _save)
+_gated_bwd_op = opaque_op("gated_bwd", gated_grads, _fake_bwd)
+_gated_op = opaque_op("gated", _activate, _fake_fwd, _differentiate, _save)
 
 
 def apply_gated(gate: Tensor, up: Tensor | None, activation: int) -> Tensor:
