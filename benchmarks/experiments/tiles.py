@@ -37,12 +37,12 @@ SHAPES = {
     "cross_entropy": [(64, 32000), (1024, 32003), (8192, 32000), (8192, 128256)],
 }
 # What is varied: (module, name, values); "num_warps" of a launcher is that of its launch options.
-NORMS = [("norm_tiles", "row_tiling persistent_tiling", "num_warps", (2, 4, 8, 16, 32))]
+NORMS = [("shared.norm_tiles", "row_tiling persistent_tiling", "num_warps", (2, 4, 8, 16, 32))]
 KNOBS = {
     "swiglu": [
-        ("gated", "SMALL_GRID", None, (0,)),  # its rule would halve the next one
-        ("gated", "BLOCK_SIZE", None, (512, 1024, 2048, 4096)),
-        ("gated", "_launch_fwd _launch_bwd", "num_warps", (1, 2, 4, 8)),
+        ("shared.gated", "SMALL_GRID", None, (0,)),  # its rule would halve the next one
+        ("shared.gated", "BLOCK_SIZE", None, (512, 1024, 2048, 4096)),
+        ("shared.gated", "_launch_fwd _launch_bwd", "num_warps", (1, 2, 4, 8)),
     ],
     "rope": [
         ("rope", "TILE_SIZE", None, (1024, 2048, 4096)),
@@ -51,8 +51,8 @@ KNOBS = {
         ("rope", "_launch_rope", "num_warps", (2, 4, 8)),
     ],
     "cross_entropy": [
-        ("softmax_rows", "STREAM_WARPS", None, (4, 8, 16, 32)),
-        ("softmax_rows", "ALONE_WARPS", None, (8, 16, 32)),
+        ("linear_loss.softmax_rows", "STREAM_WARPS", None, (4, 8, 16, 32)),
+        ("linear_loss.softmax_rows", "ALONE_WARPS", None, (8, 16, 32)),
     ],
     "add_rms_norm": NORMS,
     "layer_norm": NORMS,
@@ -101,14 +101,15 @@ def times(op: str, shape: tuple[int, ...]) -> tuple[float, float]:
 def with_warps(function: Callable, warps: int) -> Callable:
     """A tiling function, or a launcher, whose launch has ``warps`` warps."""
 
-    def changed(*args):
-        if not hasattr(function, "compiled"):
-            tiling = function(*args)
-            cap = register_limit(min(65536 // (32 * warps), 255)) if len(tiling.options) > 1 else ()
-            return tiling._replace(options=(("num_warps", warps), *cap))
-        return function(*args[:-1], (("num_warps", warps), *args[-1][1:]))
+    def tiling(*args):
+        found = function(*args)
+        cap = register_limit(min(65536 // (32 * warps), 255)) if len(found.options) > 1 else ()
+        return found._replace(options=(("num_warps", warps), *cap))
 
-    return changed
+    def launch(grid, options, **arguments):
+        return function(grid, (("num_warps", warps), *options[1:]), **arguments)
+
+    return launch if hasattr(function, "compiled") else tiling
 
 
 @contextmanager
@@ -119,9 +120,9 @@ def changed(knobs: list[tuple], values: tuple) -> Iterator[None]:
         for name in names.split():
             old = getattr(kernels(module), name)
             new = value if what is None else with_warps(old, value)
-            users = [module, "rms_norm", "layer_norm"] if module == "norm_tiles" else [module]
+            users = [module, "shared.norm"] if module == "shared.norm_tiles" else [module]
             patches += [mock.patch.object(kernels(user), name, new) for user in users if hasattr(kernels(user), name)]
-    caches = [kernels("rope")._tiling, kernels("softmax_rows")._block]
+    caches = [kernels("rope")._tiling, kernels("linear_loss.softmax_rows")._block]
     for patch in patches:
         patch.start()
     try:

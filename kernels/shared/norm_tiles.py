@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..runtime.launch import Launcher, cdiv, next_power_of_2, register_limit, sm_count, tl, triton
+from ..runtime.launch import cdiv, launcher, next_power_of_2, register_limit, sm_count, tl, triton
 
 MAX_COLS = 65536  # 64 elements a thread with 32 warps; beyond that a row no longer fits the registers
 TILE_SIZE = 4096  # elements of a tile of narrow rows
@@ -104,17 +104,14 @@ def load_per_row(ptr, first_row, num_rows, TILE_ROWS: tl.constexpr):
 def _column_partials_kernel(
     dy_ptr,  # [num_rows, num_cols]
     x_ptr,  # [num_rows, num_cols]
-    mean_ptr,  # [num_rows] fp32
+    mean_ptr,  # [num_rows] fp32, or None
     rstd_ptr,  # [num_rows] fp32
-    dw_partial_ptr,  # [num_programs(1), num_cols] fp32
-    db_partial_ptr,  # [num_programs(1), num_cols] fp32
+    dw_partial_ptr,  # [num_programs(1), num_cols] fp32, or None
+    db_partial_ptr,  # [num_programs(1), num_cols] fp32, or None
     dy_row_stride,
     x_row_stride,
     num_rows,
     num_cols,
-    HAS_MEAN: tl.constexpr,
-    NEEDS_DW: tl.constexpr,
-    NEEDS_DB: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
 ):
@@ -127,40 +124,50 @@ def _column_partials_kernel(
         row_mask = rows < num_rows
         mask = row_mask[:, None] & col_mask[None, :]
         dy = tl.load(dy_ptr + rows[:, None] * dy_row_stride + cols[None, :], mask=mask, other=0.0).to(tl.float32)
-        if NEEDS_DW:
+        if dw_partial_ptr is not None:
             x = tl.load(x_ptr + rows[:, None] * x_row_stride + cols[None, :], mask=mask, other=0.0).to(tl.float32)
-            if HAS_MEAN:
+            if mean_ptr is not None:
                 x -= tl.load(mean_ptr + rows, mask=row_mask, other=0.0)[:, None]
             dw += dy * (x * tl.load(rstd_ptr + rows, mask=row_mask, other=0.0)[:, None])
-        if NEEDS_DB:
+        if db_partial_ptr is not None:
             db += dy
     partial_offsets = tl.program_id(1).to(tl.int64) * num_cols + cols
-    if NEEDS_DW:
+    if dw_partial_ptr is not None:
         tl.store(dw_partial_ptr + partial_offsets, tl.sum(dw, axis=0), mask=col_mask)
-    if NEEDS_DB:
+    if db_partial_ptr is not None:
         tl.store(db_partial_ptr + partial_offsets, tl.sum(db, axis=0), mask=col_mask)
 
 
-_launch_column_partials = Launcher(_column_partials_kernel)
+_launch_column_partials = launcher(_column_partials_kernel)
 
 
 def column_partials(
-    dy: Tensor, dy_stride: int, x: Tensor, x_stride: int, mean: Tensor | None, rstd: Tensor, needs_dw: bool,
-    needs_db: bool,
-) -> Tensor:  # fmt: skip
-    """fp32 partials ``[needs_dw + needs_db, programs, num_cols]`` of dweight ``dy * (x - mean) * rstd`` and dbias."""
-    num_rows, num_cols = rstd.shape[0], x.shape[-1]
+    dy: Tensor, dy_stride: int, x: Tensor, x_stride: int, stats: Tensor, needs_dw: bool, needs_db: bool
+) -> Tensor:
+    """fp32 partials ``[needs_dw + needs_db, programs, num_cols]`` of dweight ``dy * (x - mean) * rstd`` and dbias.
+
+    ``stats`` is rstd ``[1, num_rows]``, or rstd and mean ``[2, num_rows]``.
+    """
+    num_rows, num_cols = stats.shape[1], x.shape[-1]
     tile_rows, block_cols = COLUMN_TILE
     col_blocks = cdiv(num_cols, block_cols)
     splits = max(1, min(cdiv(num_rows, tile_rows), 8 * sm_count(x) // col_blocks))
     partials = x.new_empty(needs_dw + needs_db, splits, num_cols, dtype=torch.float32)
     _launch_column_partials(
         (col_blocks, splits, 1),
-        (dy, x, mean, rstd, partials[0] if needs_dw else None, partials[-1] if needs_db else None),
-        (dy_stride, x_stride, num_rows, num_cols),
-        (),
-        (mean is not None, needs_dw, needs_db, tile_rows, block_cols),
         (("num_warps", 8),),
+        dy_ptr=dy,
+        x_ptr=x,
+        mean_ptr=stats[1] if len(stats) == 2 else None,
+        rstd_ptr=stats[0],
+        dw_partial_ptr=partials[0] if needs_dw else None,
+        db_partial_ptr=partials[-1] if needs_db else None,
+        dy_row_stride=dy_stride,
+        x_row_stride=x_stride,
+        num_rows=num_rows,
+        num_cols=num_cols,
+        TILE_ROWS=tile_rows,
+        BLOCK_COLS=block_cols,
     )
     return partials
 
@@ -193,7 +200,7 @@ def _sum_partials_kernel(
     tl.store(out_ptr + layer * num_cols + cols, tl.sum(total, axis=0), mask=col_mask)
 
 
-_launch_sum_partials = Launcher(_sum_partials_kernel)
+_launch_sum_partials = launcher(_sum_partials_kernel)
 
 
 def sum_partials(partials: Tensor, dtype: torch.dtype) -> Tensor:
@@ -204,10 +211,12 @@ def sum_partials(partials: Tensor, dtype: torch.dtype) -> Tensor:
     out = partials.new_empty(stack, num_cols, dtype=dtype)
     _launch_sum_partials(
         (cdiv(num_cols, 32), stack, 1),
-        (partials, out),
-        (num_partials, num_cols),
-        (),
-        (128, 32),  # BLOCK_PARTIALS, BLOCK_COLS
         (("num_warps", 8),),
+        partial_ptr=partials,
+        out_ptr=out,
+        num_partials=num_partials,
+        num_cols=num_cols,
+        BLOCK_PARTIALS=128,
+        BLOCK_COLS=32,
     )
     return out

@@ -267,7 +267,7 @@ def test_a_fingerprint_follows_what_is_measured(monkeypatch):
         ("void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<64, cutlass::bfloat16_t>>", "attention"),
         ("fmha_cutlassF_bf16_aligned_64x64_rf_sm80", "attention"),
         ("void at::native::multi_tensor_apply_kernel<FusedAdamMathFunctor<c10::BFloat16>>", "optimizer"),
-        ("_rms_norm_bwd_kernel", "norm"),
+        ("_norm_bwd_kernel", "norm"),
         ("_rope_kernel", "rope"),
         ("_gated_fwd_kernel", "GLU"),
         ("_loss_grad_rows_kernel", "CE"),

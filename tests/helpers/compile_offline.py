@@ -33,8 +33,8 @@ TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int64: "i64", torc
 SHAPES = ((37, 200), (33, 2048), (33, 3002), (3, 33000))
 # Kernels at the speed of memory: where rows begin on 16 bytes, they have to be read and written in pieces of 16 bytes.
 WIDE = {
-    "_rms_norm_fwd_kernel", "_rms_norm_bwd_kernel", "_layer_norm_fwd_kernel", "_layer_norm_bwd_kernel",
-    "_gated_fwd_kernel", "_gated_bwd_kernel", "_clamped_swiglu_fwd_kernel", "_clamped_swiglu_bwd_kernel",
+    "_norm_fwd_kernel", "_norm_bwd_kernel", "_gated_fwd_kernel", "_gated_bwd_kernel", "_clamped_swiglu_fwd_kernel",
+    "_clamped_swiglu_bwd_kernel",
 }  # fmt: skip
 ALIGNED = [["tt.divisibility", 16]]
 
