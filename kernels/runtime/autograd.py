@@ -1,5 +1,7 @@
 """The base class of the ops' autograd functions."""
 
+from typing import Any
+
 import torch
 from torch.autograd import forward_ad
 
@@ -9,13 +11,13 @@ class _NoContext:
 
     needs_input_grad = (False,) * 16  # as many as any op has arguments
 
-    def save_for_backward(self, *tensors):
+    def save_for_backward(self, *tensors: torch.Tensor | None) -> None:
         pass
 
-    def mark_non_differentiable(self, *tensors):
+    def mark_non_differentiable(self, *tensors: torch.Tensor) -> None:
         pass
 
-    def set_materialize_grads(self, value):
+    def set_materialize_grads(self, value: bool) -> None:
         pass
 
 
@@ -28,10 +30,11 @@ class Function(torch.autograd.Function):
     """
 
     @classmethod
-    def apply(cls, *args):
+    def apply(cls, *args: Any) -> Any:
         """Run ``forward`` and record ``backward``; positional arguments only."""
         if torch._C._are_functorch_transforms_active():
             return super().apply(*args)
         if not torch.is_grad_enabled() and forward_ad._current_level < 0:
             return cls.forward(_NoContext(), *args)
-        return super(torch.autograd.Function, cls).apply(*args)
+        # torch's stubs lack this base class's method, and a cast would cost host time.
+        return super(torch.autograd.Function, cls).apply(*args)  # pyright: ignore[reportAttributeAccessIssue]

@@ -4,25 +4,30 @@ import inspect
 import os
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-try:
+if TYPE_CHECKING:
     import triton
+    import triton.knobs
     import triton.language as tl
-except ImportError:  # Windows, macOS, minimal installs: every op then runs its reference definition
+else:
+    try:
+        import triton
+        import triton.language as tl
+    except ImportError:  # Windows, macOS, minimal installs: every op then runs its reference definition
 
-    class _NoTriton:
-        """Lets the kernel files be imported, and their functions defined, where triton is not installed."""
+        class _NoTriton:
+            """Lets the kernel files be imported, and their functions defined, where triton is not installed."""
 
-        constexpr = object
+            constexpr = object
 
-        @staticmethod
-        def jit(fn=None, **options):
-            return fn if fn is not None else (lambda f: f)
+            @staticmethod
+            def jit(fn=None, **options):
+                return fn if fn is not None else (lambda f: f)
 
-    triton = tl = _NoTriton()
+        triton = tl = _NoTriton()
 
 HAS_TRITON = type(triton).__name__ != "_NoTriton"
 # Triton's CPU interpreter, used by the tests; the variable is read by triton when a kernel is defined.
@@ -38,8 +43,8 @@ def can_launch_directly(triton_version: str, cuda_version: str | None) -> bool:
 
 DIRECT_LAUNCH = HAS_TRITON and not INTERPRET and can_launch_directly(triton.__version__, torch.version.cuda)
 # The plain C functions behind torch.cuda.current_device and current_stream; CPU builds of torch have neither.
-current_device = getattr(torch._C, "_cuda_getDevice", None)
-current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+current_device: Any = getattr(torch._C, "_cuda_getDevice", None)
+current_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 
 def use_triton(x: torch.Tensor) -> bool:
@@ -175,8 +180,8 @@ def launcher(kernel: Any) -> Callable[..., None]:
             with torch.cuda.device(device):
                 launch(grid, options, **dict(zip(kinds, values, strict=True)))
             return
-        values = [float(v) if kind == "float" else v for v, kind in zip(values, kinds.values(), strict=True)]
-        binary = kernel[grid](*values, **dict(options))
+        arguments = [float(v) if kind == "float" else v for v, kind in zip(values, kinds.values(), strict=True)]
+        binary = kernel[grid](*arguments, **dict(options))
         if DIRECT_LAUNCH and not _has_hooks():
             compiled[key] = (binary.run, binary.function, binary.packed_metadata)
 
