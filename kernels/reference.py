@@ -120,10 +120,10 @@ def rope(
     def apply(x: Tensor) -> Tensor:
         head, tail = x[..., :rotary_dim], x[..., rotary_dim:]
         wide = head.float() if compute_in_fp32 else head
-        turned = (wide * cos + rotate(wide) * sin).to(x.dtype)
+        rotated = (wide * cos + rotate(wide) * sin).to(x.dtype)
         if deinterleave:
-            turned = torch.cat((turned[..., ::2], turned[..., 1::2]), dim=-1)
-        return turned if tail.shape[-1] == 0 else torch.cat((turned, tail), dim=-1)
+            rotated = torch.cat((rotated[..., ::2], rotated[..., 1::2]), dim=-1)
+        return rotated if tail.shape[-1] == 0 else torch.cat((rotated, tail), dim=-1)
 
     return apply(q) if k is None else (apply(q), apply(k))
 

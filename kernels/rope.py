@@ -20,7 +20,7 @@ from .runtime.checks import check_device, check_floating, unit_stride
 from .runtime.launch import cdiv, launcher, next_power_of_2, sm_count, tl, triton, use_triton
 from .runtime.operators import opaque_op
 
-TILE_SIZE = 4096  # elements of q or k that a program turns
+TILE_SIZE = 4096  # elements of q or k that a program rotates
 PROGRAMS_PER_SM = 8  # tiles get smaller until there are that many
 TILE_HEADS = 8  # heads that share one load of the tables; more would leave lanes idle where there are few k heads
 
@@ -219,51 +219,29 @@ def _rotate(
     _launch_rope(
         (tiling.num_programs, 1, 1),
         (("num_warps", 4),),
-        q_ptr=q,
-        k_ptr=k,
-        q_out_ptr=q_out,
-        k_out_ptr=k_out,
-        cos_ptr=cos,
-        sin_ptr=sin,
-        q_batch_stride=q_batch,
-        q_head_stride=q_head,
-        q_token_stride=q_token,
-        k_batch_stride=k_batch,
-        k_head_stride=k_head,
-        k_token_stride=k_token,
-        q_out_batch_stride=q_out_batch,
-        q_out_head_stride=q_out_head,
-        q_out_token_stride=q_out_token,
-        k_out_batch_stride=k_out_batch,
-        k_out_head_stride=k_out_head,
-        k_out_token_stride=k_out_token,
-        cos_batch_stride=0 if cos_rows == 1 else cos_batch,
-        cos_token_stride=cos_token,
-        sin_batch_stride=0 if sin.shape[0] == 1 else sin_batch,
-        sin_token_stride=sin_token,
-        num_q_heads=q_heads,
-        num_k_heads=k_heads,
-        num_tokens=num_tokens,
-        q_chunks=tiling.q_chunks,
-        k_chunks=tiling.k_chunks,
+        q_ptr=q, k_ptr=k, q_out_ptr=q_out, k_out_ptr=k_out, cos_ptr=cos, sin_ptr=sin,
+        q_batch_stride=q_batch, q_head_stride=q_head, q_token_stride=q_token,
+        k_batch_stride=k_batch, k_head_stride=k_head, k_token_stride=k_token,
+        q_out_batch_stride=q_out_batch, q_out_head_stride=q_out_head, q_out_token_stride=q_out_token,
+        k_out_batch_stride=k_out_batch, k_out_head_stride=k_out_head, k_out_token_stride=k_out_token,
+        cos_batch_stride=0 if cos_rows == 1 else cos_batch, cos_token_stride=cos_token,
+        sin_batch_stride=0 if sin.shape[0] == 1 else sin_batch, sin_token_stride=sin_token,
+        num_q_heads=q_heads, num_k_heads=k_heads, num_tokens=num_tokens,
+        q_chunks=tiling.q_chunks, k_chunks=tiling.k_chunks,
         BACKWARD=backward,
         LOAD_INTERLEAVED=interleaved and not (deinterleave and backward),
         STORE_INTERLEAVED=interleaved and (backward or not deinterleave),
         PAIRED=width != rotary_dim,
-        HALF=tiling.half,
-        TAIL=tiling.tail,
-        BLOCK_HALF=tiling.block_half,
-        BLOCK_TAIL=tiling.block_tail,
-        TILE_TOKENS=tiling.tile_tokens,
-        TILE_HEADS=tiling.tile_heads,
-    )
+        HALF=tiling.half, TAIL=tiling.tail, BLOCK_HALF=tiling.block_half, BLOCK_TAIL=tiling.block_tail,
+        TILE_TOKENS=tiling.tile_tokens, TILE_HEADS=tiling.tile_heads,
+    )  # fmt: skip
 
 
 def rope_fwd(
     q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, rotary_dim: int, interleaved: bool, deinterleave: bool,
     unsqueeze_dim: int,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Return the turned ``q`` and ``k``, in their shapes and memory order."""
+    """Return the rotated ``q`` and ``k``, in their shapes and memory order."""
     q, k = unit_stride(q), None if k is None else unit_stride(k)
     q_out, k_out = torch.empty_like(q), None if k is None else torch.empty_like(k)
     _rotate(q, q_out, k, k_out, cos, sin, rotary_dim, interleaved, deinterleave, unsqueeze_dim, backward=False)
@@ -397,7 +375,7 @@ def rope(
         compute_in_fp32: the definition then computes in fp32, as the Triton kernel always does.
 
     Returns:
-        The turned ``q`` and ``k``, or ``q`` alone if ``k`` is None, in the input's dtype, shape and memory order.
+        The rotated ``q`` and ``k``, or ``q`` alone if ``k`` is None, in the input's dtype, shape and memory order.
 
     Raises:
         TypeError: an argument is not floating-point.
@@ -417,6 +395,6 @@ def rope(
         )  # fmt: skip
     cos, sin = unit_stride(cos), unit_stride(sin)
     if torch.compiler.is_compiling():
-        turned = _rope_op(q, k, cos, sin, width, interleaved, deinterleave, unsqueeze_dim)
-        return turned[0] if k is None else turned
+        rotated = _rope_op(q, k, cos, sin, width, interleaved, deinterleave, unsqueeze_dim)
+        return rotated[0] if k is None else rotated
     return RopeFunction.apply(q, k, cos, sin, width, interleaved, deinterleave, unsqueeze_dim)
