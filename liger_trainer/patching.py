@@ -64,7 +64,17 @@ class CountsCalls(Protocol):
 
 @dataclass
 class PatchState:
-    """What was done to one model. It is kept on the model as ``_liger_state``, so deep copies of the model have it."""
+    """What was done to one model. It is kept on the model as ``_liger_state``, so deep copies of the model have it.
+
+    Args:
+        config: The options with which the model is patched.
+        report: What ``apply_liger`` returned.
+        edits: The instance attributes that were set.
+        kinds: The kinds that were applied.
+        trl_head: Our op in TRL's fused head, if ``trl`` has attached one.
+        handles: The hooks that were registered.
+        fused: The fused loss, if it was applied; found in ``edits``.
+    """
 
     config: LigerConfig
     report: LigerReport
@@ -73,7 +83,6 @@ class PatchState:
     trl_head: CountsCalls | None = None
     handles: list[RemovableHandle] = field(default_factory=list)
     fused: FusedHead | None = field(init=False, default=None)
-    """The fused loss, if it was applied."""
 
     def __post_init__(self) -> None:
         owners = [getattr(edit.value, "__self__", None) for edit in self.edits]

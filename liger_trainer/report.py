@@ -1,13 +1,21 @@
-"""What patching did: records for programs, a table for people."""
+"""What patching did: records for programs, and a table for people."""
 
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from io import StringIO
 
 
 @dataclass(frozen=True)
 class Applied:
-    """One replacement: its ``kind``, the ``module``'s name, its class name, and the ``variant`` that agreed."""
+    """One replacement.
+
+    Args:
+        kind: One of ``config.KINDS``.
+        module: Name of the module; empty for the model itself.
+        cls: Name of its class.
+        variant: The form of our op that agreed with the module.
+    """
 
     kind: str
     module: str
@@ -17,7 +25,7 @@ class Applied:
 
 @dataclass(frozen=True)
 class Skipped:
-    """One candidate left as it was, and the ``reason``."""
+    """One candidate that was left as it is, and the ``reason``; the other fields are those of ``Applied``."""
 
     kind: str
     module: str
@@ -27,7 +35,7 @@ class Skipped:
 
 @dataclass
 class LigerReport:
-    """The result of ``apply_liger``; ``str(report)`` is a table."""
+    """The result of ``apply_liger``. ``str(report)`` is a table."""
 
     applied: list[Applied] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
@@ -56,8 +64,8 @@ class LigerReport:
         return "\n".join(line.rstrip() for line in out.getvalue().strip("\n").splitlines())
 
 
-def _grouped(records, text: str):
-    """Rows (kind, count, module pattern, class, text): layers that differ in their index only share a row."""
+def _grouped(records: Sequence[Applied | Skipped], text: str) -> Iterator[tuple[str, str, str, str, str]]:
+    """Rows (kind, count, module pattern, class, text). Layers that differ only in their index share a row."""
     groups: dict[tuple, int] = Counter(
         (r.kind, ".".join("*" if part.isdigit() else part for part in r.module.split(".")), r.cls, getattr(r, text))
         for r in records

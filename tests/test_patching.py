@@ -118,14 +118,14 @@ def test_deep_copy_is_patched_and_independent():
     model, inputs = tiny_model("llama"), batch()
     theirs = loss_and_gradients(model, inputs)
     apply_liger(model)
-    twin = copy.deepcopy(model)
+    copied = copy.deepcopy(model)
     revert_liger(model)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
-    assert_same_training(theirs, loss_and_gradients(twin, inputs))
-    revert_liger(twin)
-    assert not any("forward" in vars(m) for m in twin.modules())
+    assert_same_training(theirs, loss_and_gradients(copied, inputs))
+    revert_liger(copied)
+    assert not any("forward" in vars(m) for m in copied.modules())
 
 
 class Opaque(nn.Module):
@@ -139,7 +139,7 @@ class Opaque(nn.Module):
         return self.weight * x / (x.abs().mean(-1, keepdim=True) + self.eps)
 
 
-def test_what_cannot_be_replaced_is_reported_and_strict_refuses_it():
+def test_what_cannot_be_replaced_is_reported_and_strict_raises():
     model, inputs = tiny_model("llama"), batch()
     model.model.norm = Opaque()
     theirs = loss_and_gradients(model, inputs)

@@ -222,7 +222,7 @@ def test_argument_errors(tmp_path):
     assert args.to_dict()["liger_config"]["rope"] is False
 
 
-def test_several_gpus_in_one_process_are_refused(tmp_path):
+def test_several_gpus_in_one_process_are_an_error(tmp_path):
     args = arguments(tmp_path, use_liger=True)
     args._n_gpu = 2
     with pytest.raises(ValueError, match=r"2 GPUs in one process.*accelerate launch"):

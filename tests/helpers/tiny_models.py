@@ -35,7 +35,7 @@ _OWN = {
     "glm4": {"head_dim": 16},
     "gpt_neox": {},
     "smollm3": {},
-    "nanochat": {},  # turns heads the other way round
+    "nanochat": {},  # rotates by the negative angle
     "gptj": {"rotary_dim": 8, "n_inner": 96},  # a table entry for each pair of neighbours
     "codegen": {"rotary_dim": 8, "n_inner": 96},
     "deepseek_v3": {  # pairs come in as neighbours and leave as halves; a dense layer and one of experts

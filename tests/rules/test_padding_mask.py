@@ -47,9 +47,9 @@ def test_same_loss_and_gradients_without_the_mask(model_type, masks):
     masks.clear()
     assert_same_training(theirs, loss_and_gradients(model, inputs))
     assert masks == [False] * with_mask
-    twin = copy.deepcopy(model)
+    copied = copy.deepcopy(model)
     masks.clear()
-    loss_and_gradients(twin, inputs)
+    loss_and_gradients(copied, inputs)
     assert not any(masks)
     revert_liger(model)
     masks.clear()

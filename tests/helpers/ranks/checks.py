@@ -16,9 +16,9 @@ from transformers import Trainer, TrainerCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from liger_trainer import apply_liger
+from liger_trainer.head import sharded_weights
 from liger_trainer.head.lazy_logits import LazyLogits
 from liger_trainer.patching import patch_state
-from liger_trainer.probing import sharding
 from liger_trainer.training import throughput
 from liger_trainer.trl import bridge as trl
 
@@ -118,7 +118,7 @@ def head_gathered_for_one_call(directory, settings):
         trl._Dispatcher.active = patch_state(model).trl_head
         log_probs, *_ = trl_utils._ChunkedLogProbFunction.apply(hidden, head.weight, None, targets, 1.0, 8)
         trl._Dispatcher.active = None
-    assert sharding.is_partitioned(head.weight)
+    assert sharded_weights.is_partitioned(head.weight)
     (ours,) = torch.autograd.grad((log_probs * upstream).sum(), hidden)
     expected = plain(hidden).log_softmax(-1)[torch.arange(7), targets]
     (theirs,) = torch.autograd.grad((expected * upstream).sum(), hidden)
