@@ -1,29 +1,37 @@
-"""One op at one shape: its inputs, what it should compute, and the bytes or multiply-adds it cannot do without."""
+"""One op at one shape: its inputs, what it should compute, and the matrix multiplications that are its floor."""
 
-from collections.abc import Callable
+import functools
+import importlib
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.ops import MEASURED, OPS, Draw, Spec, Variant
 from liger_trainer.kernels import reference
 
-EPS = 1e-6
-ROW_CHUNK = 1024  # rows of fp32 logits the check holds at a time
+SETS = ("anchors", "today", "paper", "small", "smoke", "host")
+ALL = SETS[:4]  # the sets that "all" stands for
 LOSSES = ("cross_entropy", "linear_cross_entropy", "linear_logprobs")
+ROW_CHUNK = 1024  # rows of fp32 logits that the check holds at a time
 
 
 @dataclass
 class Case:
-    """Random inputs of one op. ``leaves`` names those that get gradients; ``upstream`` has one gradient per output."""
+    """Random inputs of one op, in the order of its arguments; ``upstream`` has one gradient per output."""
 
-    spec: dict
-    tensors: dict[str, Tensor]
-    leaves: tuple[str, ...]
-    upstream: tuple[Tensor | None, ...] = (None,)
+    spec: Spec
+    tensors: dict[str, Tensor | None]
+    leaves: tuple[str, ...]  # the inputs that get gradients
+    upstream: tuple[Tensor | None, ...]
 
     def __getitem__(self, name: str) -> Tensor:
-        return self.tensors[name]
+        tensor = self.tensors[name]
+        assert tensor is not None
+        return tensor
 
     @property
     def op(self) -> str:
@@ -32,109 +40,95 @@ class Case:
 
     def leaf_tensors(self) -> list[Tensor]:
         """The inputs that get gradients."""
-        return [self.tensors[name] for name in self.leaves]
+        return [self[name] for name in self.leaves]
 
 
-def _heads(spec: dict, heads: int, device: str, dtype: torch.dtype) -> Tensor:
-    # transformers gives the rotary embedding a transposed view of the projection's [B, T, H, D] output
-    return torch.randn(spec["batch"], spec["seq"], heads, spec["head_dim"], device=device, dtype=dtype).transpose(1, 2)
+def own_op(name: str) -> Callable:
+    """The function of ``liger_trainer.kernels``."""
+    return getattr(importlib.import_module(f"liger_trainer.kernels.{name}"), name)
 
 
-def _labels(count: int, vocab: int, ignored: float, device: str) -> Tensor:
-    labels = torch.randint(vocab, (count,), device=device)
-    return labels.masked_fill(torch.rand(count, device=device) < ignored, -100) if ignored else labels
+def definition(name: str) -> Callable:
+    """What it should compute, in plain PyTorch."""
+    return OPS[name].definition or getattr(reference, name)
 
 
-def build(spec: dict, device: str) -> Case:
+def parse(op: str, shape: str) -> Spec:
+    """A shape of the table as a spec."""
+    numbers = map(int, re.findall(r"\d+", shape))
+    spec: Spec = {"op": op, "shape": shape, **dict(zip(OPS[op].sizes.split(), numbers, strict=False))}
+    ignored = re.search(r"(\d+)% ignored", shape)
+    spec |= {"frozen": "frozen weight" in shape, "ignored": int(ignored[1]) / 100 if ignored else 0.0}
+    return spec | {"dtype": "float32" if "float32" in shape else "bfloat16"}
+
+
+def small_shape(op: str, rows: int, cols: int) -> str:
+    """The shape of an op's variants."""
+    return OPS[op].small.replace("rows", str(rows)).replace("cols", str(cols))
+
+
+def select(sets: Sequence[str], ops: Sequence[str] = MEASURED) -> list[Spec]:
+    """The shapes of ``sets`` (``all`` for anchors, today, paper and small) for ``ops``, each once, in that order."""
+    found: list[Spec] = []
+    for group in ALL if "all" in sets else sets:
+        for op in (op for op in MEASURED if op in ops):
+            smoke = small_shape(op, 5, 48) if group == "smoke" else ""
+            specs = [parse(op, shape) for shape in OPS[op].shapes.get(group, smoke).split(", ") if shape]
+            found += [spec for spec in specs if spec not in found]
+    return found
+
+
+def build(spec: Spec, device: str) -> Case:
     """Inputs for ``spec``, the same numbers in every process."""
     torch.manual_seed(0)
-    op, dtype = spec["op"], getattr(torch, spec["dtype"])
+    tensors, upstream = OPS[spec["op"]].inputs(Draw(spec, device))
+    leaves = ("hidden",) if spec.get("frozen") else tuple(OPS[spec["op"]].leaves.split())
+    return Case(spec, {n: torch.nn.Parameter(t) if n in leaves else t for n, t in tensors.items()}, leaves, upstream)
 
-    def normal(*size: int) -> Tensor:
-        return torch.randn(*size, device=device, dtype=dtype)
 
-    if op == "rope":
-        q, k = (_heads(spec, spec[n], device, dtype) for n in ("q_heads", "kv_heads"))
-        pairs = torch.arange(0, spec["head_dim"], 2, device=device) / spec["head_dim"]
-        angles = torch.outer(torch.arange(spec["seq"], device=device).float(), 500000.0**-pairs).repeat(1, 2)
-        tensors = {"q": q, "k": k, "cos": angles.cos().to(dtype)[None], "sin": angles.sin().to(dtype)[None]}
-        leaves, upstream = ("q", "k"), tuple(_heads(spec, spec[n], device, dtype) for n in ("q_heads", "kv_heads"))
-    elif op.startswith("linear"):
-        count, hidden, vocab = spec["tokens"], spec["hidden"], spec["vocab"]
-        # A mean in hidden states and weights, as models have: without it the softmax part of the gradients
-        # averages to nothing, and a kernel that dropped it would pass the check.
-        tensors = {
-            "hidden": normal(count, hidden) + normal(hidden) / 2,
-            "weight": (normal(vocab, hidden) + normal(hidden)) * (2 * hidden**-0.5),
-            "labels": _labels(count, vocab, spec["ignored"], device),
-        }
-        leaves = ("hidden",) if spec["frozen"] else ("hidden", "weight")
-        upstream = (torch.randn(count, device=device) / count if op == "linear_logprobs" else None,)
-    else:
-        rows, cols = spec["rows"], spec["cols"]
-        match op:
-            case "cross_entropy":
-                tensors = {
-                    "logits": normal(rows, cols) * 2,
-                    "labels": _labels(rows, cols, spec.get("ignored", 0.0), device),
-                }
-                leaves, upstream = ("logits",), (None,)
-            case "swiglu" | "geglu":
-                tensors = {"gate": normal(rows, cols), "up": normal(rows, cols)}
-                leaves, upstream = ("gate", "up"), (normal(rows, cols),)
-            case "clamped_swiglu":  # in turns, as GPT-OSS has them; some beyond the limit
-                tensors = {"gate_up": normal(rows, 2 * cols) * 4}
-                leaves, upstream = ("gate_up",), (normal(rows, cols),)
-            case _:
-                tensors = {"x": normal(rows, cols), "weight": 1 + normal(cols) / 4}
-                upstream = (normal(rows, cols),)
-                if op == "add_rms_norm":
-                    tensors["residual"] = normal(rows, cols)
-                    upstream = (*upstream, normal(rows, cols))
-                if op == "layer_norm":
-                    tensors["bias"] = normal(cols)
-                leaves = tuple(tensors)
-    for name in leaves:
-        tensors[name] = torch.nn.Parameter(tensors[name])
-    return Case(spec, tensors, leaves, upstream)
+def build_variant(name: str, variant: Variant, rows: int, cols: int, device: str) -> tuple[Case, Callable, Callable]:
+    """The inputs of a variant, and the calls of the op and of its definition on them."""
+    spec = parse(name, small_shape(name, rows, cols)) | variant.spec
+    case = build(spec | {"dtype": "float32" if variant.autocast else "bfloat16"}, device)
+    case.tensors |= dict.fromkeys(variant.without.split())
+    wanted = case.leaves if variant.leaves is None else variant.leaves.split()
+    case.leaves = tuple(leaf for leaf in wanted if case.tensors[leaf] is not None)
+    inputs = [t if t is None or n in case.leaves else t.detach() for n, t in case.tensors.items()]
+
+    def values(options: dict[str, Any]) -> dict[str, Any]:
+        return {key: value(case["labels"]) if callable(value) else value for key, value in options.items()}
+
+    options = values(variant.options)
+    ours = functools.partial(own_op(name), *inputs, **options, **values(variant.ours))
+    theirs = functools.partial(definition(name), *inputs, **options)
+    if variant.autocast:
+        ours = torch.autocast(device, torch.bfloat16)(ours)
+    if variant.outputs is not None:
+        all_ours, all_theirs = ours, theirs
+        return case, lambda: all_ours()[: variant.outputs], lambda: all_theirs()[: variant.outputs]
+    return case, ours, theirs
 
 
 def bytes_moved(case: Case) -> dict[str, int] | None:
-    """Bytes a memory-bound op must move in forward and in backward: each input read once, each output written once.
-
-    Row statistics are left out. ``None`` for the ops whose floor is matrix multiplication.
-    """
-    if case.op.startswith("linear"):
+    """Bytes that a memory-bound op must move, by pass; None where matrix multiplications are the floor."""
+    moved = OPS[case.op].moved
+    if moved is None:
         return None
-    size = {name: t.numel() * t.element_size() for name, t in case.tensors.items()}
-    match case.op:
-        case "rope":
-            once = 2 * size["q"] + 2 * size["k"] + size["cos"] + size["sin"]
-            return {"fwd": once, "bwd": once}
-        case "cross_entropy":
-            return {"fwd": size["logits"], "bwd": 2 * size["logits"]}
-        case "swiglu" | "geglu":
-            return {"fwd": 3 * size["gate"], "bwd": 5 * size["gate"]}
-        case "clamped_swiglu":
-            return {"fwd": size["gate_up"] * 3 // 2, "bwd": size["gate_up"] * 5 // 2}
-        case "add_rms_norm":  # both inputs have the same gradient: written once
-            return {"fwd": 4 * size["x"] + size["weight"], "bwd": 4 * size["x"] + 2 * size["weight"]}
-        case _:
-            affine = size["weight"] + size.get("bias", 0)
-            return {"fwd": 2 * size["x"] + affine, "bwd": 3 * size["x"] + size["weight"] + affine}
+    forward, backward = moved({name: case[name].nbytes for name in case.tensors})
+    return {"fwd": forward, "bwd": backward, "full": forward + backward}
 
 
 def gemms(case: Case) -> dict[str, Callable[[], object]]:
-    """The matrix multiplications alone, full size, over the tokens that count: ``fwd`` logits; ``full`` all of them."""
+    """The matrix multiplications alone, full size, over the tokens that count: ``fwd`` logits, ``full`` all of them."""
     hidden, weight = case["hidden"].detach()[case["labels"] != -100], case["weight"].detach()
     logits = hidden @ weight.T
     grad_hidden = torch.empty_like(hidden)
     grad_weight = None if case.spec["frozen"] else torch.empty_like(weight)
 
-    def forward():
+    def forward() -> None:
         torch.mm(hidden, weight.T, out=logits)
 
-    def full():
+    def full() -> None:
         forward()
         torch.mm(logits, weight, out=grad_hidden)
         if grad_weight is not None:
@@ -154,25 +148,15 @@ def expected(case: Case) -> list[Check]:
     """
     if case.op in LOSSES:
         return _expected_loss(case)
-    wide = {n: t.detach().float().requires_grad_(n in case.leaves) for n, t in case.tensors.items()}
-    match case.op:
-        case "rope":
-            outputs = reference.rope(wide["q"], wide["k"], wide["cos"], wide["sin"])
-        case "rms_norm":
-            outputs = (reference.rms_norm(wide["x"], wide["weight"], EPS),)
-        case "add_rms_norm":
-            outputs = reference.add_rms_norm(wide["x"], wide["residual"], wide["weight"], EPS)
-        case "layer_norm":
-            outputs = (reference.layer_norm(wide["x"], wide["weight"], wide["bias"], EPS),)
-        case "swiglu":
-            outputs = (reference.swiglu(wide["gate"], wide["up"]),)
-        case "geglu":
-            outputs = (reference.geglu(wide["gate"], wide["up"]),)
-        case "clamped_swiglu":
-            outputs = (reference.clamped_swiglu(wide["gate_up"], interleaved=True),)
-    torch.autograd.backward(outputs, [u.float() for u in case.upstream])
+    wide = {n: case[n].detach().float().requires_grad_(n in case.leaves) for n in case.tensors}
+    outputs = definition(case.op)(*wide.values(), **OPS[case.op].options)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    torch.autograd.backward(outputs, [u.float() for u in case.upstream if u is not None])
     checks: list[Check] = [(f"output {i}", o.detach(), lambda o, g, i=i: o[i]) for i, o in enumerate(outputs)]
-    checks += [(f"d{n}", wide[n].grad, lambda o, g, n=n: g[n]) for n in case.leaves]
+    for name in case.leaves:
+        gradient = wide[name].grad
+        assert gradient is not None
+        checks.append((f"d{name}", gradient, lambda o, g, n=name: g[n]))
     return checks
 
 
@@ -181,50 +165,36 @@ def _without_label(grad: Tensor, labels: Tensor) -> Tensor:
 
 
 def _expected_loss(case: Case) -> list[Check]:
-    labels = case["labels"]
-    valid = labels != -100
-    coefficient = valid / valid.sum() if case.upstream[0] is None else -case.upstream[0] * valid
-    projected = case.op.startswith("linear")
-    source = case["hidden" if projected else "logits"].detach()
-    weight = case["weight"].detach().float() if projected else None
-    sample = torch.linspace(0, len(labels) - 1, min(512, len(labels)), device=labels.device).long()
-    log_probs, grad_hidden, sampled = [], [], []
-    grad_weight = torch.zeros_like(weight) if "weight" in case.leaves else None
+    """The same from the definition on ``ROW_CHUNK`` rows at a time: all logits in fp32 would not fit."""
+    (name, *trained), labels, upstream = case.leaves, case["labels"], case.upstream[0]
+    projected, valid, source = name == "hidden", labels != -100, case[name].detach()
+    weights = [case["weight"].detach().float().requires_grad_(bool(trained))] if projected else []
+    held = torch.linspace(0, len(labels) - 1, len(labels) if projected else min(512, len(labels)))
+    held = held.round().long().to(labels.device)
+    outputs, gradients = [], []
     torch.set_float32_matmul_precision("high")  # TF32 holds bf16 inputs exactly
-    for start in range(0, len(labels), ROW_CHUNK):
-        rows = slice(start, start + ROW_CHUNK)
-        chunk, target = source[rows].float(), labels[rows].clamp(min=0)[:, None]
-        grad = (chunk @ weight.T if projected else chunk).log_softmax(-1)
-        log_probs.append(grad.gather(1, target).squeeze(1))
-        grad = grad.exp().scatter_add_(1, target, torch.full_like(target, -1, dtype=grad.dtype))
-        grad *= coefficient[rows, None]
-        if not projected:
-            sampled.append(grad[sample[(sample >= start) & (sample < start + ROW_CHUNK)] - start])
-            continue
-        grad_hidden.append(grad @ weight)
-        if grad_weight is not None:
-            grad_weight.addmm_(grad.T, chunk)
+    for rows in torch.arange(len(labels), device=labels.device).split(ROW_CHUNK):
+        x = source[rows].float().requires_grad_()
+        if upstream is None:
+            output = definition(case.op)(x, *weights, labels[rows], reduction="sum") / valid.sum()
+        else:
+            output = definition(case.op)(x, *weights, labels[rows]).log_probs
+        output.backward(None if upstream is None else upstream[rows])
+        outputs.append(output.detach())
+        gradients.append(x.grad[torch.isin(rows, held)])
     torch.set_float32_matmul_precision("highest")
-    log_probs = torch.cat(log_probs).where(valid, 0.0)
-    output = log_probs if case.op == "linear_logprobs" else -log_probs.sum() / valid.sum()
-    checks: list[Check] = [("output 0", output, lambda o, g: o[0])]
+    output = sum(outputs) if upstream is None else torch.cat(outputs)
+    gradient = torch.cat(gradients)
+    checks: list[Check] = [("output 0", output, lambda o, g: o[0]), (f"d{name}", gradient, lambda o, g: g[name][held])]
     if not projected:
-        grad = torch.cat(sampled)
-        checks += [
-            ("dlogits", grad, lambda o, g: g["logits"][sample]),
-            (
-                "dlogits off label",
-                _without_label(grad, labels[sample]),
-                lambda o, g: _without_label(g["logits"][sample], labels[sample]),
-            ),
-        ]
-        return checks
-    checks.append(("dhidden", torch.cat(grad_hidden), lambda o, g: g["hidden"]))
-    if grad_weight is not None:
-        unseen = torch.ones(len(weight), dtype=torch.bool, device=labels.device)
+        target = labels[held]
+        rest = _without_label(gradient, target)
+        checks.append((f"d{name} off label", rest, lambda o, g: _without_label(g[name][held], target)))
+    elif trained:
+        unseen = torch.ones(len(weights[0]), dtype=torch.bool, device=labels.device)
         unseen[labels[valid]] = False
         rest = unseen.nonzero().squeeze(1)[:4096]
-        checks.append(("dweight", grad_weight, lambda o, g: g["weight"]))
+        checks.append(("dweight", weights[0].grad, lambda o, g: g["weight"]))
         if len(rest):
-            checks.append(("dweight off label", grad_weight[rest], lambda o, g: g["weight"][rest]))
+            checks.append(("dweight off label", weights[0].grad[rest], lambda o, g: g["weight"][rest]))
     return checks

@@ -1,95 +1,75 @@
-"""Benchmark of single ops: every arm in a process of its own, against the floor measured in the same process.
+"""Measure single ops: every arm in a process of its own, against the floor measured in the same process.
 
-    python benchmarks/kernels.py --shapes anchors --device-budget 300
-    python benchmarks/kernels.py --ops rms_norm,rope --arms ours,liger --shapes small --mode fwd,bwd
-    python benchmarks/kernels.py --host
+    liger-trainer bench kernels --shapes anchors --device-budget 300
+    liger-trainer bench kernels --ops rms_norm,rope --arms ours,liger --shapes small --mode fwd,bwd
+    liger-trainer bench kernels --host
 
-Results go to ``<out>/kernels-<device>.json``; rows measured again replace the old ones, all others stay.
+Results go to OUT/kernels-DEVICE.json; rows measured again replace the old ones, all others stay. Exit status 1 where
+one of our own arms failed.
 """
 
 import argparse
 import json
+import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 if not __package__:  # run as a script; benchmarks/ itself must not be on the path: this file would be `import kernels`
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from benchmarks import common, shapes, tables
+from benchmarks import cases, common, tables, workers
+from benchmarks.peers import OP_ARMS
 
-# Ours first, and the slow starter last: what a budget cuts is the end. The names are those of arms.py.
-ARMS = ("ours", "hf", "torch", "liger", "trl", "cce", "ours_low_memory", "liger_fp32", "compile")
 MODES = ("fwd", "bwd", "full")
 KEYS = ("op", "shape", "arm")
-
-
-def names(allowed: tuple[str, ...]):
-    """An argparse type: comma-separated names out of ``allowed``."""
-
-    def parse(text: str) -> list[str]:
-        chosen = [n.strip() for n in text.split(",") if n.strip()]
-        unknown = [n for n in chosen if n not in allowed]
-        if unknown or not chosen:
-            raise argparse.ArgumentTypeError(f"{text!r}: allowed are {', '.join(allowed)}")
-        return chosen
-
-    return parse
+HANG_S = 1800  # limit for one worker
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ops", type=names(shapes.OPS), default=list(shapes.OPS))
-    parser.add_argument("--arms", type=names(ARMS), default=list(ARMS))
-    parser.add_argument("--shapes", type=names(("all", *shapes.SETS)), default=["anchors"])
-    parser.add_argument("--mode", type=names(MODES), default=list(MODES))
-    parser.add_argument("--out", type=Path, default=common.RESULTS, help="folder of the result file")
-    parser.add_argument("--device-budget", type=float, metavar="SECONDS", help="drop the last shapes to end in time")
-    parser.add_argument("--ignored", type=float, metavar="SHARE", help="share of labels that are -100")
+    parser = argparse.ArgumentParser(
+        prog="liger-trainer bench kernels", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--ops", type=common.names(cases.MEASURED), default=list(cases.MEASURED))
+    parser.add_argument("--arms", type=common.names(OP_ARMS), default=list(OP_ARMS))
+    parser.add_argument("--shapes", type=common.names(("all", *cases.SETS)), default=["anchors"])
+    parser.add_argument("--mode", type=common.names(MODES), default=list(MODES))
+    parser.add_argument("--device-budget", type=float, metavar="SECONDS", help="leave out shapes to end in time")
     parser.add_argument("--host", action="store_true", help="host microseconds per call instead of device time")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes on the CPU")
-    parser.add_argument("--commit", help="what to record as the commit; default $LIGER_COMMIT, else git's")
-    parser.add_argument("--worker", metavar="ARM", help=argparse.SUPPRESS)
-    return parser.parse_args(argv)
+    common.add_output_options(parser)
+    args = parser.parse_args(argv)
+    sets = ["smoke"] if args.smoke else ["host"] if args.host else args.shapes
+    args.specs = cases.select(sets, args.ops)
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the benchmark; 1 where one of our own arms failed."""
+    """Run the benchmark."""
     args = parse_args(argv)
-    if args.worker:
-        from benchmarks import kernel_worker
-
-        kernel_worker.stand_by(args.worker)
-        kernel_worker.main(json.loads(sys.stdin.readline()))
-        return 0
-    sets = ["smoke"] if args.smoke else ["host"] if args.host else args.shapes
-    specs = shapes.select(sets, args.ops, args.ignored)
-    modes = ["host"] if args.host else args.mode
-    device = "cpu" if args.smoke else "cuda"
+    workers.end_on_signals()
     end = time.monotonic() + (args.device_budget or 24 * 3600)
     results, failed, rows = None, False, []
-    progress = common.Progress(len(specs) * len(args.arms))
-    # Imports take up to 20 s. Device times do not depend on what the host does meanwhile; host times do.
-    ready = {} if args.host or args.smoke else {arm: start_worker(arm) for arm in args.arms}
+    progress = common.Progress(len(args.specs) * len(args.arms))
     for index, arm in enumerate(args.arms):
-        seconds = max(end - time.monotonic(), 0) / (len(args.arms) - index)
-        for message in measure_arm(arm, specs, modes, device, seconds, ready.pop(arm, None)):
+        seconds = (end - time.monotonic()) / (len(args.arms) - index)
+        job = {"arm": arm, "shapes": args.specs, "modes": ["host"] if args.host else args.mode}
+        for message in measure_arm(job | {"device": "cpu" if args.smoke else "cuda"}, seconds):
             if message["kind"] == "hello":
                 if results is None:
-                    path = args.out / f"kernels-{common.slug(message['device'])}.json"
+                    path = common.output_folder(args) / f"kernels-{common.slug(message['device'])}.json"
                     results = common.ResultFile(path, KEYS, common.provenance(message, args.commit))
                 continue
-            row = to_row(arm, message)
+            spec, rest = message["spec"], {key: value for key, value in message.items() if key not in ("kind", "spec")}
+            shape = spec["shape"] + (" host" if args.host else "")  # beside the op's device times, not in their place
+            row = {"op": spec["op"], "shape": shape, "arm": arm, **rest, "spec": spec}
             failed |= arm.startswith("ours") and row["status"] in ("error", "oom", "inexact")
-            progress.step(describe(row), quiet=row["status"] in ("absent", "unsupported"))
-            # What the budget left out says nothing: an earlier run's row stays.
-            if results is not None and row["status"] not in ("unsupported", "dropped"):
-                if args.host:  # beside the device times of the same op, not in their place
-                    row["shape"] += " host"
+            progress.step(describe(row))
+            if results is not None and row["status"] != "unsupported":
                 results.add(row)
                 rows.append(row)
-    progress.close()
     if results is None:
         print("no worker started: see the errors above", file=sys.stderr)
         return 1
@@ -98,46 +78,32 @@ def main(argv: list[str] | None = None) -> int:
     return int(failed)
 
 
-def start_worker(arm: str) -> common.Worker:
-    """A process that imports what ``arm`` needs, without touching the device, and waits for its job."""
-    return common.Worker([sys.executable, str(Path(__file__).resolve()), "--worker", arm], waits=True)
+def measure_arm(job: dict, seconds: float) -> Iterator[dict]:
+    """The messages of one arm's worker; where it dies, a row says so, and a new worker goes on with the other shapes.
 
-
-def measure_arm(
-    arm: str, specs: list[dict], modes: list[str], device: str, seconds: float, worker: common.Worker | None = None
-):
-    """Run one arm's worker; where it dies, record the shape it died on and go on with the rest in a new one."""
-    end, left = time.monotonic() + seconds, list(specs)
+    Shapes for which the time does not suffice have no row.
+    """
+    end, left = time.monotonic() + seconds, list(job["shapes"])
+    visible = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0"), "HF_HUB_OFFLINE": "1"}
     while left:
-        available = max(end - time.monotonic(), 0)
-        job = {"arm": arm, "shapes": left, "modes": modes, "device": device, "seconds": available}
-        worker, current = None, worker or start_worker(arm)
-        started, rows = False, 0
-        for message in current.messages(min(available * 1.1 + 60, 1800), job):
-            if message["kind"] == "row":
+        command = [sys.executable, "-m", "benchmarks.op_worker", json.dumps(job | {"shapes": left})]
+        started, rows, last = False, 0, {}
+        for last in workers.run(command, min(end - time.monotonic(), HANG_S), visible):
+            if last["kind"] == "row":
                 rows += 1
-                left.remove(message["spec"])
-                yield message
-            elif message["kind"] == "hello":
-                started = True
-                yield message
-        if message["code"] == 0:
+                left.remove(last["spec"])
+            started |= last["kind"] == "hello"
+            if last["kind"] != "exit":
+                yield last
+        if last["code"] == 0 or time.monotonic() > end:
             return
-        note = f"worker ended with status {message['code']}: {message['tail'][-300:]}"
-        print(message["tail"], file=sys.stderr)
-        lost = 0 if rows else 1  # after a row the next shape may be innocent: a new worker begins with it
-        if not started or end < time.monotonic():
-            lost = len(left)  # a new worker would fail like this one, or be stopped by the clock at once
-        for spec in left[:lost]:
+        print(last["log"], file=sys.stderr)
+        # After a row the next shape may be innocent; a worker that did not start would fail again.
+        lost = left if not started else left[: 0 if rows else 1]
+        for spec in list(lost):
+            note = f"worker ended with status {last['code']}: {last['log'][-300:]}"
             yield {"kind": "row", "spec": spec, "status": "error", "note": note}
-        left = left[lost:]
-
-
-def to_row(arm: str, message: dict) -> dict:
-    """A worker's message as a row of the result file."""
-    spec = message["spec"]
-    rest = {k: v for k, v in message.items() if k not in ("kind", "spec")}
-    return {"op": spec["op"], "shape": shapes.shape_name(spec), "arm": arm, **rest, "spec": spec}
+        left = left[len(lost) :]
 
 
 def describe(row: dict) -> str:

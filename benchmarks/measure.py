@@ -1,4 +1,4 @@
-"""Times, memory and errors of one call, and what the device is. Used inside the workers."""
+"""Times, memory and errors of one call, and facts about the device. For use inside the workers."""
 
 import gc
 import math
@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from benchmarks.common import HOPELESS, describe_software
+from benchmarks.common import INFINITE, software
 from liger_trainer.environment import nvidia_driver
 
 WARMUP_MS, REP_MS, MIN_REPS, MAX_REPS = 25, 100, 7, 200
@@ -21,7 +21,7 @@ MIB = 1 << 20
 
 def describe_device(device: str) -> dict:
     """The message with which a worker introduces itself: device, driver and package versions."""
-    about = {"kind": "hello", "device": "cpu", "driver": None, "cuda": torch.version.cuda, **describe_software()}
+    about = {"kind": "hello", "device": "cpu", "driver": None, "cuda": torch.version.cuda, **software()}
     if device == "cuda":
         about |= {"device": torch.cuda.get_device_name(), "driver": nvidia_driver()}
     return about
@@ -43,9 +43,9 @@ def release_memory(device: str) -> None:
 def median_ms(fn: Callable[[], object], device: str) -> float:
     """Median time of ``fn`` in ms, at least ``MIN_REPS`` calls after a warm-up.
 
-    On a GPU: time on the device between two events, L2 flushed before every call, as ``triton.testing.do_bench`` takes
-    it, but with the device kept busy until the host has queued the whole call. Otherwise the host's time would be part
-    of every number below some 0.3 ms; it is measured on its own, by ``host_us``.
+    On a GPU: time on the device between two events, with L2 flushed before every call as in
+    ``triton.testing.do_bench``, but with the device kept busy until the host has queued the whole call. Otherwise the
+    host's time would be part of every number below about 0.3 ms; ``host_us`` measures it on its own.
     """
     issue, once = math.inf, 0.0
     for _ in range(3):
@@ -65,7 +65,7 @@ def median_ms(fn: Callable[[], object], device: str) -> float:
     return statistics.median(times)
 
 
-def _median_device_ms(fn: Callable, lead_ms: float, once: float) -> float:
+def _median_device_ms(fn: Callable[[], object], lead_ms: float, once: float) -> float:
     calls = max(MIN_REPS, min(MAX_REPS, round(REP_MS / once)))
     warmup = max(1, round(WARMUP_MS / once))
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
@@ -106,18 +106,18 @@ def extra_peak_mib(run: Callable[[], Sequence[Tensor]], held: Sequence[Tensor], 
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """Largest difference over the largest expected value; ``HOPELESS`` for a wrong shape, NaN or infinity."""
+    """Largest difference over the largest expected value; ``INFINITE`` for a wrong shape, NaN or infinity."""
     if actual.shape != expected.shape:
-        return HOPELESS
+        return INFINITE
     error = float((actual.detach().float() - expected).abs().max() / expected.abs().max())
-    return error if math.isfinite(error) else HOPELESS
+    return error if math.isfinite(error) else INFINITE
 
 
 def host_us(fns: Sequence[Callable[[], object]], calls: int = 100, rounds: int = 30) -> list[float]:
     """Host microseconds per call of each of ``fns`` in its fastest round.
 
-    The queue is drained between rounds, never inside one. The slower rounds hold other work of the machine: their
-    median differed by half from run to run. Rounds take turns, so that a slow spell does not hit one of ``fns`` alone.
+    The queue is drained between rounds, never inside one. Slower rounds contain other work of the machine: their median
+    differed by half from run to run. Rounds alternate, so that a slow spell does not hit one of ``fns`` alone.
     """
     fastest = [math.inf] * len(fns)
     for _ in range(rounds):
@@ -134,7 +134,7 @@ def host_us(fns: Sequence[Callable[[], object]], calls: int = 100, rounds: int =
 def captured_launches(fn: Callable[[], object]) -> Callable[[], None] | None:
     """The Triton launches that one call of ``fn`` makes, without anything around them; None where it makes none.
 
-    What remains is what any Triton op must pay on the host.
+    This is the least that any Triton op costs on the host.
     """
     from liger_trainer.kernels.runtime import launch
     from triton.runtime import JITFunction

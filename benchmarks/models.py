@@ -1,13 +1,13 @@
-"""Every causal LM of transformers, tiny and random, with and without the kernels: what is replaced, and do they agree?
+"""Survey every causal LM of transformers, tiny and random: what is replaced, and does the model compute the same?
 
     python benchmarks/models.py
     python benchmarks/models.py --models llama,deepseek_v3
     python benchmarks/models.py --auto AutoModelForImageTextToText   # with text alone
 
-Two batches, one with padding on the right and one with it on the left, forward and backward and in evaluation, in fp32
-on the CPU, where the ops run their definitions: this tests what patching does to a model, not the kernels. Results go
-to ``<out>/models*.json``, and ``liger-trainer plot --update docs/models.md`` makes the table of them. Exit status 1
-where a model fails or differs.
+Two batches, one with padding on the right and one with it on the left, run forward and backward and in evaluation, in
+fp32 on the CPU, where the ops run their definitions: this tests how a model is patched, not the kernels. Results go to
+OUT/models*.json; ``liger-trainer plot --update docs/models.md`` makes the tables. Exit status 1 where a model fails or
+differs.
 """
 
 import argparse
@@ -23,17 +23,17 @@ from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 if not __package__:  # run as a script; see kernels.py
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks import common
-from benchmarks.common import HOPELESS
-from benchmarks.kernels import names
+from benchmarks.common import INFINITE
 from liger_trainer.config import KINDS
 
 TIMEOUT_S = 90  # for one model
-LARGEST = 60_000_000  # parameters; a config with large defaults that SIZES does not know is left out
+LARGEST = 60_000_000  # parameters; a config with large defaults for sizes that SIZES lacks is left out
 # By auto class, its table of model types and the name of the result file.
 AUTO = {
     "AutoModelForCausalLM": ("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "models"),
@@ -41,7 +41,7 @@ AUTO = {
 }
 TOLERANCE = 1e-4  # of each gradient and of the logits, relative to their norms; the loss a tenth of that
 VOCAB, TOKENS, PADDING = 131, 12, 4
-# Sizes by the names that configs give them; what a config does not have is left out.
+# Sizes, and the names that configs give them.
 SIZES = {
     64: "hidden_size d_model n_embd dim embed_dim emb_dim word_embed_proj_dim embedding_size lru_width mamba_d_ssm "
         "max_position_embeddings n_positions",
@@ -63,16 +63,16 @@ SIZES = {
     VOCAB: "vocab_size vocab_size_per_layer_input",
 }  # fmt: skip
 NUMBERS = {name: number for number, names in SIZES.items() for name in names.split()}
-UNSET = (  # None by default in some configs, and needed
+UNSET = (  # needed, and None by default in some configs
     "pad_token_id", "head_dim", "num_attention_heads", "num_key_value_heads", "n_routed_experts", "n_shared_experts",
     "num_experts_per_tok", "rope_theta",
 )  # fmt: skip
-OWN = {"lfm2_moe": {"layer_types": ["conv", "full_attention"]}}  # what a model type needs beside
+OWN = {"lfm2_moe": {"layer_types": ["conv", "full_attention"]}}  # further needs of a model type
 PER_LAYER = ("layer_types", "mlp_layer_types", "layers_block_type", "block_types", "moe_layer_freq", "no_rope_layers")
 
 
-def shrink(config) -> None:
-    """Make ``config`` and those in it small: every kind of layer once, or two of the first kind."""
+def shrink(config: Any) -> None:
+    """Make ``config`` and the configs in it small: two layers, of different kinds where there are several."""
     from transformers import PreTrainedConfig
 
     has = vars(config)
@@ -95,8 +95,8 @@ def shrink(config) -> None:
             shrink(part)
 
 
-def _give_theta(parameters) -> None:
-    """A base of the rotary frequencies where a config leaves it open, and sections of M-RoPE that fit a small head."""
+def _give_theta(parameters: Any) -> None:
+    """Set a base of the rotary frequencies where a config has none, and sections of M-RoPE that fit a small head."""
     if not isinstance(parameters, dict):
         return
     if "rope_type" in parameters and parameters.get("rope_theta") is None:
@@ -107,11 +107,11 @@ def _give_theta(parameters) -> None:
         _give_theta(part)
 
 
-def tiny_model(model_type: str, auto: str = "AutoModelForCausalLM"):
+def tiny_model(model_type: str, auto: str = "AutoModelForCausalLM") -> Any:
     """A random fp32 model of ``model_type`` without dropout, its vectors not all ones or zeros.
 
     Raises:
-        ValueError: it has too many parameters; anything, where its config cannot be made small like this.
+        ValueError: it has too many parameters. Other exceptions where its config cannot be made small like this.
     """
     import torch
     import transformers
@@ -145,8 +145,8 @@ def tiny_model(model_type: str, auto: str = "AutoModelForCausalLM"):
     return model
 
 
-def train_once(model) -> tuple:
-    """The losses of a batch with padding on the right and of one with it on the left, their gradients, the logits."""
+def train_once(model: Any) -> tuple:
+    """Losses of a batch padded on the right and of one padded on the left, the gradients, and logits in evaluation."""
     import torch
 
     random = torch.Generator().manual_seed(1)
@@ -169,12 +169,12 @@ def train_once(model) -> tuple:
 def differences(ours: tuple, theirs: tuple) -> dict:
     """Relative differences of loss, logits, and the gradient that differs most.
 
-    ``HOPELESS`` stands for NaN, infinity, and a gradient that only one side has. A gradient far smaller than the
-    largest one is held against that.
+    ``INFINITE`` stands for NaN, infinity, and a gradient that only one side has. A gradient far smaller than the
+    largest one is compared with that.
     """
     (our_loss, our_gradients, our_logits), (loss, gradients, logits) = ours, theirs
     floor = 1e-4 * max(float(g.norm()) for g in gradients.values())
-    found = dict.fromkeys(our_gradients.keys() ^ gradients.keys(), HOPELESS)
+    found = dict.fromkeys(our_gradients.keys() ^ gradients.keys(), INFINITE)
     for name in our_gradients.keys() & gradients.keys():
         found[name] = relative(our_gradients[name], gradients[name], floor)
     worst = max(found, key=found.get)
@@ -182,10 +182,10 @@ def differences(ours: tuple, theirs: tuple) -> dict:
     return {"gradient": found[worst], "worst": worst, **rest}
 
 
-def relative(ours, theirs, floor: float = 0.0) -> float:
+def relative(ours: Any, theirs: Any, floor: float = 0.0) -> float:
     """Norm of the difference over the norm of ``theirs``, which counts as at least ``floor``."""
     error = float((ours - theirs).norm()) / max(float(theirs.norm()), floor, 1e-30)
-    return error if math.isfinite(error) else HOPELESS
+    return error if math.isfinite(error) else INFINITE
 
 
 def largest(found: dict) -> float:
@@ -194,7 +194,7 @@ def largest(found: dict) -> float:
 
 
 def short(error: Exception) -> str:
-    """What it is, on one line."""
+    """Class and message on one line."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:160]
 
 
@@ -205,7 +205,7 @@ def check(auto: str, model_type: str) -> dict:
 
     from liger_trainer import apply_liger
 
-    def stop(*_):
+    def stop(*_: Any) -> None:
         raise TimeoutError(f"it took more than {TIMEOUT_S} s")
 
     warnings.simplefilter("ignore")
@@ -213,34 +213,30 @@ def check(auto: str, model_type: str) -> dict:
     torch.set_num_threads(1)
     signal.signal(signal.SIGALRM, stop)
     signal.alarm(TIMEOUT_S)
-    row = {"model_type": model_type}
+    row, failure = {"model_type": model_type}, "not built"
     try:
-        try:
-            model = tiny_model(model_type, auto)
-            theirs = train_once(model)
-            row["itself"] = largest(differences(train_once(model), theirs))
-            if row["itself"] == HOPELESS:
-                raise ValueError("its loss, gradients or logits are not finite")
-        except Exception as error:
-            return row | {"status": "not built", "note": short(error)}
-        row["class"] = type(model).__name__
-        try:
-            report = apply_liger(model)
-            row["applied"] = dict(report.counts)
-            left = Counter((skipped.kind, skipped.reason) for skipped in report.skipped)
-            row["skipped"] = [{"kind": k, "reason": r, "count": n} for (k, r), n in left.items()]
-            row |= differences(train_once(model), theirs)
-        except Exception as error:
-            return row | {"status": "error", "note": short(error)}
-        if largest(row) <= TOLERANCE:
-            return row | {"status": "same"}
-        return row | {"status": "not repeatable" if largest(row) <= 2 * row["itself"] else "differs"}
+        model = tiny_model(model_type, auto)
+        theirs = train_once(model)
+        row["itself"] = largest(differences(train_once(model), theirs))
+        if row["itself"] == INFINITE:
+            raise ValueError("its loss, gradients or logits are not finite")
+        row["class"], failure = type(model).__name__, "error"
+        report = apply_liger(model)
+        row["applied"] = dict(report.counts)
+        left = Counter((skipped.kind, skipped.reason) for skipped in report.skipped)
+        row["skipped"] = [{"kind": k, "reason": r, "count": n} for (k, r), n in left.items()]
+        row |= differences(train_once(model), theirs)
+    except Exception as error:
+        return row | {"status": failure, "note": short(error)}
     finally:
         signal.alarm(0)
+    if largest(row) <= TOLERANCE:
+        return row | {"status": "same"}
+    return row | {"status": "not repeatable" if largest(row) <= 2 * row["itself"] else "differs"}
 
 
 def summary(rows: list[dict]) -> str:
-    """How many of them, in one sentence."""
+    """The numbers of models in one sentence."""
     built = sum(row["status"] != "not built" for row in rows)
     same = sum(row["status"] == "same" for row in rows)
     fused = sum("fused_loss" in row.get("applied", {}) for row in rows)
@@ -248,11 +244,10 @@ def summary(rows: list[dict]) -> str:
 
 
 def make_table(rows: list[dict]) -> str:
-    """Markdown: one line a model, then what was left as it is, and which models could not be built."""
-    rows = sorted(rows, key=lambda row: row["model_type"])
-    built = [row for row in rows if row["status"] != "not built"]
+    """Markdown: one line a model, a column a kind of replacement; then what is left as it is; then models not built."""
     lines, left = [], {}
-    for row in built:
+    rows = sorted(rows, key=lambda row: row["model_type"])
+    for row in (row for row in rows if row["status"] != "not built"):
         counts = [row.get("applied", {}).get(kind, "-") for kind in KINDS]
         differ = f"{row['gradient']:.0e}" if "gradient" in row else row["note"]
         lines.append([row["model_type"], row["status"], *counts, differ])
@@ -261,7 +256,7 @@ def make_table(rows: list[dict]) -> str:
     header = ["model type", "numbers", *KINDS, "gradients differ by"]
     parts = [
         summary(rows),
-        common.text_table(header, lines, markdown=True),
+        common.text_table(header, lines),
         "Left as they are:",
         "\n".join(f"- {what} ({', '.join(models)})" for what, models in sorted(left.items())),
         "Not built in this size:",
@@ -270,39 +265,32 @@ def make_table(rows: list[dict]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    """Command line."""
+def main(argv: list[str] | None = None) -> int:
+    """Check them all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--auto", choices=AUTO, default="AutoModelForCausalLM")
+    parser.add_argument("--auto", choices=AUTO, default="AutoModelForCausalLM", help="the models' auto class")
     parser.add_argument("--models", metavar="A,B", help="these model types; by default all of the auto class")
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=common.RESULTS, help="folder of the result file")
-    parser.add_argument("--commit", help="what to record as the commit; default $LIGER_COMMIT, else git's")
+    common.add_output_options(parser)
     args = parser.parse_args(argv)
     from transformers.models.auto import modeling_auto
 
-    mapping, args.name = AUTO[args.auto]
-    known = sorted(getattr(modeling_auto, mapping))
+    mapping, name = AUTO[args.auto]
+    chosen = known = sorted(getattr(modeling_auto, mapping))
     try:
-        args.chosen = names(tuple(known))(args.models) if args.models else known
+        chosen = common.names(known)(args.models) if args.models else known
     except argparse.ArgumentTypeError as error:
         parser.error(f"--models: {error}")
-    return args
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Check them all."""
-    args = parse_args(argv)
-    os.environ["TRITON_INTERPRET"] = "0"  # of the processes below: the definitions, not interpreted kernels
-    about = {"kind": "hello", "device": "cpu", "driver": None, **common.describe_software()}
-    results = common.ResultFile(args.out / f"{args.name}.json", ("model_type",), common.provenance(about, args.commit))
-    progress, failed = common.Progress(len(args.chosen)), False
+    os.environ["TRITON_INTERPRET"] = "0"  # the processes below run the definitions, not interpreted kernels
+    about = {"device": "cpu", "driver": None, **common.software()}
+    path = (args.out or common.RESULTS) / f"{name}.json"
+    results = common.ResultFile(path, ("model_type",), common.provenance(about, args.commit))
+    progress, failed = common.Progress(len(chosen)), False
     with ProcessPoolExecutor(args.processes, multiprocessing.get_context("spawn")) as pool:
-        for row in pool.map(partial(check, args.auto), args.chosen):
+        for row in pool.map(partial(check, args.auto), chosen):
             results.add(row)
             failed |= row["status"] in ("differs", "error")
             progress.step(f"{row['model_type']}: {row['status']} {json.dumps(row.get('applied', row.get('note')))}")
-    progress.close()
     print(f"written: {results.path}")
     return int(failed)
 

@@ -1,10 +1,11 @@
 """Where the device time of a training step goes: the profiler's kernels, grouped by what they are."""
 
 import re
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 # First match wins: attention kernels can have "cutlass" in their names.
 GROUPS = {
@@ -33,7 +34,7 @@ class KernelProfile(TrainerCallback):
         activities = [ProfilerActivity.CUDA] if device == "cuda" else [ProfilerActivity.CPU]
         self.profiler = profile(activities=activities)
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Start after the warm-up, stop after the last step."""
         if state.global_step == self.warmup:
             self.profiler.start()
@@ -54,34 +55,11 @@ class KernelProfile(TrainerCallback):
         groups: dict[str, float] = {}
         for name, (ms, _) in kernels.items():
             groups[group_of(name)] = groups.get(group_of(name), 0.0) + ms
-        idle, gaps = self._idle() if on_gpu else (0.0, [])
         largest = sorted(kernels.items(), key=lambda item: -item[1][0])[:40]
         return {
-            "profile_idle_ms": round(idle, 3),
-            "profile_gaps": gaps,
             "profile_groups": {g: round(ms, 4) for g, ms in sorted(groups.items(), key=lambda item: -item[1])},
             "profile_kernels": [
                 {"name": name[:120], "group": group_of(name), "ms": round(ms, 4), "calls": calls}
                 for name, (ms, calls) in largest
             ],
         }
-
-    def _idle(self) -> tuple[float, list[dict]]:
-        """ms per step in which the device ran nothing, and the largest gaps with the kernels around them."""
-        intervals = sorted(
-            (event.time_range.start, event.time_range.end, event.name)
-            for event in self.profiler.events()
-            if event.device_type == torch.autograd.DeviceType.CUDA
-        )
-        gaps, end, last = [], intervals[0][0], ""
-        for start, stop, name in intervals:
-            if start > end:
-                gaps.append((start - end, last, name))
-            if stop > end:
-                end, last = stop, name
-        total = sum(gap for gap, _, _ in gaps) / 1e3 / self.steps
-        around = [
-            {"ms": round(gap / 1e3, 3), "after": before[:60], "before": name[:60]}
-            for gap, before, name in sorted(gaps, reverse=True)[:15]
-        ]
-        return total, around

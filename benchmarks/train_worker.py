@@ -1,37 +1,37 @@
 """One rank of one arm of the training benchmark: the recipe's own Trainer, timed.
 
-``python -m benchmarks.train_worker --hello DEVICE`` says what the device is; ``accelerate launch ... -m
-benchmarks.train_worker JOB`` waits for the job's gate and trains. The first rank writes a row beside the gate, and so
-does every rank that fails, which then ends at once so that no other waits for it in a collective.
+``python -m benchmarks.train_worker --hello DEVICE`` reports the device. ``accelerate launch ... -m
+benchmarks.train_worker JOB`` trains; the first rank sends a row, and so does every rank that fails, which then ends at
+once so that no other rank waits for it in a collective.
 """
 
 import contextlib
-import importlib
-import importlib.util
 import json
+import multiprocessing
 import os
 import statistics
 import sys
 import tempfile
-import threading
-import time
 import traceback
-from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
 
-from benchmarks.common import emit, write_whole
-from benchmarks.measure import describe_device
-from benchmarks.train_arms import ARMS
+from benchmarks.measure import describe_device, release_memory
+from benchmarks.peers import PEERS
+from benchmarks.workers import emit
+from liger_trainer.training.failures import is_out_of_memory
+from liger_trainer.training.recipe import as_flags, parse_recipe
+from liger_trainer.training.throughput import GIB, Interval, ThroughputCallback, reduce_over_ranks
+from liger_trainer.training.train import build_trainer
 
-# Needed to train, slow to import, and harmless to the device.
-SLOW_IMPORTS = ("liger_trainer.train", "transformers.models.auto.modeling_auto", "benchmarks.step_meter")
+MEMORY = ("peak_allocated", "peak_reserved", "static", "gradients", "above_static")
 
 
 def flags(overrides: dict) -> list[str]:
     """Overrides as a recipe's command line, on which ``None`` unsets a key."""
-    from liger_trainer.training.recipe import as_flags
-
     return [*as_flags(overrides), *(word for k, v in overrides.items() if v is None for word in (f"--{k}", "null"))]
 
 
@@ -40,52 +40,116 @@ def overrides_of(job: dict, folder: str) -> dict:
     measured = {
         "max_steps": job["warmup"] + job["steps"],
         "logging_strategy": "steps",
-        "logging_steps": job["window"],  # a log reads the loss, and so waits for the device
+        "logging_steps": job["window"],  # a log drains the device and ends an interval of the throughput callback
         "save_strategy": "no",
         "eval_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
         "output_dir": folder,
     }
-    return {**job["overrides"], **measured, **ARMS[job["arm"]].overrides}
+    return {**job["overrides"], **measured, **(PEERS[job["arm"]].overrides or {})}
+
+
+class Memory(TrainerCallback):
+    """Memory of this rank: peaks of the steps after the first, and what stays when gradients are freed (CUDA).
+
+    Creating and sharding the model, and creating the optimizer's state, happen before the second step and are left out.
+    """
+
+    def __init__(self, device: str, steps: int):
+        self.device, self.on_gpu, self.steps, self.static = device, device == "cuda", steps, 0
+
+    def on_train_begin(self, *_: Any, **kwargs: Any) -> None:
+        """Release what creating and sharding the model has left in the cache, or it would count as reserved."""
+        release_memory(self.device)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Reset the peak after the first step; after the last, with gradients freed, record what is left."""
+        if self.on_gpu and state.global_step == 1:
+            torch.cuda.reset_peak_memory_stats()
+        elif self.on_gpu and state.global_step == self.steps:
+            self.static = torch.cuda.memory_allocated()
+
+    def gib(self, trainer: Trainer) -> dict[str, float | None]:
+        """The largest rank's numbers; ``static`` is weights and optimizer state. None on the CPU."""
+        if not self.on_gpu:
+            return dict.fromkeys(f"{name}_gib" for name in MEMORY)
+        peak, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+        gradients = gradient_bytes(trainer)
+        values = [float(n) for n in (peak, reserved, self.static, gradients, peak - self.static - gradients)]
+        largest = reduce_over_ranks(values, "max", trainer.args.device)
+        return {f"{name}_gib": value / GIB for name, value in zip(MEMORY, largest, strict=True)}
+
+
+def gradient_bytes(trainer: Trainer) -> int:
+    """This rank's gradients of all trained parameters.
+
+    Under DeepSpeed: its shard in ZeRO-1 and ZeRO-2, which free it after the step; 0 in ZeRO-3, whose gradient buffers
+    are never freed and so are part of what stays.
+    """
+    stage = trainer.model_wrapped.zero_optimization_stage() if trainer.is_deepspeed_enabled else 0
+    if stage == 3:
+        return 0
+    total = 0
+    for parameter in trainer.model_wrapped.parameters():
+        if parameter.requires_grad:
+            local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+            total += local.numel() * local.element_size()
+    return total // trainer.args.world_size if stage else total
 
 
 def train(job: dict) -> dict:
     """Build the recipe's Trainer, train, and return the row: times, tokens and memory over all ranks."""
-    from transformers.trainer_callback import PrinterCallback
-
-    from benchmarks.step_meter import Memory, StepTimes, TokenCount
-    from liger_trainer.training.recipe import parse_recipe
-    from liger_trainer.training.throughput import ThroughputCallback
-    from liger_trainer.training.train import build_trainer
-
-    warmup, steps = job["warmup"], job["steps"]
+    peer, warmup, steps = PEERS[job["arm"]], job["warmup"], job["steps"]
     with tempfile.TemporaryDirectory() as folder:
         recipe = parse_recipe([job["recipe"], *flags(overrides_of(job, folder))])
         args = recipe.training
-        for name, value in ARMS[job["arm"]].arguments.items():
+        for name, value in peer.arguments.items():
             setattr(args, name, value)
         recipe.run.synthetic_examples = (  # no more rows than the steps take
             args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size * args.max_steps
         )
         trainer = build_trainer(recipe)
-        evidence = ARMS[job["arm"]].prepare(trainer)
+        evidence = peer.prepare(trainer)
         trainer.remove_callback(PrinterCallback)
-        trainer.remove_callback(ThroughputCallback)  # its log entries are device work and collectives of every arm
-        device = args.device.type
-        timer, memory = StepTimes(device, warmup, job["window"]), Memory(device, warmup + steps)
-        tokens = TokenCount(trainer)
-        callbacks = [timer, memory]
+        trainer.remove_callback(ThroughputCallback)  # in its place one with the job's warm-up
+        meter, memory = ThroughputCallback(warmup), Memory(args.device.type, warmup + steps)
+        trainer.add_callback(meter)
+        trainer.add_callback(memory)
+        profile = None
         if job["profile"] and args.process_index == 0:
             from benchmarks.profile_step import KernelProfile
 
-            callbacks.append(KernelProfile(device, warmup, steps))
-        for callback in callbacks:
-            trainer.add_callback(callback)
+            profile = KernelProfile(args.device.type, warmup, steps)
+            trainer.add_callback(profile)
         trainer.train()
-    row = over_ranks(timer.step_ms(), tokens.after(warmup), memory.bytes(trainer), job["window"], args.device)
-    row |= {"status": "ok", **timer.first_and_last(), "evidence": shown(job["arm"], evidence())}
-    return row | (callbacks[2].summary() if len(callbacks) == 3 else {})
+    row = {"status": "ok", **speed(meter.intervals), **memory.gib(trainer), **first_and_last(trainer.state.log_history)}
+    row["evidence"] = shown(job["arm"], evidence())
+    return row | (profile.summary() if profile else {})
+
+
+def speed(intervals: list[Interval]) -> dict:
+    """Times and tokens of the timed windows, over all ranks."""
+    windows_ms = [1e3 * interval.seconds / interval.steps for interval in intervals]
+    seconds = sum(interval.seconds for interval in intervals)
+    real, padded = (sum(getattr(i, name) for i in intervals) for name in ("real_tokens", "padded_tokens"))
+    return {
+        "step_ms": statistics.mean(windows_ms),
+        "windows_ms": [round(ms, 3) for ms in windows_ms],
+        "tokens_per_s": real / seconds,
+        "padded_tokens_per_s": padded / seconds,
+        "tokens": real,
+        "padded_tokens": padded,
+    }
+
+
+def first_and_last(log_history: list[dict]) -> dict[str, float | None]:
+    """The mean loss of the first and the last window, and the gradient norm before clipping of their last steps."""
+    found: dict[str, float | None] = {}
+    for name in ("loss", "grad_norm"):
+        values = [float(entry[name]) for entry in log_history if name in entry]
+        found |= {f"first_{name}": values[0] if values else None, f"last_{name}": values[-1] if values else None}
+    return found
 
 
 def shown(arm: str, evidence: dict) -> dict:
@@ -99,100 +163,27 @@ def shown(arm: str, evidence: dict) -> dict:
     return evidence
 
 
-def over_ranks(windows_ms: list[float], tokens: tuple[int, int], memory: dict | None, window: int, device) -> dict:
-    """The numbers of all ranks: the slowest one's windows, the sum of tokens, the largest memory.
-
-    Args:
-        windows_ms: mean milliseconds of a step, one number a window.
-        tokens: real and padded tokens of the timed steps.
-        memory: bytes by kind, or None.
-        window: steps of a window.
-        device: where collectives run.
-    """
-    from liger_trainer.training.throughput import reduce_over_ranks
-
-    windows_ms = reduce_over_ranks(windows_ms, "max", device)
-    real, padded = reduce_over_ranks([float(n) for n in tokens], "sum", device)
-    seconds = sum(windows_ms) * window / 1e3
-    row = {
-        "step_ms": statistics.mean(windows_ms),
-        "windows_ms": [round(t, 3) for t in windows_ms],
-        "tokens_per_s": real / seconds,
-        "padded_tokens_per_s": padded / seconds,
-        "tokens": int(real),
-        "padded_tokens": int(padded),
-    }
-    names = ("peak_allocated", "peak_reserved", "static", "gradients", "above_static")
-    if memory is None:
-        return row | dict.fromkeys(f"{name}_gib" for name in names)
-    memory["above_static"] = memory["peak_allocated"] - memory["static"] - memory["gradients"]
-    largest = reduce_over_ranks([float(memory[name]) for name in names], "max", device)
-    return row | {f"{name}_gib": value / (1 << 30) for name, value in zip(names, largest, strict=True)}
-
-
-def end_with(owner: int) -> None:
-    """End this rank when the benchmark or the launcher that started it is gone, whatever it is waiting for."""
-    launcher = os.getppid()
-
-    def watch():
-        while os.getppid() == launcher:
-            try:
-                os.kill(owner, 0)
-            except ProcessLookupError:
-                break
-            time.sleep(0.5)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def stand_by(job: dict) -> bool:
-    """Do the slow imports, say so, then wait for the word: the workers before this one have the device until then."""
-    for name in SLOW_IMPORTS:
-        importlib.import_module(name)
-    if importlib.util.find_spec("deepspeed"):  # accelerate imports it in every run
-        importlib.import_module("deepspeed")
-    ARMS[job["arm"]].import_packages()
-    gate = Path(job["gate"])
-    gate.with_name(f"ready{os.environ.get('RANK', '0')}").write_text(str(os.getpid()))
-    while not gate.exists():
-        time.sleep(0.02)
-    return gate.read_text() == "go"
-
-
-def failure(error: Exception) -> dict:
-    """The row of a run that failed: out of memory, which is a result, or anything else."""
-    from liger_trainer.training.failures import is_out_of_memory
-
-    status = "oom" if is_out_of_memory(error) else "error"
-    return {"status": status, "note": f"{type(error).__name__}: {error}"[:400]}
-
-
-def run(job: dict) -> None:
-    """Train and write the row; ends the process."""
-    end_with(job["owner"])
+def main(job: dict) -> NoReturn:
+    """Train and send the row; ends the process."""
     try:
-        if not stand_by(job):
-            return
         row = train(job)
     except Exception as error:
-        write(job, failure(error) | {"traceback": traceback.format_exc()})
+        status = "oom" if is_out_of_memory(error) else "error"
+        traceback.print_exc()
+        emit({"kind": "row", "status": status, "note": f"{type(error).__name__}: {error}"[:400]})
         end(1)
     if os.environ.get("RANK", "0") == "0":
-        write(job, row)
+        emit({"kind": "row", **row})
     if torch.distributed.is_initialized():
         with contextlib.suppress(RuntimeError):  # a rank that is through it may be gone before this one is
             torch.distributed.barrier()
     end(0)
 
 
-def write(job: dict, row: dict) -> None:
-    """Leave this rank's row, whole or not at all, in a file of its own: in one log, those of two ranks can mix."""
-    write_whole(Path(job["gate"]).with_name(f"row{os.environ.get('RANK', '0')}"), json.dumps(row))
-
-
-def end(status: int) -> None:
-    """Leave at once: freeing a large model in order, or ending a group whose other ranks wait, takes time."""
+def end(status: int) -> NoReturn:
+    """Exit at once: freeing a large model in order, or ending a group whose other ranks wait, takes time."""
+    for child in multiprocessing.active_children():
+        child.kill()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
@@ -202,4 +193,4 @@ if __name__ == "__main__":
     if sys.argv[1] == "--hello":
         emit(describe_device(sys.argv[2]) | {"devices": torch.cuda.device_count() if sys.argv[2] == "cuda" else None})
     else:
-        run(json.loads(sys.argv[1]))
+        main(json.loads(sys.argv[1]))

@@ -9,25 +9,25 @@ from rounds import GOOD, OOM
 
 with pytest.MonkeyPatch.context() as patch:  # a checkout's folder, not installed
     patch.syspath_prepend(str(Path(__file__).parents[2]))
-    from benchmarks import figures, plot, plot_train, suite, train_changes, train_rows, train_tables
+    from benchmarks import plot, rows, suite, tables
 
 
 def test_arms_are_compared_in_the_rounds_that_they_share():
     """Of two machines, the second 20 % faster, ours is 30 %, 32 % and 31 % ahead; the medians would say 45 %."""
-    job = train_rows.plan(suite.load(Path("step_1b")))[0]
+    job = suite.load(Path("step_1b")).jobs()[0]
     speeds = {"hf": [(0, 100.0), (0, 100.0), (1, 120.0)], "ours": [(0, 130.0), (1, 158.4), (1, 999.0), (0, 131.0)]}
     hf, ours = (
-        train_rows.combine(job, [GOOD | {"run": run, "tokens_per_s": speed} for run, speed in rounds])
-        for rounds in speeds.values()
+        rows.combine(job, [GOOD | {"run": run, "tokens_per_s": speed} for run, speed in measured])
+        for measured in speeds.values()
     )
-    assert sorted(train_changes.changes_by_round(ours, hf, "tokens_per_s")) == pytest.approx([0.30, 0.31, 0.32])
-    assert train_changes.change(ours, hf, "tokens_per_s") == pytest.approx(0.31)
-    assert train_changes.percent_and_range(ours, hf, "tokens_per_s") == "+31.0% (+30.0 to +32.0)"
-    alone = train_rows.combine(job, [GOOD | {"run": 7, "tokens_per_s": 50.0}])
-    assert train_changes.percent_and_range(alone, hf, "tokens_per_s") == "-50.0%", "no round in common"
-    failed = train_rows.combine(job, [OOM | {"run": 0}, GOOD | {"run": 0, "tokens_per_s": 150.0}])
-    assert train_changes.percent_and_range(failed, hf, "tokens_per_s") == "+50.0%"
-    assert train_changes.percent_and_range(hf, None, "tokens_per_s") is None
+    assert sorted(rows.changes_by_round(ours, hf, "tokens_per_s")) == pytest.approx([0.30, 0.31, 0.32])
+    assert rows.change(ours, hf, "tokens_per_s") == pytest.approx(0.31)
+    assert rows.percent_and_range(ours, hf, "tokens_per_s") == "+31.0% (+30.0 to +32.0)"
+    alone = rows.combine(job, [GOOD | {"run": 7, "tokens_per_s": 50.0}])
+    assert rows.percent_and_range(alone, hf, "tokens_per_s") == "-50.0%", "no round in common"
+    failed = rows.combine(job, [OOM | {"run": 0}, GOOD | {"run": 0, "tokens_per_s": 150.0}])
+    assert rows.percent_and_range(failed, hf, "tokens_per_s") == "+50.0%"
+    assert rows.percent_and_range(hf, None, "tokens_per_s") is None
 
 
 def train_data(name):
@@ -40,18 +40,18 @@ def train_data(name):
         "date": "2026-01-02T",
         "commit": "abc",
     }
-    rows = []
-    for job in train_rows.plan(replace(chosen, rounds=1)):
+    made = []
+    for job in replace(chosen, rounds=1).jobs():
         factor = {"hf": 1.0, "ours": 1.3, "liger": 1.25, "compile": 0.0}[job["arm"]]
         speed = 100.0 * factor * job["processes"] ** 0.5
         good = GOOD | {"run": 0, "tokens_per_s": speed, "peak_allocated_gib": 20.0 / (factor or 1)}
         rounds = [good, good | {"tokens_per_s": speed * 1.1}, good | {"tokens_per_s": speed * 0.9}]
         if job["arm"] == "compile":
             rounds = [{"status": "absent", "note": "", "run": 0}]
-        elif job["arm"] == "hf" and job["point"] == chosen.points[-1].name:
+        elif job["arm"] == "hf" and job["point"] == chosen.points[-1]["point"]:
             rounds = [OOM | {"run": 0}]
-        rows.append(train_rows.combine(job, rounds) | {"run": 0})
-    return {"suite": chosen.about, "runs": [run], "results": rows}
+        made.append(rows.combine(job, rounds) | {"run": 0})
+    return {"suite": chosen.about, "runs": [run], "results": made}
 
 
 @pytest.mark.parametrize("name", ["paper_models", "paper_lengths", "paper_four_gpus"])
@@ -59,8 +59,8 @@ def test_plots_and_tables(name, tmp_path):
     stem = f"train-{name}-gpu"
     (tmp_path / f"{stem}.json").write_text(json.dumps(train_data(name)))
     page = tmp_path / "page.md"
-    tables = (f"<!-- table:{stem}{part} -->\nold\n<!-- /table -->\n" for part in ("", "-brief", "-gains", "-average"))
-    page.write_text("a\n" + "".join(tables))
+    marked = (f"<!-- table:{stem}{part} -->\nold\n<!-- /table -->\n" for part in ("", "-brief", "-gains", "-average"))
+    page.write_text("a\n" + "".join(marked))
     assert plot.main(["--results", str(tmp_path), "--update", str(page)]) == 0
     assert (tmp_path / f"{stem}.png").read_bytes().startswith(b"\x89PNG")
     text = page.read_text()
@@ -76,7 +76,8 @@ def test_plots_and_tables(name, tmp_path):
     average = text[text.index(f"table:{stem}-average") :].splitlines()
     for against in ("    HF eager |   +30.0%", "liger-kernel |    +4.0%"):
         assert any(f"| liger_trainer | {against}" in line for line in average), average
-    growth = f"{stem}-growth" in plot_train.make_tables(stem, train_data(name), "")
+    data = train_data(name)
+    growth = bool(tables.growth_text(data["results"], data["suite"]))
     assert growth == (name == "paper_lengths"), "of models or of numbers of processes there is none"
     if name == "paper_models":
         places = [line.split("|")[-2].strip() for line in average if line.startswith("| liger")]
@@ -92,32 +93,19 @@ def test_plots_and_tables(name, tmp_path):
 
 def test_growth_is_from_the_smallest_to_the_largest_x_of_an_arm():
     chosen = replace(suite.load(Path("paper_two_gpus")), arms=("hf", "ours"))
-    rows = []
-    for job in train_rows.plan(replace(chosen, rounds=1)):
+    made = []
+    for job in replace(chosen, rounds=1).jobs():
         good = GOOD | {"run": 0, "tokens_per_s": 10.0 * job["x"], "above_static_gib": 2.0}
         if job["arm"] == "hf":
             good["above_static_gib"] = job["x"] / 16
         lost = job["arm"] == "hf" and job["launch"] == "ZeRO-3" and job["x"] == 64
-        rows.append(train_rows.combine(job, [OOM | {"run": 0} if lost else good]))
-    lines = train_tables.growth_text(rows[::-1], chosen.about).splitlines()
-    assert [line.split()[1:3] for line in lines[1:]] == [["FSDP2", "hf"], ["FSDP2", "ours"], ["ZeRO-3", "ours"]]
-    assert "32 to 64  320 to 640 (+100.0%)" in lines[1]
-    assert lines[1].endswith("2 to 4 (+100.0%)")
-    assert lines[2].endswith("2 to 2 (+0.0%)")
-
-
-def test_lines_that_coincide_are_all_seen():
-    """Ours on top and narrow, each further arm lower and wider."""
-    from matplotlib import pyplot
-
-    drawn, axis = pyplot.subplots()
-    arms = ("hf", "liger", "ours")
-    figures.lines(axis, "x", [1, 2], {arm: [1.0, 2.0] for arm in arms}, {arm: [None, None] for arm in arms})
-    by_color = {line.get_color(): line for line in axis.get_lines() if line.get_linestyle() == "-"}
-    ours, hf, liger = (by_color[figures.COLORS[arm]] for arm in ("ours", "hf", "liger"))
-    assert ours.get_zorder() > hf.get_zorder() > liger.get_zorder()
-    assert ours.get_linewidth() < hf.get_linewidth() < liger.get_linewidth()
-    pyplot.close(drawn)
+        made.append(rows.combine(job, [OOM | {"run": 0} if lost else good]))
+    lines = tables.growth_text(made[::-1], chosen.about).splitlines()
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:]]
+    ours, hf = "liger_trainer", "HF eager"
+    assert [line[1:3] for line in cells] == [["FSDP2", hf], ["FSDP2", ours], ["ZeRO-3", ours]]
+    assert cells[0][3:5] == ["32 to 64", "320 to 640 (+100.0%)"]
+    assert [line[-1] for line in cells[:2]] == ["2 to 4 (+100.0%)", "2 to 2 (+0.0%)"]
 
 
 def test_the_source_of_a_table_names_what_differs_between_runs():

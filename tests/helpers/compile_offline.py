@@ -1,4 +1,4 @@
-"""Compiles for an H100, without one, every kernel that ``benchmarks/sanitize.py`` launches.
+"""Compiles for an H100, without one, every kernel that the variants in ``benchmarks/ops.py`` launch.
 
 The interpreter runs kernels as Python and takes much that Triton's compiler refuses. Nothing is launched here: the ops
 run on CPU tensors, and where they would launch, the kernel is compiled for the arguments they pass. Exit status 1 where
@@ -81,11 +81,6 @@ def compile_launch(kernel: triton.JITFunction, grid: tuple[int, int, int]) -> Ca
     return run
 
 
-def only_run(name, ours, theirs, leaves) -> None:
-    """In the place of ``sanitize.check``: the numbers mean nothing here."""
-    sanitize.run(ours, leaves)
-
-
 def main() -> int:
     """Compile everything."""
     root = Path(launch.__file__).parents[1]
@@ -101,9 +96,9 @@ def main() -> int:
     triton.JITFunction.__getitem__ = compile_launch
     torch.version.cuda = torch.version.cuda or "13.0"  # register limits are for CUDA
     reference.check_labels = lambda *arguments: None
-    sanitize.check = only_run
-    for sanitize.ROWS, sanitize.COLS in SHAPES:
-        sanitize.main()
+    for rows, cols in SHAPES:
+        for _, ours, _, leaves in sanitize.variants(rows, cols):
+            sanitize.run(ours, leaves)
     missing = sorted(kernels - launched)
     narrow = sorted(WIDE - wide)
     print(

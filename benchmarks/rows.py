@@ -1,0 +1,147 @@
+"""Rows of the training benchmark's result file: made from rounds, judged, and compared with each other."""
+
+import statistics
+from collections import Counter
+
+from benchmarks.common import format_number
+
+KEYS = ("point", "launch", "processes", "arm")
+# Equal in all rounds of a row.
+SETTINGS = ("recipe", "overrides", "config_file", "environment", "warmup", "steps", "window")
+SAME_RUN = ("commit", "device", "packages")  # of the provenance of a round that need not be measured again
+SAME = ("first_loss", "last_loss", "first_grad_norm", "last_grad_norm")  # in all arms, if they compute the same
+MEMORY = ("peak_allocated_gib", "peak_reserved_gib", "static_gib", "gradients_gib", "above_static_gib")
+MEDIANS = ("tokens_per_s", "padded_tokens_per_s", "step_ms", *MEMORY, *SAME)
+# How far an arm's first gradient norm may be from HF's. bf16 sums differ by some tenths of a percent; a gradient that
+# lacks a part or has a wrong factor differs by more.
+GRAD_NORM_TOLERANCE = 0.03
+
+
+def key_of(job: dict) -> tuple:
+    """The values that identify a row of a file."""
+    return tuple(job[key] for key in KEYS)
+
+
+def place_of(row: dict) -> tuple:
+    """The part of its key that an arm's row shares with those of the other arms."""
+    return row["point"], row["launch"], row["processes"]
+
+
+def same_settings(a: dict, b: dict) -> bool:
+    """Whether two rows, or a row and a job, did the same work."""
+    return all((a.get(key) or None) == (b.get(key) or None) for key in SETTINGS)  # rows are older than some keys
+
+
+def kept_rounds(job: dict, row: dict | None, run: dict, keep_old: bool = False) -> list[dict]:
+    """The rounds of ``job``'s row that are not measured again: of the same settings, commit, device and packages.
+
+    What failed is tried again, and a tree with uncommitted changes is never the same as another one.
+
+    Args:
+        job: one of the suite's.
+        row: what the result file has for it.
+        run: the provenance of the run that begins now.
+        keep_old: also keep rounds of other commits and packages.
+    """
+    if row is None or not same_settings(row, job):
+        return []
+
+    def stands(its_run: dict) -> bool:
+        same = all(its_run.get(key) == run.get(key) for key in SAME_RUN)
+        return keep_old or (same and not run["commit"].endswith("uncommitted"))
+
+    return [r for r in row["rounds"] if r["status"] in ("ok", "oom") and stands(r["run"])]
+
+
+def is_settled(rounds: list[dict]) -> bool:
+    """Whether a further round would only repeat what is known: out of memory, absent, an error."""
+    return bool(rounds) and all(round_["status"] != "ok" for round_ in rounds)
+
+
+def combine(job: dict, rounds: list[dict]) -> dict:
+    """The row of one arm: medians over its good rounds, or what went wrong in the last one."""
+    row = {key: value for key, value in job.items() if key not in ("round", "device", "profile")}
+    good = [round_ for round_ in rounds if round_["status"] == "ok"]
+    if not good:
+        return row | {"status": rounds[-1]["status"], "note": rounds[-1].get("note", ""), "rounds": rounds}
+    values = {name: [r[name] for r in good if r.get(name) is not None] for name in MEDIANS}
+    medians = {name: statistics.median(many) if many else None for name, many in values.items()}
+    speeds = values["tokens_per_s"]
+    spread = (max(speeds) - min(speeds)) / statistics.median(speeds) if len(speeds) > 1 else None
+    return row | {"status": "ok", **medians, "spread": spread, "rounds": rounds}
+
+
+def judge(row: dict, hf: dict | None) -> dict:
+    """``row``, ``inexact`` where its first gradient norm is not that of ``hf``, the row of HF at the same place.
+
+    The loss cannot show a wrong backward: within so few steps it hardly depends on the weights' changes.
+    """
+    if row["status"] not in ("ok", "inexact"):
+        return row
+    row = {key: value for key, value in row.items() if key != "note"} | {"status": "ok"}
+    ours, theirs = (r.get("first_grad_norm") if r else None for r in (row, hf))
+    if hf is None or ours is None or theirs is None or not same_settings(row, hf):
+        return row
+    if abs(ours - theirs) <= GRAD_NORM_TOLERANCE * theirs:
+        return row
+    return row | {"status": "inexact", "note": f"first gradient norm {ours:.4g}, that of HF {theirs:.4g}"}
+
+
+def has_failed(row: dict) -> bool:
+    """Whether a row of ours is wrong: an error, out of memory in some rounds only, inexact."""
+    counts = {round_["status"] for round_ in row["rounds"]}
+    failed = row["status"] == "inexact" or "error" in counts or {"ok", "oom"} <= counts
+    return row["arm"].startswith("ours") and failed
+
+
+def counts_text(row: dict) -> str:
+    """The number of rounds, by status where they did not all go well."""
+    counts = Counter(round_["status"] for round_ in row["rounds"])
+    if set(counts) == {"ok"}:
+        return str(counts["ok"])
+    return ", ".join(f"{n} {'OOM' if status == 'oom' else status}" for status, n in counts.items())
+
+
+def describe(round_: dict) -> str:
+    """One round in a few words."""
+    if round_["status"] != "ok":
+        return f"{round_['status']} {round_.get('note', '')[:200]}"
+    numbers = {"ms": round_["step_ms"], "tok/s": round_["tokens_per_s"], "GiB": round_["peak_allocated_gib"]}
+    text = " ".join(f"{format_number(value)} {unit}" for unit, value in numbers.items())
+    loss, norm = ([round_[f"{at}_{name}"] for at in ("first", "last")] for name in ("loss", "grad_norm"))
+    text += f" loss {loss[0]:.4f} -> {loss[1]:.4f}, gradient norm {format_number(norm[0])} -> {format_number(norm[1])}"
+    return f"{text}, {round_['seconds']:.0f} s in all"
+
+
+def change(row: dict, base: dict | None, metric: str) -> float | None:
+    """``row``'s metric over that of ``base``, minus one; None where one of them has none or both are the same row.
+
+    The median over the rounds that both have, so that a machine that was slower in one round changes nothing; the
+    change of the rows' medians where they have none in common.
+    """
+    if base is None or base is row or not row.get(metric) or not base.get(metric):
+        return None
+    changes = changes_by_round(row, base, metric)
+    return statistics.median(changes) if changes else row[metric] / base[metric] - 1
+
+
+def changes_by_round(row: dict, base: dict, metric: str) -> list[float]:
+    """``change`` of each round that the two rows have side by side: the first of one run with the first of it, ..."""
+    runs = [round_.get("run") for round_ in row["rounds"]]
+    pairs = []
+    for run in (run for i, run in enumerate(runs) if run not in runs[:i]):
+        own, theirs = ([r.get(metric) for r in each["rounds"] if r.get("run") == run] for each in (row, base))
+        pairs += [(a, b) for a, b in zip(own, theirs, strict=False) if a and b]  # None: out of memory
+    return [a / b - 1 for a, b in pairs]
+
+
+def percent(value: float | None) -> str | None:
+    """A change with its sign."""
+    return None if value is None else f"{value:+.1%}"
+
+
+def percent_and_range(row: dict, base: dict | None, metric: str) -> str | None:
+    """``change``, and the smallest and the largest one of a round."""
+    value = percent(change(row, base, metric))
+    rounds = [] if value is None else changes_by_round(row, base, metric)
+    return f"{value} ({100 * min(rounds):+.1f} to {100 * max(rounds):+.1f})" if len(rounds) > 1 else value
