@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -32,20 +33,15 @@ def software() -> dict:
 
 def current_commit(explicit: str | None = None) -> str:
     """The measured commit: given, ``$LIGER_COMMIT``, or git's, with ``+uncommitted`` where the tree differs."""
-    given = explicit or os.environ.get("LIGER_COMMIT")
-    if given:
-        return given
 
     def git(*words: str) -> str | None:
-        try:
-            done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False)
-        except FileNotFoundError:
-            return None
+        done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False)
         return done.stdout.strip() if done.returncode == 0 else None
 
-    head = git("rev-parse", "HEAD")
-    if head is None:
-        return "uncommitted"
+    given = explicit or os.environ.get("LIGER_COMMIT")
+    head = given or (git("rev-parse", "HEAD") if shutil.which("git") else None)
+    if given or head is None:
+        return given or "uncommitted"
     return head + ("+uncommitted" if git("status", "--porcelain", "--", ":!benchmarks/results") else "")
 
 

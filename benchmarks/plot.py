@@ -29,13 +29,6 @@ METRICS = {
     "peak_allocated_gib": "peak allocated, GiB",
     "above_static_gib": "peak above weights, gradients\nand optimizer state, GiB",
 }
-TRAIN_TABLES = {
-    "": tables.train_text,
-    "-brief": tables.brief_text,
-    "-gains": tables.gains_text,
-    "-average": tables.average_text,
-    "-growth": tables.growth_text,
-}
 Axis = Any  # matplotlib's, which is imported only to draw
 
 
@@ -219,7 +212,7 @@ def train_panels(rows: list[dict], by_name: bool) -> list[Panel]:
 def plot_train(stem: str, data: dict, out: Path) -> list[Path]:
     """Draw ``stem.png`` into ``out``. No data, no file."""
     about = data["suite"]
-    rows = tables.in_order([row for row in data["results"] if row["status"] in ("ok", "oom")], about)
+    rows = [row for row in tables.Training(data["results"], about).rows if row["status"] in ("ok", "oom")]
     by_name = about["x"]["key"] == "name"
     panels = train_panels(rows, by_name)
     if not panels:
@@ -293,7 +286,9 @@ def main(argv: list[str] | None = None) -> int:
     for file in files:
         data, stem = json.loads(file.read_text()), file.stem
         if stem.startswith("train"):
-            own = {stem + part: make(data["results"], data["suite"]) for part, make in TRAIN_TABLES.items()}
+            made_of = tables.Training(data["results"], data["suite"])
+            own = {stem: made_of.full(), f"{stem}-brief": made_of.brief(), f"{stem}-gains": made_of.gains()}
+            own |= {f"{stem}-average": made_of.average(), f"{stem}-growth": made_of.growth()}
         else:
             own = kernel_tables(stem, data)
         own = {name: f"{text}\n\n{provenance_line(data)}\n" for name, text in own.items() if text}

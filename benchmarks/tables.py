@@ -98,20 +98,156 @@ def curve_text(data: dict) -> str:
     return text_table(["shape", "3 GEMMs", *CURVE.values()], rows)
 
 
-# Training. ``rows`` are those of one result file, ``about`` is its suite.
+class Training:
+    """The tables of one result file of the training benchmark.
 
+    Args:
+        rows: all or some of the file's.
+        about: its suite, or the part of it that the rows are about.
+    """
 
-def place_columns(rows: list[dict], about: dict) -> dict[str, str]:
-    """The keys that tell the rows' places apart, with their headings."""
-    columns = {"group": "model"} | ({} if about["x"]["key"] == "name" else {"x": about["x"]["label"]})
-    return columns | ({"launch": "launch"} if len({row["launch"] for row in rows}) > 1 else {})
+    def __init__(self, rows: list[dict], about: dict):
+        self.about, self.x = about, about["x"]["key"]
+        places = [tuple(place) for place in about["places"]]
+        places += [place for place in map(place_of, rows) if place not in places]  # of an earlier form of the suite
+        self.all = sorted(rows, key=lambda row: (places.index(place_of(row)), TRAIN_ARMS.index(row["arm"])))
+        self.rows = [row for row in self.all if row["status"] != "absent"]
+        self.good = [row for row in self.rows if row["status"] == "ok"]
+        self.columns = {"group": "model"} | ({} if self.x == "name" else {"x": about["x"]["label"]})
+        self.columns |= {"launch": "launch"} if len({row["launch"] for row in self.rows}) > 1 else {}
 
+    def at(self, row: dict) -> list:
+        """The first cells of a line: the row's place."""
+        return [row[key] for key in self.columns]
 
-def in_order(rows: list[dict], about: dict) -> list[dict]:
-    """Rows by place, in the suite's order, and within a place by arm, in the order of ``TRAIN_ARMS``."""
-    places = [tuple(place) for place in about["places"]]
-    places += [place for place in map(place_of, rows) if place not in places]  # of an earlier form of the suite
-    return sorted(rows, key=lambda row: (places.index(place_of(row)), TRAIN_ARMS.index(row["arm"])))
+    def arms(self, rows: list[dict]) -> list[str]:
+        """The arms of ``rows``, in order."""
+        return [arm for arm in TRAIN_ARMS if any(row["arm"] == arm for row in rows)]
+
+    def by_place(self, arm: str) -> dict[tuple, dict]:
+        """The good row of ``arm`` at each place where it ran."""
+        return {place_of(row): row for row in self.good if row["arm"] == arm}
+
+    def full(self) -> str:
+        """One line a place and arm: medians over the rounds, their spread, and changes against HF by round."""
+        padding = any(row.get("padded_tokens_per_s") != row.get("tokens_per_s") for row in self.rows)
+        scaling = self.x == "num_processes"
+        header = [*self.columns.values(), "arm", "tokens/s", "vs HF", "spread", *(["with padding"] if padding else [])]
+        header += [*(["scaling"] if scaling else []), "peak GiB", "vs HF", "above static GiB", "above state GiB"]
+        header += ["vs HF", "reserved GiB", "first loss", "last loss", "last grad norm", "rounds"]
+        base, lines = self.by_place("hf"), []
+        for row in self.rows:
+            hf, line = base.get(place_of(row)), [*self.at(row), PEERS[row["arm"]].label]
+            if row["status"] not in ("ok", "inexact"):
+                lines.append([*line, row["status"].upper(), *[None] * (len(header) - len(line) - 2), counts_text(row)])
+                continue
+            peak, static = row["peak_allocated_gib"], row["static_gib"]
+            line += [rate(row), percent_and_range(row, hf, "tokens_per_s")]
+            line += [f"{row['spread']:.1%}" if row["spread"] is not None and len(row["rounds"]) > 1 else None]
+            line += [row["padded_tokens_per_s"]] if padding else []
+            line += [self.efficiency(row)] if scaling else []
+            line += [gib(peak), percent(change(row, hf, "peak_allocated_gib")), gib(static and peak - static)]
+            line += [gib(row["above_static_gib"]), percent(change(row, hf, "above_static_gib"))]
+            line += [gib(row["peak_reserved_gib"]), *(f"{row[key]:.4f}" for key in ("first_loss", "last_loss"))]
+            lines.append([*line, row.get("last_grad_norm"), counts_text(row)])
+        absent = sorted({row["arm"] for row in self.all if row["status"] == "absent"})
+        return self.with_notes(text_table(header, lines), f"absent: {', '.join(absent)}" if absent else "")
+
+    def efficiency(self, row: dict) -> str:
+        """Tokens per second and process over those of the same arm on the fewest processes that it ran on."""
+        same = [r for r in self.rows if r["status"] in ("ok", "inexact")
+                and all(r[key] == row[key] for key in ("group", "launch", "arm"))]  # fmt: skip
+        fewest = min(same, key=lambda r: r["processes"])
+        return f"{row['tokens_per_s'] / row['processes'] / (fewest['tokens_per_s'] / fewest['processes']):.1%}"
+
+    def brief(self) -> str:
+        """One line a place, one column an arm: tokens per second, and peak memory in GiB in brackets."""
+        arms, lines = self.arms(self.rows), {}
+        for row in self.all:
+            cell = f"{rate(row)} ({gib(row['peak_allocated_gib']) or '-'})" if "tokens_per_s" in row else None
+            cells = lines.setdefault(place_of(row), (self.at(row), {}))[1]
+            cells[row["arm"]] = row["status"].upper() if cell is None else cell
+        table = [[*place, *(cells.get(arm) for arm in arms)] for place, cells in lines.values()]
+        return self.with_notes(text_table([*self.columns.values(), *labels(arms)], table))
+
+    def gains(self) -> str:
+        """Our tokens per second against each other arm's: a line a place. Empty where ours or all others lack."""
+        arms = [arm for arm in self.arms(self.good) if not arm.startswith("ours")]
+        lines = [
+            [*self.at(row), *(percent_and_range(row, self.by_place(arm).get(place), "tokens_per_s") for arm in arms)]
+            for place, row in self.by_place("ours").items()
+        ]
+        header = [*self.columns.values(), *(f"over {label}" for label in labels(arms))]
+        return text_table(header, lines) if lines and arms else ""
+
+    def growth(self) -> str:
+        """Each arm's numbers at its smallest x and at its largest. Empty where x is no quantity."""
+        if self.x in ("name", "num_processes"):
+            return ""
+        columns = {key: heading for key, heading in self.columns.items() if key != "x"}
+        series: dict[tuple, list[dict]] = {}
+        for row in self.good:
+            series.setdefault((*(row[key] for key in columns), row["arm"]), []).append(row)
+        lines = []
+        for (*place, arm), own in series.items():
+            first, last = (choose(own, key=lambda row: row["x"]) for choose in (min, max))
+            line = [*place, PEERS[arm].label, f"{first['x']} to {last['x']}"]
+            for metric in COMPARED:
+                growth = change(last, first, metric)
+                factor = percent(growth) if growth is None or growth < 9 else f"{1 + growth:.0f}x"
+                ends = " to ".join(format_number(row[metric]) for row in (first, last))
+                line.append(None if growth is None else f"{ends} ({factor})")
+            lines += [line] if first is not last else []
+        speed, *memory = COMPARED.values()
+        header = [*columns.values(), "arm", self.columns["x"], speed, *(f"{name}, GiB" for name in memory)]
+        return text_table(header, lines) if lines else ""
+
+    def average(self) -> str:
+        """Mean changes of each arm against HF, and of ours against liger-kernel, a launch at a time.
+
+        They are over the places where every arm that ran at all has a result, so that all lines are of the same places.
+        Empty where no two arms have one in common. Launches are apart because what counts as state differs between
+        engines.
+        """
+        several = len({launch for _, launch, _ in self.about["places"]}) > 1
+        lines = []
+        for launch in dict.fromkeys(row["launch"] for row in self.good):
+            arms = list(dict.fromkeys(row["arm"] for row in self.good if row["launch"] == launch))
+            rows = {arm: {p: row for p, row in self.by_place(arm).items() if row["launch"] == launch} for arm in arms}
+            main = [arm for arm in arms if not arm.startswith("ours_")]  # variants of ours may be at some places only
+            common = [place for place in rows[arms[0]] if all(place in rows[arm] for arm in main or arms)]
+            pairs = [(arm, other) for arm in arms for other in (("hf", "liger") if arm.startswith("ours") else ("hf",))]
+            for arm, other in ((a, b) for a, b in pairs if b in arms and a != b and common):
+                places = [place for place in common if place in rows[arm]]
+                means = []
+                for metric in COMPARED:
+                    changes = [change(rows[arm][place], rows[other].get(place), metric) for place in places]
+                    known = [each for each in changes if each is not None]
+                    means.append(percent(statistics.mean(known)) if known else None)
+                lines.append([*([launch] if several else []), *labels([arm, other]), *means, len(places)])
+        header = [*(["launch"] if several else []), "arm", "against", *COMPARED.values(), "places"]
+        return text_table(header, lines) if lines else ""
+
+    def with_notes(self, table: str, absent: str = "") -> str:
+        """The table, what its mark means where a row has it, and what of the suite has no row.
+
+        That are arms without any row, places without any row, and arms that lack at the other places.
+        """
+        arms, places = self.about.get("arms", []), [tuple(place) for place in self.about["places"]]
+        measured = {(place_of(row), row["arm"]) for row in self.all}
+        never = [arm for arm in arms if not any((place, arm) in measured for place in places)]
+        parts, several = labels(never), len({place[1:] for place in places}) > 1
+        for place in places:
+            where = "{}, {} x {}".format(*place) if several else place[0]
+            lacking = [arm for arm in arms if arm not in never and (place, arm) not in measured]
+            if not any(place == other for other, _ in measured):
+                parts.append(where)
+            elif lacking:
+                parts.append(f"{where}: {', '.join(labels(lacking))}")
+        inexact = any(row["status"] == "inexact" for row in self.rows)
+        mark = f"~: first gradient norm more than {GRAD_NORM_TOLERANCE:.0%} from HF's" if inexact else ""
+        missing = f"not measured: {'; '.join(parts)}" if parts else ""
+        return "\n\n".join(part for part in (table, absent, mark, missing) if part)
 
 
 def gib(value: float | None) -> str | None:
@@ -122,162 +258,6 @@ def gib(value: float | None) -> str | None:
 def rate(row: dict) -> str:
     """Tokens per second, marked where the row is inexact."""
     return format_number(row["tokens_per_s"]) + ("~" if row["status"] == "inexact" else "")
-
-
-def efficiency(row: dict, rows: list[dict]) -> str:
-    """Tokens per second and process over those of the same arm on the fewest processes that it ran on."""
-    same = [
-        r for r in rows if r["status"] in ("ok", "inexact") and all(r[k] == row[k] for k in ("group", "launch", "arm"))
-    ]
-    fewest = min(same, key=lambda r: r["processes"])
-    return f"{row['tokens_per_s'] / row['processes'] / (fewest['tokens_per_s'] / fewest['processes']):.1%}"
-
-
-def by_place(rows: list[dict], arm: str) -> dict[tuple, dict]:
-    """The row of ``arm`` at each place where it ran."""
-    return {place_of(row): row for row in rows if row["arm"] == arm and row["status"] == "ok"}
-
-
-def with_notes(table: str, rows: list[dict], about: dict, absent: str = "") -> str:
-    """The table, what its mark means where a row has it, and what of the suite has no row."""
-    inexact = any(row["status"] == "inexact" for row in rows if row["status"] != "absent")
-    mark = f"~: first gradient norm more than {GRAD_NORM_TOLERANCE:.0%} from HF's" if inexact else ""
-    return "\n\n".join(part for part in (table, absent, mark, not_measured(rows, about)) if part)
-
-
-def train_text(rows: list[dict], about: dict) -> str:
-    """One line a place and arm: medians over the rounds, their spread, and changes against HF in the same rounds."""
-    places, shown = place_columns(rows, about), in_order([row for row in rows if row["status"] != "absent"], about)
-    padding = any(row.get("padded_tokens_per_s") != row.get("tokens_per_s") for row in shown)
-    scaling = about["x"]["key"] == "num_processes"
-    header = [*places.values(), "arm", "tokens/s", "vs HF", "spread", *(["with padding"] if padding else [])]
-    header += [*(["scaling"] if scaling else []), "peak GiB", "vs HF", "above static GiB", "above state GiB", "vs HF"]
-    header += ["reserved GiB", "first loss", "last loss", "last grad norm", "rounds"]
-    base, lines = by_place(shown, "hf"), []
-    for row in shown:
-        hf = base.get(place_of(row))
-        line = [*(row[key] for key in places), PEERS[row["arm"]].label]
-        if row["status"] not in ("ok", "inexact"):
-            lines.append([*line, row["status"].upper(), *[None] * (len(header) - len(line) - 2), counts_text(row)])
-            continue
-        peak, static = row["peak_allocated_gib"], row["static_gib"]
-        line += [rate(row), percent_and_range(row, hf, "tokens_per_s")]
-        line += [f"{row['spread']:.1%}" if row["spread"] is not None and len(row["rounds"]) > 1 else None]
-        line += [row["padded_tokens_per_s"]] if padding else []
-        line += [efficiency(row, shown)] if scaling else []
-        line += [gib(peak), percent(change(row, hf, "peak_allocated_gib"))]
-        line += [None if static is None else gib(peak - static)]
-        line += [gib(row["above_static_gib"]), percent(change(row, hf, "above_static_gib"))]
-        losses = [f"{row[key]:.4f}" for key in ("first_loss", "last_loss")]
-        lines.append([*line, gib(row["peak_reserved_gib"]), *losses, row.get("last_grad_norm"), counts_text(row)])
-    absent = sorted({row["arm"] for row in rows if row["status"] == "absent"})
-    return with_notes(text_table(header, lines), rows, about, f"absent: {', '.join(absent)}" if absent else "")
-
-
-def brief_text(rows: list[dict], about: dict) -> str:
-    """One line a place, one column an arm: tokens per second, and peak memory in GiB in brackets."""
-    places, shown = place_columns(rows, about), in_order(rows, about)
-    arms = [arm for arm in TRAIN_ARMS if any(row["arm"] == arm for row in shown if row["status"] != "absent")]
-    at = {(place_of(row), row["arm"]): row for row in shown}
-
-    def cell(row: dict | None) -> str | None:
-        if row is None or row["status"] not in ("ok", "inexact"):
-            return None if row is None else row["status"].upper()
-        return f"{rate(row)} ({gib(row['peak_allocated_gib']) or '-'})"
-
-    first = {place_of(row): row for row in reversed(shown)}
-    lines = [
-        [*(first[place][key] for key in places), *(cell(at.get((place, arm))) for arm in arms)]
-        for place in dict.fromkeys(place_of(row) for row in shown)
-    ]
-    return with_notes(text_table([*places.values(), *labels(arms)], lines), rows, about)
-
-
-def gains_text(rows: list[dict], about: dict) -> str:
-    """Our tokens per second against each other arm's: a line a place. An empty text where ours or all others lack."""
-    places, good = place_columns(rows, about), [row for row in in_order(rows, about) if row["status"] == "ok"]
-    arms = [arm for arm in TRAIN_ARMS if not arm.startswith("ours") and any(row["arm"] == arm for row in good)]
-    others = {arm: by_place(good, arm) for arm in arms}
-    lines = []
-    for place, row in by_place(good, "ours").items():
-        gains = (percent_and_range(row, others[arm].get(place), "tokens_per_s") for arm in arms)
-        lines.append([*(row[key] for key in places), *gains])
-    header = [*places.values(), *(f"over {label}" for label in labels(arms))]
-    return text_table(header, lines) if lines and arms else ""
-
-
-def growth_text(rows: list[dict], about: dict) -> str:
-    """Each arm's numbers at its smallest x and at its largest. An empty text where x is no quantity."""
-
-    def cell(first: dict, last: dict, metric: str) -> str | None:
-        growth = change(last, first, metric)
-        if growth is None:
-            return None
-        factor = percent(growth) if growth < 9 else f"{1 + growth:.0f}x"
-        return f"{format_number(first[metric])} to {format_number(last[metric])} ({factor})"
-
-    if about["x"]["key"] in ("name", "num_processes"):
-        return ""
-    places, lines = place_columns(rows, about), []
-    label = places.pop("x")
-    series: dict[tuple, list[dict]] = {}
-    for row in (row for row in in_order(rows, about) if row["status"] == "ok"):
-        series.setdefault((*(row[key] for key in places), row["arm"]), []).append(row)
-    for (*place, arm), own in series.items():
-        first, last = (choose(own, key=lambda row: row["x"]) for choose in (min, max))
-        if first is not last:
-            cells = (cell(first, last, metric) for metric in COMPARED)
-            lines.append([*place, PEERS[arm].label, f"{first['x']} to {last['x']}", *cells])
-    speed, *memory = COMPARED.values()
-    header = [*places.values(), "arm", label, speed, *(f"{name}, GiB" for name in memory)]
-    return text_table(header, lines) if lines else ""
-
-
-def not_measured(rows: list[dict], about: dict) -> str:
-    """What of the suite has no row: arms that are at no place, places without any arm, arms at the other places."""
-    arms, places = about.get("arms", []), [tuple(place) for place in about["places"]]
-    measured = {(place_of(row), row["arm"]) for row in rows}
-    never = [arm for arm in arms if not any((place, arm) in measured for place in places)]
-    parts = labels(never)
-    several = len({place[1:] for place in places}) > 1
-    for place in places:
-        point, launch, processes = place
-        where = f"{point}, {launch} x {processes}" if several else point
-        lacking = [arm for arm in arms if arm not in never and (place, arm) not in measured]
-        if not any(place == other for other, _ in measured):
-            parts.append(where)
-        elif lacking:
-            parts.append(f"{where}: {', '.join(labels(lacking))}")
-    return f"not measured: {'; '.join(parts)}" if parts else ""
-
-
-def average_text(rows: list[dict], about: dict) -> str:
-    """Mean changes of each arm against HF, and of ours against liger-kernel, a launch at a time.
-
-    They are over the places where every arm that ran at all has a result, so that all lines are of the same places. An
-    empty text where no two arms have one in common. Launches are apart because what counts as state differs between
-    engines.
-    """
-    good = [row for row in in_order(rows, about) if row["status"] == "ok"]
-    several = len({launch for _, launch, _ in about["places"]}) > 1
-    lines = []
-    for launch in dict.fromkeys(row["launch"] for row in good):
-        here = [row for row in good if row["launch"] == launch]
-        arms = list(dict.fromkeys(row["arm"] for row in here))
-        main = [arm for arm in arms if not arm.startswith("ours_")]  # variants of ours may be at some places only
-        common = set.intersection(*({place_of(row) for row in here if row["arm"] == arm} for arm in main or arms))
-        for arm in arms:
-            for other in ("hf", "liger") if arm.startswith("ours") else ("hf",):
-                if other not in arms or arm == other or not common:
-                    continue
-                own, theirs = (by_place([r for r in here if place_of(r) in common], one) for one in (arm, other))
-                means = []
-                for metric in COMPARED:
-                    changes = [c for place in own if (c := change(own[place], theirs[place], metric)) is not None]
-                    means.append(percent(statistics.mean(changes)) if changes else None)
-                lines.append([*([launch] if several else []), *labels([arm, other]), *means, len(own)])
-    header = [*(["launch"] if several else []), "arm", "against", *COMPARED.values(), "places"]
-    return text_table(header, lines) if lines else ""
 
 
 def profile_text(rows: list[dict]) -> str:

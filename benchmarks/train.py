@@ -241,7 +241,7 @@ def main(argv: list[str] | None = None) -> int:
     measured = run.rows()
     if args.profile:
         print(tables.profile_text(measured))
-    print(tables.train_text(measured, run.about()))
+    print(tables.Training(measured, run.about()).full())
     print(f"written: {run.results.path}")
     if any(rows.has_failed(row) for row in measured):
         return 1

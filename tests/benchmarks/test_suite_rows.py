@@ -182,13 +182,13 @@ def test_the_rows_of_a_place_are_held_against_hf_whichever_comes_first(tmp_path,
     made = {row["arm"]: row for row in run.rows()}
     assert {arm: row["status"] for arm, row in made.items()} == {"ours": "inexact", "hf": "ok", "liger": "ok"}
     assert rows.has_failed(made["ours"])
-    text = tables.train_text(run.rows(), run.about())
+    text = tables.Training(run.rows(), run.about()).full()
     assert "100~" in text
     assert "first gradient norm more than 3% from HF's" in text
     assert "not measured" not in text
-    text = tables.train_text(run.rows(), run.suite.about)
+    text = tables.Training(run.rows(), run.suite.about).full()
     assert "not measured: Llama-3-8B at batch size per device 32, ZeRO-3 x 2; " in text
-    assert "liger_trainer" not in tables.average_text(run.rows(), run.about())
+    assert "liger_trainer" not in tables.Training(run.rows(), run.about()).average()
 
 
 def test_launches_without_devices_are_left_out_or_refused(tmp_path, capsys):

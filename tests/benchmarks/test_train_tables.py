@@ -77,7 +77,7 @@ def test_plots_and_tables(name, tmp_path):
     for against in ("    HF eager |   +30.0%", "liger-kernel |    +4.0%"):
         assert any(f"| liger_trainer | {against}" in line for line in average), average
     data = train_data(name)
-    growth = bool(tables.growth_text(data["results"], data["suite"]))
+    growth = bool(tables.Training(data["results"], data["suite"]).growth())
     assert growth == (name == "paper_lengths"), "of models or of numbers of processes there is none"
     if name == "paper_models":
         places = [line.split("|")[-2].strip() for line in average if line.startswith("| liger")]
@@ -100,7 +100,7 @@ def test_growth_is_from_the_smallest_to_the_largest_x_of_an_arm():
             good["above_static_gib"] = job["x"] / 16
         lost = job["arm"] == "hf" and job["launch"] == "ZeRO-3" and job["x"] == 64
         made.append(rows.combine(job, [OOM | {"run": 0} if lost else good]))
-    lines = tables.growth_text(made[::-1], chosen.about).splitlines()
+    lines = tables.Training(made[::-1], chosen.about).growth().splitlines()
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:]]
     ours, hf = "liger_trainer", "HF eager"
     assert [line[1:3] for line in cells] == [["FSDP2", hf], ["FSDP2", ours], ["ZeRO-3", ours]]
