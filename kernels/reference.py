@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+IGNORE_INDEX = -100  # label of a position that has none, everywhere in the Hugging Face stack
+
 
 class TokenStats(NamedTuple):
     """Per-token statistics of the next-token distribution, each of the labels' shape, 0 (False) where ignored.
@@ -187,8 +189,8 @@ def reduce_loss(token_loss: Tensor, valid: Tensor, reduction: str, num_items: Te
 
 
 def cross_entropy(
-    logits: Tensor, labels: Tensor, *, ignore_index: int = -100, label_smoothing: float = 0.0, z_loss: float = 0.0,
-    softcap: float | None = None, logit_scale: float = 1.0, reduction: str = "mean",
+    logits: Tensor, labels: Tensor, *, ignore_index: int = IGNORE_INDEX, label_smoothing: float = 0.0,
+    z_loss: float = 0.0, softcap: float | None = None, logit_scale: float = 1.0, reduction: str = "mean",
     num_items: Tensor | float | None = None, token_weights: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Cross-entropy of ``logits`` ``[..., V]`` and ``labels`` ``[...]``, plus ``z_loss * logsumexp^2`` per token."""
@@ -212,7 +214,7 @@ def linear_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) ->
     return F.linear(hidden, weight, bias)
 
 
-def token_stats(z: Tensor, labels: Tensor, ignore_index: int = -100) -> TokenLogProbs:
+def token_stats(z: Tensor, labels: Tensor, ignore_index: int = IGNORE_INDEX) -> TokenLogProbs:
     """Statistics of transformed logits ``z`` ``[..., V]``; see ``TokenLogProbs``."""
     valid = labels != ignore_index
     index = labels.where(valid, 0).unsqueeze(-1)
@@ -229,7 +231,7 @@ def token_stats(z: Tensor, labels: Tensor, ignore_index: int = -100) -> TokenLog
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None = None, *, ignore_index: int = -100,
+    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None = None, *, ignore_index: int = IGNORE_INDEX,
     label_smoothing: float = 0.0, z_loss: float = 0.0, softcap: float | None = None, logit_scale: float = 1.0,
     token_weights: Tensor | None = None, reduction: str = "mean", num_items: Tensor | float | None = None,
     return_stats: bool = False,
@@ -247,7 +249,7 @@ def linear_cross_entropy(
 
 
 def linear_logprobs(
-    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None = None, *, ignore_index: int = -100,
+    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None = None, *, ignore_index: int = IGNORE_INDEX,
     temperature: float = 1.0, softcap: float | None = None, logit_scale: float = 1.0,
 ) -> TokenLogProbs:  # fmt: skip
     """Per-token statistics of ``softmax(transform(hidden @ weight.T + bias) / temperature)``."""

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from ..kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_with_empty_logits
+from ..kernels.reference import IGNORE_INDEX
 from ..probing.probe import full_shape
 from ..probing.rebinding import mark
 from ..probing.rule import Skip
@@ -27,7 +28,6 @@ from .lazy_logits import LazyLogits
 from .sharded_weights import check_materialized, gathered
 
 logger = logging.getLogger(__name__)
-IGNORE_INDEX = -100  # of ForCausalLMLoss
 
 
 @dataclass

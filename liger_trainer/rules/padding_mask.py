@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 from transformers.utils.import_utils import is_tracing
 
 from ..config import LigerConfig
-from ..head.fused_head import IGNORE_INDEX, check_loss_function
+from ..head.fused_head import check_loss_function
+from ..kernels.reference import IGNORE_INDEX
 from ..probing.rebinding import forward_function
 from ..probing.rule import Match, Rule, Skip
 
