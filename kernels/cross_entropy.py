@@ -3,9 +3,11 @@
     loss = reduce(w * ((1 - eps) * (lse - t) + eps * (lse - mean(z)) + z_loss * lse^2)),   z = transform(logits)
 
 Forward reads the logits once and saves them, the labels and lse (fp32 [N]); backward reads them once and writes
-dlogits once, in the logits' dtype. The input is never written. Ignored rows are not read. See softmax_rows.py for
-the kernels and the gradient's formula.
+dlogits once, in the logits' dtype. The input is never written. Ignored rows are not read. See linear_loss/rows.py for
+the forward kernel and linear_loss/row_kernels.py for the gradient's formula.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,22 +20,80 @@ from .linear_loss.options import (
     logit_transform,
     on_host_or_device,
 )
-from .linear_loss.softmax_rows import empty_rows, loss_grad_rows, loss_rows
+from .linear_loss.row_kernels import write_dlogits
+from .linear_loss.rows import empty_rows, loss_rows, row_block, row_warps
+from .reference import IGNORE_INDEX
 from .runtime.autograd import Function
 from .runtime.checks import as_rows, check_rows, dense_like
-from .runtime.launch import Launcher, tl, triton, use_triton
+from .runtime.launch import launcher, tl, triton, use_triton
 from .runtime.operators import opaque_op
 
 REDUCE_BLOCK = 4096
 
 
-# ``debug`` keeps the assert, and would add checks for overflow, which the launch turns off. The interpreter has no
+@triton.jit
+def _loss_grad_rows_kernel(
+    logits_ptr,  # [num_rows, num_cols]
+    dlogits_ptr,  # [num_rows, num_cols]
+    labels_ptr,  # [num_rows] int64 or int32
+    lse_ptr,  # [num_rows] fp32
+    grad_ptr,  # [num_rows], or [1] with a stride of 0
+    weights_ptr,  # [num_rows] or None
+    scale_ptr,  # [1] fp32, or None
+    logits_row_stride,
+    dlogits_row_stride,
+    grad_stride,
+    num_cols,
+    ignore_index,
+    label_smoothing: float,
+    z_loss: float,
+    inner: float,
+    outer: float,
+    HAS_SOFTCAP: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    label = tl.load(labels_ptr + row).to(tl.int64)
+    dx_ptr = dlogits_ptr + row * dlogits_row_stride
+    if label == ignore_index:
+        for start in range(0, num_cols, BLOCK_COLS):
+            cols = start + tl.arange(0, BLOCK_COLS)
+            zeros = tl.zeros([BLOCK_COLS], tl.float32).to(dx_ptr.dtype.element_ty)
+            tl.store(dx_ptr + cols, zeros, mask=cols < num_cols)
+        return
+    lse = tl.load(lse_ptr + row)
+    g = tl.load(grad_ptr + row * grad_stride).to(tl.float32)
+    if weights_ptr is not None:
+        g = g * tl.load(weights_ptr + row).to(tl.float32)
+    if scale_ptr is not None:
+        g = g * tl.load(scale_ptr)
+    a = g * (1.0 + 2.0 * z_loss * lse)
+    c = g * (1.0 - label_smoothing)
+    d = g * label_smoothing / num_cols
+    x_ptr = logits_ptr + row * logits_row_stride
+    HAS_B: tl.constexpr = tl.constexpr(False)
+    write_dlogits(
+        x_ptr, dx_ptr, num_cols, label.to(tl.int32), lse, a, 0.0, c, d, inner, outer, HAS_SOFTCAP, HAS_B, BLOCK_COLS
+    )  # fmt: skip
+
+
+# ``debug`` keeps the assert; it would also add checks for overflow, which the launch turns off. The interpreter has no
 # asserts; labels on the CPU are checked before.
 @triton.jit(debug=True)
 def _reduce_kernel(
-    loss_ptr, labels_ptr, num_items_ptr, out_ptr, scale_ptr, num_rows, num_cols, ignore_index, scale,
-    MEAN: tl.constexpr, HAS_NUM_ITEMS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-):  # fmt: skip
+    loss_ptr,  # [num_rows] fp32
+    labels_ptr,  # [num_rows] int64 or int32
+    num_items_ptr,  # [1] or None
+    out_ptr,  # [1] fp32
+    scale_ptr,  # [1] fp32, or None
+    num_rows,
+    num_cols,
+    ignore_index,
+    scale: float,
+    MEAN: tl.constexpr,
+    HAS_NUM_ITEMS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+):
     total = tl.zeros([BLOCK_ROWS], tl.float32)
     count = tl.zeros([BLOCK_ROWS], tl.int32)
     for start in range(0, num_rows, BLOCK_ROWS):
@@ -56,7 +116,8 @@ def _reduce_kernel(
         tl.store(scale_ptr, scale)
 
 
-_launch_reduce = Launcher(_reduce_kernel)
+_launch_loss_grad = launcher(_loss_grad_rows_kernel)
+_launch_reduce = launcher(_reduce_kernel)
 
 
 def cross_entropy_fwd(
@@ -77,28 +138,58 @@ def cross_entropy_fwd(
             logits, labels, token_loss, lse, transform, ignore_index=ignore_index, label_smoothing=label_smoothing,
             z_loss=z_loss, token_weights=token_weights,
         )  # fmt: skip
-    on_device_items = torch.is_tensor(num_items)
+    items_on_device = num_items if isinstance(num_items, Tensor) else None
     _launch_reduce(
         (1, 1, 1),
-        (token_loss, labels, num_items if on_device_items else None, loss, scale),
-        (num_rows, num_cols, ignore_index),
-        (1.0 if on_device_items or num_items is None else 1.0 / num_items,),
-        (reduction == "mean" and num_items is None, on_device_items and reduction != "none", REDUCE_BLOCK),
         (("num_warps", 16), ("sanitize_overflow", False)),
+        loss_ptr=token_loss,
+        labels_ptr=labels,
+        num_items_ptr=items_on_device,
+        out_ptr=loss,
+        scale_ptr=scale,
+        num_rows=num_rows,
+        num_cols=num_cols,
+        ignore_index=ignore_index,
+        scale=1.0 if num_items is None or items_on_device is not None else 1.0 / num_items,
+        MEAN=reduction == "mean" and num_items is None,
+        HAS_NUM_ITEMS=items_on_device is not None and reduction != "none",
+        BLOCK_ROWS=REDUCE_BLOCK,
     )
     return token_loss if reduction == "none" else loss, lse, scale
 
 
 def cross_entropy_bwd(
     grad: Tensor, logits: Tensor, labels: Tensor, lse: Tensor, scale: Tensor | None, token_weights: Tensor | None,
-    transform: LogitTransform, **options,
+    transform: LogitTransform, *, ignore_index: int, label_smoothing: float, z_loss: float,
 ) -> Tensor:  # fmt: skip
     """dlogits ``[N, V]`` for ``grad`` of the reduced loss, or of the per-token loss when ``scale`` is None."""
     dlogits = dense_like(logits)
-    if logits.shape[0]:
-        loss_grad_rows(
-            logits, dlogits, labels, lse, grad, transform, token_weights=token_weights, scale=scale, **options
-        )
+    num_rows, num_cols = logits.shape
+    if num_rows == 0:
+        return dlogits
+    lanes, launch_options = row_block(num_cols, row_warps(logits, two_passes=False))
+    _launch_loss_grad(
+        (num_rows, 1, 1),
+        launch_options,
+        logits_ptr=logits,
+        dlogits_ptr=dlogits,
+        labels_ptr=labels,
+        lse_ptr=lse,
+        grad_ptr=grad,
+        weights_ptr=token_weights,
+        scale_ptr=scale,
+        logits_row_stride=logits.stride(0),
+        dlogits_row_stride=dlogits.stride(0),
+        grad_stride=grad.stride(0) if grad.dim() else 0,
+        num_cols=num_cols,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        inner=transform.inner,
+        outer=transform.outer,
+        HAS_SOFTCAP=transform.has_softcap,
+        BLOCK_COLS=lanes,
+    )
     return dlogits
 
 
@@ -107,8 +198,9 @@ class CrossEntropyFunction(Function):
 
     @staticmethod
     def forward(
-        ctx, logits, labels, token_weights, num_items, transform, ignore_index, label_smoothing, z_loss, reduction
-    ):  # fmt: skip
+        ctx: Any, logits: Tensor, labels: Tensor, token_weights: Tensor | None, num_items: Tensor | float | None,
+        transform: LogitTransform, ignore_index: int, label_smoothing: float, z_loss: float, reduction: str,
+    ) -> Tensor:  # fmt: skip
         """Reduced loss, or token losses ``[N]``; saves lse and the reduction's factor."""
         ctx.transform, ctx.per_token = transform, reduction == "none"
         ctx.options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "z_loss": z_loss}
@@ -121,7 +213,7 @@ class CrossEntropyFunction(Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """dlogits for the upstream gradient of the loss."""
         logits, labels, token_weights, lse, scale = ctx.saved_tensors
         scale = None if ctx.per_token else scale
@@ -136,14 +228,17 @@ def _fwd(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     if not logits.is_cuda:
         reference.check_labels(labels, logits.shape[-1], ignore_index)
-    return cross_entropy_fwd(
+    loss, lse, scale = cross_entropy_fwd(
         logits, labels, LogitTransform(inner, outer, has_softcap), ignore_index=ignore_index,
         label_smoothing=label_smoothing, z_loss=z_loss, reduction=reduction, token_weights=token_weights,
         num_items=num_items_number if num_items is None else num_items,
     )  # fmt: skip
+    assert lse is not None  # because of for_backward
+    assert scale is not None
+    return loss, lse, scale
 
 
-def _fake_fwd(logits, labels, token_weights, num_items, num_items_number, *options):
+def _fake_fwd(logits: Tensor, labels: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
     rows = labels.shape[0]
     loss = logits.new_empty(rows if options[-1] == "none" else (), dtype=torch.float32)
     return loss, logits.new_empty(rows, dtype=torch.float32), logits.new_empty(1, dtype=torch.float32)
@@ -159,11 +254,11 @@ def _bwd(
     )  # fmt: skip
 
 
-def _fake_bwd(grad, logits, *rest):
+def _fake_bwd(grad: Tensor, logits: Tensor, *_: Any) -> Tensor:
     return logits.new_empty(logits.shape)
 
 
-def _save(ctx, inputs, output):
+def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
     logits, labels, token_weights = inputs[:3]
     *ctx.settings, reduction = inputs[5:]
     _, lse, scale = output
@@ -171,7 +266,7 @@ def _save(ctx, inputs, output):
     ctx.mark_non_differentiable(lse, scale)
 
 
-def _differentiate(ctx, grad, *_):
+def _differentiate(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
     return _cross_entropy_bwd_op(grad, *ctx.saved_tensors, *ctx.settings), *(None,) * 11
 
 
@@ -184,20 +279,33 @@ def _flat(t: Tensor) -> Tensor:
 
 
 def cross_entropy(
-    logits: Tensor, labels: Tensor, *, ignore_index: int = -100, label_smoothing: float = 0.0, z_loss: float = 0.0,
-    softcap: float | None = None, logit_scale: float = 1.0, reduction: str = "mean",
+    logits: Tensor, labels: Tensor, *, ignore_index: int = IGNORE_INDEX, label_smoothing: float = 0.0,
+    z_loss: float = 0.0, softcap: float | None = None, logit_scale: float = 1.0, reduction: str = "mean",
     num_items: Tensor | float | None = None, token_weights: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Cross-entropy of ``logits`` ``[..., V]`` (float) against ``labels`` ``[...]`` (int64 or int32); the loss is fp32.
+    """Cross-entropy of logits against labels; a batch whose labels are all ignored gives 0.
 
-    ``logits`` become ``softcap * tanh(logits * logit_scale / softcap)`` first; ``z_loss * logsumexp^2`` is added per
-    token; ``token_weights`` ``[...]`` multiply the token losses and are constants. ``reduction`` is ``"mean"`` (over
-    labels that are not ``ignore_index``; 0 where there is none), ``"sum"`` or ``"none"`` (``[...]``, 0 where ignored).
-    ``num_items``, a number or a one-element tensor on any device, replaces the mean's count and divides the sum too.
+    Args:
+        logits: ``[..., V]``.
+        labels: ``[...]`` (int64 or int32).
+        ignore_index: label of the positions that do not count.
+        label_smoothing: weight of the mean over the vocabulary in the place of the label.
+        z_loss: factor of ``logsumexp^2``, added per token.
+        softcap: logits become ``softcap * tanh(logits * logit_scale / softcap)`` first, unless ``None``.
+        logit_scale: factor of the logits.
+        reduction: ``"mean"`` over labels that are not ignored, ``"sum"``, or ``"none"`` (0 where ignored).
+        num_items: a number, or a one-element tensor on any device, that replaces the count of the mean. It divides the
+            sum, too.
+        token_weights: ``[...]`` constants that multiply the token losses.
 
-    Raises ``ValueError`` or ``TypeError`` for shapes, dtypes and options outside of these. A label that is neither
-    ``ignore_index`` nor in ``[0, V)`` is a ``ValueError`` on CPU; on CUDA it is a device-side assert, raised
-    at the next synchronisation, because reading the labels here would make the host wait.
+    Returns:
+        The loss in fp32, 0-d, or ``[...]`` with reduction ``"none"``.
+
+    Raises:
+        ValueError: a shape or option out of range. On CPU also a label that is neither ``ignore_index`` nor in
+            ``[0, V)``; on CUDA such a label is a device-side assert, raised at the next synchronisation, because
+            reading the labels here would make the host wait.
+        TypeError: a dtype that is not supported.
     """
     check_rows("logits", logits)
     check_labels_form(labels, "logits", logits)

@@ -1,58 +1,72 @@
-"""Cross-entropy of ``hidden @ weight.T + bias`` with the logits of one chunk of tokens at a time.
+"""Cross-entropy of ``hidden @ weight.T + bias`` with the logits of one chunk at a time.
 
-Per chunk: logits = X W^T (cuBLAS), one kernel that turns them in place to dlogits and gives loss and statistics,
+Per token chunk: logits = X W^T (cuBLAS), one kernel that overwrites them with dlogits and gives loss and statistics,
 then dX = dlogits W and dW += dlogits^T X. So gradients are computed in forward, three GEMMs in all, and backward
 multiplies them by the upstream gradient. Saved: the gradients, and neither hidden states nor weight, which a sharded
 engine may have freed by then. With reduction "none" the upstream gradient differs per token and is not known in
 forward: hidden, weight and lse are saved, and backward computes the logits again, four GEMMs in all.
-linear_loss.py has the computation, weight_sum.py and slabs.py what it costs in memory.
+linear_loss/passes.py has the computation, gradients.py and vocab_chunks.py beside it what it costs in memory.
 """
+
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
 from . import reference
-from .linear_loss.loss import LossOptions, loss_forward, loss_recompute
-from .linear_loss.operator import compiled_loss
-from .linear_loss.options import check_linear_args, check_loss_args, logit_transform, on_host_or_device
-from .linear_loss.scale_gradients import graph_is_kept, scale_gradients
+from .linear_loss.gradients import graph_is_kept, scale_gradients
+from .linear_loss.options import (
+    LABEL_STATS,
+    NO_STATS,
+    HeadOptions,
+    MemoryKeywords,
+    check_linear_args,
+    check_loss_args,
+    logit_transform,
+    memory_options,
+    on_host_or_device,
+    wanted_gradients,
+)
+from .linear_loss.passes import compiled_pass, loss_forward, recompute, spread_stats
 from .linear_loss.token_chunks import ValidRows
-from .reference import TokenStats
+from .reference import IGNORE_INDEX, TokenStats
 from .runtime.autograd import Function
 from .runtime.launch import use_triton
 
 
 class LinearCrossEntropyFunction(Function):
-    """``(loss, log_probs, entropy, is_top1)`` of ``hidden`` ``[N, H]``; the last three ``None`` unless asked for."""
+    """``(loss, log_probs, entropy, is_top1)`` of ``hidden`` ``[N, H]``, or only the loss without statistics."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, token_weights, num_items, options):
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, token_weights: Tensor | None,
+        num_items: Tensor | float | None, options: HeadOptions,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
         """Loss, statistics and, unless the reduction is "none", the gradients."""
         ctx.set_materialize_grads(False)
-        result = loss_forward(hidden, weight, bias, labels, token_weights, num_items, options)
+        result = loss_forward((hidden, weight, bias), labels, token_weights, num_items, options)
         ctx.options, ctx.num_rows = options, labels.shape[0]
         ctx.dtypes = [t.dtype if t is not None else None for t in (hidden, weight, bias)]
-        if options.grad_now:
+        if options.gradients_in_forward:
             ctx.late_scale = result.late_scale
             ctx.save_for_backward(*result.grads, result.late_divisor)
         elif any(options.wanted):
             rows = result.rows
             ctx.save_for_backward(hidden, weight, bias, rows.labels, rows.index, token_weights, result.lse)
-        if result.stats is None:
-            return result.loss, None, None, None
-        ctx.mark_non_differentiable(*result.stats)
-        return result.loss, *result.stats
+        stats = spread_stats(result.rows, result.stats, options)
+        ctx.mark_non_differentiable(*stats)
+        return result.loss, *stats
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad, *_):
-        """The gradients times the upstream one."""
+    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        """The gradients times the upstream gradient."""
         if grad is None:
             return (None,) * 7
-        if ctx.options.reduction == "none":
-            hidden, weight, bias, labels, index, token_weights, lse = ctx.saved_tensors
+        if not ctx.options.gradients_in_forward:
+            *params, labels, index, token_weights, lse = ctx.saved_tensors
             rows = ValidRows(labels, index, ctx.num_rows)
-            grads = loss_recompute(grad, hidden, weight, bias, rows, token_weights, lse, ctx.options)
+            grads = recompute(tuple(params), rows, lse, ctx.options, rows.gradient(grad, token_weights))
             return *grads, None, None, None, None
         *grads, divisor = ctx.saved_tensors
         scale = grad.float() * ctx.late_scale
@@ -65,39 +79,47 @@ class _TieEmptyLogits(Function):
     """``(loss, empty logits)`` from one node; the gradient of the empty logits carries nothing."""
 
     @staticmethod
-    def forward(ctx, loss, shape, dtype):
+    def forward(ctx: Any, loss: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         return loss.view_as(loss), torch.empty(shape, dtype=dtype, device=loss.device)
 
     @staticmethod
-    def backward(ctx, grad, _):
+    def backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, None, None]:
         return grad, None, None
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None = None, *, ignore_index: int = -100,
+    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None = None, *, ignore_index: int = IGNORE_INDEX,
     label_smoothing: float = 0.0, z_loss: float = 0.0, softcap: float | None = None, logit_scale: float = 1.0,
     token_weights: Tensor | None = None, reduction: str = "mean", num_items: Tensor | float | None = None,
-    return_stats: bool = False, logits_budget_mib: float = 512, low_memory: bool = False,
+    return_stats: bool = False, **memory: Unpack[MemoryKeywords],
 ) -> Tensor | tuple[Tensor, TokenStats]:  # fmt: skip
-    """``cross_entropy(hidden @ weight.T + bias, labels)`` with the logits of a chunk at a time; the loss is fp32.
+    """``cross_entropy(hidden @ weight.T + bias, labels)`` with the logits of one chunk at a time.
 
-    ``hidden`` ``[..., H]``, ``weight`` ``[V, H]`` and ``bias`` ``[V]`` have one dtype, or any under autocast: GEMMs
-    then run in autocast's dtype and gradients come back in the parameters' own, unrounded from the fp32 sums.
-    ``labels`` ``[...]`` (int64 or int32) are not shifted. Positions with ``ignore_index`` cost nothing; none left gives
-    a differentiable zero. The other options are those of ``cross_entropy``. ``return_stats`` adds detached
-    per-token ``TokenStats``. The host waits for the device once, to count the labels that are not ignored.
+    The host waits for the device once, to count the labels that are not ignored. Under ``torch.compile`` the op is one
+    node of the graph.
 
-    ``logits_budget_mib`` is what the transient buffer of logits may take: fewer, larger chunks are faster. Beside it
-    stands a sum of the weight's gradient in fp32, which takes the memory of the gradient once more if that is bf16. One
-    chunk needs no sum: if all tokens take no more than a chunk and the sum, they are one, whatever the budget.
-    ``low_memory`` does without: it computes the logits twice, in slabs of the vocabulary that take at most 64 MiB, and
-    beside these needs only the gradient of ``hidden`` in fp32. Both ways are equally precise.
-    Under ``torch.compile`` the op is one node of the graph.
+    Args:
+        hidden: ``[..., H]``.
+        weight: ``[V, H]``. ``hidden``, ``weight`` and ``bias`` have one dtype, or any under autocast: GEMMs then run in
+            autocast's dtype, and gradients come back in the parameters' own dtypes, rounded once from fp32 sums.
+        labels: ``[...]`` (int64 or int32), not shifted. Positions with ``ignore_index`` cost nothing; if all are
+            ignored, the loss is a differentiable zero.
+        bias: ``[V]``.
+        ignore_index, label_smoothing, z_loss, softcap, logit_scale, token_weights, reduction, num_items: those of
+            ``cross_entropy``.
+        return_stats: also return detached per-token ``TokenStats``.
+        **memory: the fields of ``linear_loss.options.MemoryOptions``: ``logits_budget_mib`` and ``low_memory``.
 
-    Raises ``ValueError`` or ``TypeError`` for shapes, dtypes, options and labels out of range.
+    Returns:
+        The loss in fp32, or ``(loss, stats)`` with ``return_stats``.
+
+    Raises:
+        ValueError: a shape, dtype, option or label out of range.
+        TypeError: a dtype that is not supported, or an unknown option.
     """
-    dtype = check_linear_args(hidden, weight, labels, bias, logits_budget_mib)
+    memory_of_op = memory_options("linear_cross_entropy", memory)
+    dtype = check_linear_args(hidden, weight, labels, bias)
     check_loss_args(labels, label_smoothing, z_loss, reduction, num_items, token_weights)
     transform = logit_transform(logit_scale, softcap)
     if not use_triton(hidden) or dtype == torch.float64:
@@ -106,37 +128,35 @@ def linear_cross_entropy(
             softcap=softcap, logit_scale=logit_scale, token_weights=token_weights, reduction=reduction,
             num_items=num_items, return_stats=return_stats,
         )  # fmt: skip
-    # the Function computes gradients in forward, where autograd has already switched gradients off
-    wanted = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias))
-    options = LossOptions(
-        transform, ignore_index, label_smoothing, z_loss, reduction, logits_budget_mib, low_memory, dtype, wanted,
-        return_stats,
+    options = HeadOptions(
+        transform, ignore_index, dtype, wanted_gradients(hidden, weight, bias), memory_of_op,
+        LABEL_STATS if return_stats else NO_STATS, reduction, label_smoothing, z_loss,
     )  # fmt: skip
-    tensors = (
-        hidden.reshape(-1, hidden.shape[-1]), weight, bias, labels.reshape(-1),
-        None if token_weights is None else token_weights.reshape(-1),
-    )  # fmt: skip
+    params = (hidden.reshape(-1, hidden.shape[-1]), weight, bias)
+    flat_labels = labels.reshape(-1)
+    token_weights = None if token_weights is None else token_weights.reshape(-1)
     if torch.compiler.is_compiling():
-        loss, *stats = compiled_loss(*tensors, num_items, options)
+        loss, *stats = compiled_pass(params, flat_labels, token_weights, num_items, options)
     else:
         num_items = on_host_or_device(num_items, hidden.device)
-        loss, *stats = LinearCrossEntropyFunction.apply(*tensors, num_items, options)
+        loss, *stats = LinearCrossEntropyFunction.apply(*params, flat_labels, token_weights, num_items, options)
     if reduction == "none":
         loss = loss.view(labels.shape)
     return (loss, TokenStats(*(s.view(labels.shape) for s in stats))) if return_stats else loss
 
 
 def linear_cross_entropy_with_empty_logits(
-    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None = None, *, return_stats: bool = False, **options
-) -> tuple[Tensor, TokenStats | None, Tensor]:
+    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None = None, *, return_stats: bool = False,
+    **options: Any,
+) -> tuple[Tensor, TokenStats | None, Tensor]:  # fmt: skip
     """``(loss, stats or None, logits)`` where ``logits`` is empty, ``[*labels.shape, 0]`` in the GEMMs' dtype.
 
-    Loss and empty logits leave one autograd node, so a hook that a sharded engine hangs on a module's output
-    logits runs before the gradients of this op, provided the loss that is differentiated is ``loss + logits.sum()``.
-    Arguments and errors are those of ``linear_cross_entropy``.
+    Loss and empty logits leave one autograd node. So a hook that a sharded engine hangs on a module's output logits
+    runs before the gradients of this op, provided that the differentiated loss is ``loss + logits.sum()``. Arguments
+    and errors are those of ``linear_cross_entropy``.
     """
     out = linear_cross_entropy(hidden, weight, labels, bias, return_stats=return_stats, **options)
-    loss, stats = out if return_stats else (out, None)
+    loss, stats = out if isinstance(out, tuple) else (out, None)
     device_type = hidden.device.type
     autocast = torch.is_autocast_enabled(device_type) and hidden.dtype != torch.float64
     dtype = torch.get_autocast_dtype(device_type) if autocast else hidden.dtype

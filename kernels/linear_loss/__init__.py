@@ -1,1 +1,1 @@
-"""What the vocabulary losses are made of: token chunks, vocabulary chunks, row kernels, gradient sums."""
+"""The core of the vocabulary losses: options, chunk loops, row kernels, gradients, and the passes made of them."""

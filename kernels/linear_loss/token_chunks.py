@@ -1,10 +1,10 @@
-"""The vocabulary projection in chunks of tokens: which rows count, how many at a time, logits out, gradients in.
+"""The vocabulary projection in token chunks: the logits of some tokens at a time, each computed once.
 
 All GEMMs are cuBLAS through torch. A chunk's logits live in one reused buffer and become its dlogits there; gradients
-of weight and bias are summed in fp32 over the chunks and rounded once. slabs.py cuts the logits the other way.
+of weight and bias are summed in fp32 over the chunks and rounded once. vocab_chunks.py cuts the logits the other way.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -12,17 +12,19 @@ from torch import Tensor
 
 from .. import reference
 from ..runtime.launch import cdiv
-from .weight_sum import WeightSum, bytes_over_gradient, mm_into
+from .gradients import WeightSum, bytes_over_gradient, gradient_dtype, in_gradient_dtypes, mm_into
+from .options import NOTHING_WANTED, Gradients, HeadOptions, Params, Wanted
+from .rows import NUM_STATS, RowCoefficients, dlogits_rows, empty_rows, loss_rows
 
 ROW_ALIGNMENT = 16  # elements: rows of the logits buffer start on 32 bytes whatever the vocabulary
 CHUNK_ALIGNMENT = 128  # tokens: a GEMM tile
-# Many large chunks are multiples of more: GEMMs of 1408 or 1664 tokens take 5 to 10 % longer a token than those of 1536
-# (benchmarks/NOTES.md), which outweighs a last chunk of another size.
+# Many large chunks are multiples of this: GEMMs of 1408 or 1664 tokens take 5 to 10 % longer per token than those of
+# 1536 (benchmarks/NOTES.md), which outweighs a last chunk of another size.
 LARGE_CHUNK_ALIGNMENT, MANY_CHUNKS = 512, 4
 
 
 class ValidRows(NamedTuple):
-    """Positions that are not ignored: their labels ``[n]`` and their indices, ``None`` when that is every position."""
+    """Positions that are not ignored: their labels ``[n]``, and their indices or ``None`` when none is ignored."""
 
     labels: Tensor
     index: Tensor | None
@@ -30,12 +32,19 @@ class ValidRows(NamedTuple):
 
     @property
     def count(self) -> int:
-        """How many there are."""
+        """The number of these positions."""
         return self.labels.shape[0]
 
     def select(self, per_token: Tensor) -> Tensor:
         """The entries of ``per_token`` ``[num_rows]`` at these positions, contiguous."""
         return per_token.contiguous() if self.index is None else per_token.index_select(0, self.index)
+
+    def gradient(self, per_token: Tensor | None, token_weights: Tensor | None = None) -> Tensor | None:
+        """``select`` of an upstream gradient in fp32, times ``token_weights``; ``None`` stays ``None``."""
+        if per_token is None:
+            return None
+        grad = self.select(per_token.float())
+        return grad if token_weights is None else grad * self.select(token_weights)
 
     def spread(self, values: Tensor) -> Tensor:
         """A fresh ``[num_rows]`` with ``values`` at these positions and zeros elsewhere."""
@@ -45,7 +54,7 @@ class ValidRows(NamedTuple):
 
 
 def valid_rows(labels: Tensor, vocab_size: int, ignore_index: int) -> ValidRows:
-    """The rows of ``labels`` ``[N]`` to compute; the one place where the host waits for the device.
+    """The rows of ``labels`` ``[N]`` to compute. This is the one place where the host waits for the device.
 
     Raises ``ValueError`` for a label that is neither ``ignore_index`` nor in ``[0, vocab_size)``.
     """
@@ -61,12 +70,12 @@ def valid_rows(labels: Tensor, vocab_size: int, ignore_index: int) -> ValidRows:
 
 
 def logits_width(columns: int) -> int:
-    """Columns of a buffer for logits of so many."""
+    """Columns of a buffer for ``columns`` logits per row."""
     return cdiv(columns, ROW_ALIGNMENT) * ROW_ALIGNMENT
 
 
 def rows_per_chunk(num_rows: int, vocab_size: int, itemsize: int, budget_mib: float) -> int:
-    """Tokens whose logits fit in ``budget_mib``, in about equal chunks of sizes that GEMMs like."""
+    """Tokens whose logits fit in ``budget_mib``, in about equal chunks of sizes at which GEMMs are fast."""
     limit = max(1, int(budget_mib * 2**20) // (logits_width(vocab_size) * itemsize))
     if limit >= 2 * LARGE_CHUNK_ALIGNMENT and num_rows > MANY_CHUNKS * limit:
         return equal_parts(num_rows, limit, LARGE_CHUNK_ALIGNMENT)
@@ -81,39 +90,54 @@ def equal_parts(total: int, limit: int, unit: int) -> int:
     return min(limit, cdiv(cdiv(total, cdiv(total, limit)), unit) * unit)
 
 
-class LinearChunks:
-    """``hidden @ weight.T + bias`` for the valid rows, a chunk at a time, in the GEMMs' dtype.
+class PerToken(NamedTuple):
+    """What a forward pass computes for the ``n`` valid rows.
 
-    Chunks are of the budget, but all rows are one where that takes no more memory than a chunk and the sum of the
-    weight's gradient over several, which one does not need: leaner, and without the sum's traffic.
-
-    ``wanted``: which of hidden, weight and bias get a gradient while the chunks are there.
+    ``loss`` and ``lse`` are fp32 ``[n]``. ``stats`` are fp32 ``[5, n]`` in the order of ``TokenLogProbs``, or ``None``.
+    ``grads`` are ``None`` where they are not wanted.
     """
 
-    def __init__(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: ValidRows, dtype: torch.dtype,
-        budget_mib: float, wanted: tuple[bool, bool, bool],
-    ):  # fmt: skip
-        self.hidden, self.rows, self.wanted = hidden, rows, wanted
+    loss: Tensor
+    lse: Tensor
+    stats: Tensor | None
+    grads: Gradients
+
+
+class TokenChunks:
+    """``hidden @ weight.T + bias`` for the valid rows, one chunk at a time, in the GEMMs' dtype.
+
+    A chunk takes the budget. But all rows are one chunk where that takes no more memory than a chunk of the budget and
+    the sum of the weight's gradient, which a single chunk does not need: it saves memory and the sum's traffic.
+
+    Args:
+        params: hidden, weight and bias.
+        rows: the rows to compute.
+        options: those of the op.
+        wanted: which of hidden, weight and bias get a gradient while the chunks are there.
+    """
+
+    def __init__(self, params: Params, rows: ValidRows, options: HeadOptions, wanted: Wanted) -> None:
+        self.hidden, weight, bias = params
+        self.rows, self.wanted, dtype = rows, wanted, options.dtype
         self.weight = weight.to(dtype)
         self.bias = None if bias is None else bias.to(dtype)
-        self.size = rows_per_chunk(rows.count, weight.shape[0], dtype.itemsize, budget_mib)
+        self.size = rows_per_chunk(rows.count, weight.shape[0], dtype.itemsize, options.memory.buffer_mib)
         sum_bytes = bytes_over_gradient(weight, self.grad_dtype(weight))
         if wanted[1] and self._all_at_once() <= self._in_chunks() + sum_bytes:
             self.size = rows.count
 
     def _all_at_once(self) -> int:
-        """The bytes of one chunk of all rows when the weight's gradient is made: last, and the largest."""
+        """Bytes of a single chunk when it is largest: at the end, when the weight's gradient is made."""
         return self.rows.count * self._row_bytes()
 
     def _in_chunks(self) -> int:
-        """Those of a chunk of ``size`` rows when their gradient of hidden is made: a copy where they were gathered."""
+        """Bytes of a chunk of ``size`` rows when its gradient of hidden is made, a copy where rows are gathered."""
         gathered = self.rows.index is not None and self.wanted[0]
         copy = self.weight.shape[1] * self.grad_dtype(self.hidden).itemsize if gathered else 0
         return self.size * (self._row_bytes() + copy)
 
     def _row_bytes(self) -> int:
-        """A row's logits, and its hidden state where that is a copy: gathered, or in another dtype."""
+        """Bytes of a row's logits, and of its hidden state where that is a copy: gathered, or in another dtype."""
         vocab_size, width = self.weight.shape
         copied = self.rows.index is not None or self.hidden.dtype != self.weight.dtype
         return (logits_width(vocab_size) + (width if copied else 0)) * self.weight.dtype.itemsize
@@ -124,7 +148,7 @@ class LinearChunks:
         return self.size >= self.rows.count
 
     def grad_dtype(self, param: Tensor) -> torch.dtype:
-        """The dtype in which this projection's gradient of ``param`` is formed."""
+        """Dtype in which the gradient of ``param`` is computed."""
         return gradient_dtype(param, self.weight.dtype)
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
@@ -150,13 +174,16 @@ class LinearChunks:
 class GradientSums:
     """Gradients of hidden, weight and bias, gathered chunk by chunk; those that ``chunks`` does not want cost nothing.
 
-    fp16 GEMMs: sums stay fp32 until ``scale_gradients`` rounds them, because their scale is applied that late.
+    After fp16 GEMMs the sums stay fp32 until ``scale_gradients`` rounds them, because their scale is applied that late.
     """
 
-    def __init__(self, chunks: LinearChunks, hidden: Tensor, weight: Tensor, bias: Tensor | None):
-        self.chunks, self.wanted = chunks, chunks.wanted
-        self.params = (hidden, weight, bias)
-        self.hidden_grad = self.weight_sum = self.weight_grad = self.bias_grad = None
+    def __init__(self, chunks: TokenChunks, params: Params) -> None:
+        self.chunks, self.params, self.wanted = chunks, params, chunks.wanted
+        hidden, weight, _ = params
+        self.hidden_grad: Tensor | None = None
+        self.weight_sum: WeightSum | None = None
+        self.weight_grad: Tensor | None = None
+        self.bias_grad: Tensor | None = None
         if self.wanted[0]:
             make = torch.empty if chunks.rows.index is None else torch.zeros
             self.hidden_grad = make(hidden.shape, dtype=chunks.grad_dtype(hidden), device=hidden.device)
@@ -164,8 +191,8 @@ class GradientSums:
             self.weight_sum = WeightSum(weight, chunks.grad_dtype(weight))
 
     def add(self, span: slice, x: Tensor, dlogits: Tensor) -> None:
-        """Take in the chunk ``span`` with inputs ``x`` ``[n, H]`` and ``dlogits`` ``[n, V]``."""
-        if self.wanted[0]:
+        """Add the chunk ``span`` with inputs ``x`` ``[n, H]`` and ``dlogits`` ``[n, V]``."""
+        if self.hidden_grad is not None:
             index = self.chunks.rows.index
             if index is None:
                 mm_into(self.hidden_grad[span], dlogits, self.chunks.weight)
@@ -183,8 +210,8 @@ class GradientSums:
             column_sums = dlogits.sum(0, dtype=torch.float32)
             self.bias_grad = column_sums if self.bias_grad is None else self.bias_grad.add_(column_sums)
 
-    def finish(self) -> list[Tensor | None]:
-        """The three gradients, ``None`` where not wanted: in the parameter's dtype, or fp32 after fp16 GEMMs."""
+    def finish(self) -> Gradients:
+        """The gradients: ``None`` where not wanted, in the parameter's dtype, or fp32 after fp16 GEMMs."""
         if self.weight_sum is not None:
             self.weight_grad, self.weight_sum = self.weight_sum.finish(), None
         return in_gradient_dtypes(
@@ -192,21 +219,38 @@ class GradientSums:
         )
 
 
-def gradient_dtype(param: Tensor, gemm_dtype: torch.dtype) -> torch.dtype:
-    """What a gradient that is rounded once may be written in; fp16 GEMMs leave fp32, because their scale comes late."""
-    return gemm_dtype if gemm_dtype == param.dtype and gemm_dtype != torch.float16 else torch.float32
+def forward_by_tokens(
+    params: Params, rows: ValidRows, options: HeadOptions, grad_scale: float | None, token_weights: Tensor | None,
+    num_items: Tensor | None,
+) -> PerToken:  # fmt: skip
+    """Losses and statistics and, if there is a ``grad_scale``, the gradients of the losses' scaled sum."""
+    row_weights = None if token_weights is None else rows.select(token_weights)
+    device = params[0].device
+    loss, lse = empty_rows(rows.count, device), empty_rows(rows.count, device)
+    stats = empty_rows(NUM_STATS * rows.count, device).view(NUM_STATS, -1) if options.stats else None
+    chunks = TokenChunks(params, rows, options, NOTHING_WANTED if grad_scale is None else options.wanted)
+    sums = GradientSums(chunks, params)
+    for span, x, logits in chunks:
+        loss_rows(
+            logits, rows.labels[span], loss[span], lse[span], options.transform, ignore_index=options.ignore_index,
+            label_smoothing=options.label_smoothing, z_loss=options.z_loss,
+            token_weights=None if row_weights is None else row_weights[span],
+            stats=None if stats is None else stats[:, span], level=options.stats, grad_scale=grad_scale,
+            num_items=num_items,
+        )  # fmt: skip
+        if grad_scale is not None:
+            sums.add(span, x, logits)
+        del logits
+    return PerToken(loss, lse, stats, sums.finish())
 
 
-def in_gradient_dtypes(
-    grads: list[Tensor | None], params: Sequence[Tensor | None], wanted: Sequence[bool], gemm_dtype: torch.dtype
-) -> list[Tensor | None]:
-    """``grads`` as they are handed on: zeros where wanted and still ``None``, in the parameters' dtype or late fp32."""
-    out = []
-    for i, (param, want) in enumerate(zip(params, wanted, strict=True)):
-        grad, grads[i] = grads[i], None  # so that converting one does not keep both
-        if want:
-            dtype = torch.float32 if gemm_dtype == torch.float16 else param.dtype
-            grad = torch.zeros(param.shape, dtype=dtype, device=param.device) if grad is None else grad.to(dtype)
-        out.append(grad)
-        del grad
-    return out
+def gradients_by_tokens(
+    params: Params, rows: ValidRows, lse: Tensor, coefficients: RowCoefficients, options: HeadOptions
+) -> Gradients:
+    """The wanted gradients, from logits that are computed again."""
+    chunks = TokenChunks(params, rows, options, options.wanted)
+    sums = GradientSums(chunks, params)
+    for span, x, logits in chunks:
+        dlogits_rows(logits, rows.labels[span], lse[span], coefficients.select(span), options.transform)
+        sums.add(span, x, logits)
+    return sums.finish()

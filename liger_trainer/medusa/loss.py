@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..head.fused_head import IGNORE_INDEX
 from ..kernels.linear_cross_entropy import linear_cross_entropy
-from ..kernels.linear_loss.scale_gradients import graph_is_kept, scale_gradients
+from ..kernels.linear_loss.gradients import graph_is_kept, scale_gradients
+from ..kernels.reference import IGNORE_INDEX
 from ..kernels.runtime.launch import use_triton
 
 # In fp16, the largest factor that gradients carry from forward to backward, like a loss scale of that size. It is kept

@@ -1,4 +1,4 @@
-"""Inputs of the vocabulary losses, and one forward and backward of them."""
+"""Inputs for tests of the vocabulary losses, and one forward and backward pass through them."""
 
 import torch
 
@@ -13,7 +13,10 @@ def budget(tokens, dtype):
 
 
 def make_inputs(tokens=37, hidden_size=12, vocab_size=101, ignored=0.3):
-    """So small a hidden size that with a budget of 10 to 20 tokens even 16-bit logits are taken in several chunks."""
+    """Parameters and labels.
+
+    The hidden size is so small that with a budget of 10 to 20 tokens even 16-bit logits are computed in several chunks.
+    """
     gen = torch.Generator().manual_seed(tokens)
     hidden, weight, bias = (
         torch.randn(*s, generator=gen) for s in ((tokens, hidden_size), (vocab_size, hidden_size), (vocab_size,))

@@ -1,16 +1,71 @@
-"""All tokens are one chunk, whatever the budget, where that takes no more memory than several and a sum over them."""
+"""The parts of the vocabulary projection by themselves: sizes of chunks, and the weight's fp32 sum.
+
+All tokens are one chunk, whatever the budget, where that takes no more memory than several and a sum over them.
+"""
 
 import pytest
 import torch
 from liger_trainer.kernels.linear_cross_entropy import linear_cross_entropy
 from liger_trainer.kernels.linear_logprobs import Speculation, linear_logprobs
-from liger_trainer.kernels.linear_loss import loss as linear_loss
-from liger_trainer.kernels.linear_loss import token_chunks as chunking
-from liger_trainer.kernels.linear_loss.token_chunks import LinearChunks, ValidRows
+from liger_trainer.kernels.linear_loss import token_chunks
+from liger_trainer.kernels.linear_loss.gradients import WeightSum
+from liger_trainer.kernels.linear_loss.options import NO_STATS, HeadOptions, LogitTransform, MemoryOptions
+from liger_trainer.kernels.linear_loss.token_chunks import TokenChunks, ValidRows, rows_per_chunk
+from liger_trainer.kernels.linear_loss.vocab_chunks import columns_per_chunk
 from linear_inputs import DEVICE, budget, make_inputs, run
 from numerics import as_dtype
 
-from liger_trainer.kernels import linear_logprobs as logprobs
+
+@pytest.mark.parametrize(
+    ("rows", "vocab_size", "mib", "expected"),
+    [
+        (8192, 128256, 256, 1024),
+        (8192, 128256, 512, 2048),
+        (8184, 128256, 512, 2048),
+        (8192, 256000, 512, 1024),
+        (1500, 128256, 256, 768),
+        (16384, 151936, 512, 1536),
+        (100, 128256, 256, 100),
+    ],
+)
+def test_token_chunks_are_whole_gemm_tiles_of_equal_size(rows, vocab_size, mib, expected):
+    assert rows_per_chunk(rows, vocab_size, 2, mib) == expected
+
+
+@pytest.mark.parametrize(
+    ("rows", "vocab_size", "mib", "expected"),
+    [
+        (8192, 128256, 64, 4096),
+        (8192, 128256, 512, 32256),
+        (32768, 128256, 64, 1024),
+        (8192, 128256, 4096, 128256),
+        (2**20, 128256, 64, 32),
+        (2**24, 128256, 64, 16),
+        (0, 128256, 64, 128256),
+    ],
+)
+def test_vocab_chunks_are_whole_gemm_tiles_of_equal_size(rows, vocab_size, mib, expected):
+    assert columns_per_chunk(rows, vocab_size, 2, mib) == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("vocab_size", [5, 37, 9001])
+def test_weight_sum_is_the_fp32_sum_rounded_once(vocab_size, dtype):
+    gen = torch.Generator().manual_seed(0)
+    chunks = [
+        (torch.randn(n, vocab_size, generator=gen).to(DEVICE), torch.randn(n, 6, generator=gen).to(DEVICE))
+        for n in (7, 7, 3)
+    ]
+    total = WeightSum(torch.empty(vocab_size, 6, device=DEVICE), dtype)
+    for dlogits, x in chunks:
+        total.add(dlogits, x)
+    out = total.finish()
+    expected = sum(dlogits.double().t() @ x.double() for dlogits, x in chunks)
+    assert out.dtype == dtype
+    assert out.untyped_storage().nbytes() == out.numel() * dtype.itemsize
+    # half a unit in the last place of the result, and the roundings of an fp32 sum
+    limit = expected.abs() * torch.finfo(dtype).eps / 2 * 1.001 + 1e-5
+    assert ((out.double() - expected).abs() <= limit).all()
 
 
 @pytest.mark.parametrize(
@@ -33,21 +88,22 @@ def test_sizes_at_the_head_of_llama_3_8b(count, gathered, dtype, expected):
     hidden = torch.empty(8192, 4096, dtype=dtype, device="meta")
     labels = torch.empty(count, dtype=torch.int64, device="meta")
     rows = ValidRows(labels, labels if gathered else None, 8192)
-    assert LinearChunks(hidden, weight, None, rows, torch.bfloat16, 512, (True, True, False)).size == expected
+    wanted = (True, True, False)
+    options = HeadOptions(LogitTransform(1.0, 1.0, False), -100, torch.bfloat16, wanted, MemoryOptions(), NO_STATS)
+    assert TokenChunks((hidden, weight, None), rows, options, wanted).size == expected
 
 
 @pytest.fixture
 def chunks(monkeypatch):
     """The numbers of tokens in the chunks computed, in a list that grows."""
     sizes = []
-    for home in (linear_loss, logprobs):
-        original = home.loss_rows
+    original = token_chunks.loss_rows
 
-        def counted(logits, *args, original=original, **kwargs):
-            sizes.append(logits.shape[0])
-            return original(logits, *args, **kwargs)
+    def counted(logits, *args, **kwargs):
+        sizes.append(logits.shape[0])
+        return original(logits, *args, **kwargs)
 
-        monkeypatch.setattr(home, "loss_rows", counted)
+    monkeypatch.setattr(token_chunks, "loss_rows", counted)
     return sizes
 
 
@@ -118,7 +174,7 @@ def test_one_chunk_never_takes_more_memory(monkeypatch, tokens, ignored):
 
     peak()  # cuBLAS takes its workspace
     ours = peak()
-    monkeypatch.setattr(chunking, "bytes_over_gradient", lambda *_: 0)
+    monkeypatch.setattr(token_chunks, "bytes_over_gradient", lambda *_: 0)
     several = peak()
     slack = 8 * 2**20  # blocks that the allocator did not split
     assert ours <= several + slack

@@ -27,7 +27,7 @@ def gradients(fn, params, upstream):
         (torch.bfloat16, {"low_memory": True, "return_stats": True}),
         (torch.float32, {"reduction": "none", "z_loss": 1e-3}),
     ],
-    ids=["mean", "fp16", "slabs", "none"],
+    ids=["mean", "fp16", "vocabulary chunks", "none"],
 )
 def test_equals_eager(dtype, options):
     params, labels = make_inputs()
@@ -64,7 +64,7 @@ def test_empty_logits_and_frozen_weight():
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("low_memory", [False, True], ids=["chunks", "slabs"])
+@pytest.mark.parametrize("low_memory", [False, True], ids=["token chunks", "vocabulary chunks"])
 def test_log_probs(low_memory):
     params, labels = make_inputs()
     factors = torch.randn(2, 37, device=DEVICE)

@@ -3,9 +3,7 @@
 import pytest
 import torch
 from liger_trainer.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_with_empty_logits
-from liger_trainer.kernels.linear_loss import token_chunks as chunking
-from liger_trainer.kernels.linear_loss import vocab_chunks as slabs
-from liger_trainer.kernels.linear_loss import weight_sum as sums
+from liger_trainer.kernels.linear_loss import gradients, token_chunks, vocab_chunks
 from linear_inputs import DEVICE, DTYPES, budget, make_inputs, run
 from numerics import as_dtype, assert_no_worse_than_torch
 
@@ -33,7 +31,7 @@ def check(params, labels, dtype, upstream=None, logits_budget_mib=512, low_memor
 
 
 @pytest.mark.parametrize(
-    ("chunk", "low_memory"), [(10, False), (1000, False), (20, True)], ids=["chunks", "one", "slabs"]
+    ("chunk", "low_memory"), [(10, False), (1000, False), (20, True)], ids=["token chunks", "one", "vocabulary chunks"]
 )
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
@@ -53,7 +51,7 @@ def test_matches_definition(dtype, chunk, low_memory, options, use_bias, ignored
     check(params if use_bias else [*params[:2], None], labels, dtype, upstream, budget(chunk, dtype), **options)
 
 
-@pytest.mark.parametrize("low_memory", [False, True], ids=["chunks", "slabs"])
+@pytest.mark.parametrize("low_memory", [False, True], ids=["token chunks", "vocabulary chunks"])
 @pytest.mark.parametrize(("reduction", "ignored"), [("mean", 0.05), ("none", 0.3)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_token_weights(reduction, ignored, dtype, low_memory):
@@ -73,7 +71,7 @@ def test_batched_and_non_contiguous():
     check([hidden, weight, None], labels, torch.bfloat16)
 
 
-@pytest.mark.parametrize("low_memory", [False, True], ids=["chunks", "slabs"])
+@pytest.mark.parametrize("low_memory", [False, True], ids=["token chunks", "vocabulary chunks"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("tokens", [0, 6])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -92,7 +90,7 @@ def test_no_valid_label_gives_zero_and_zero_gradients(tokens, reduction, dtype, 
 def record_gemms(monkeypatch):
     """Widths of the gradients that GEMMs write, in a list that grows."""
     widths = []
-    for home in (chunking, slabs, sums):
+    for home in (token_chunks, vocab_chunks, gradients):
         for name in {"mm_into", "add_mm_into"} & set(vars(home)):
             original = getattr(home, name)
             monkeypatch.setattr(
@@ -101,7 +99,7 @@ def record_gemms(monkeypatch):
     return widths
 
 
-@pytest.mark.parametrize("low_memory", [False, True], ids=["chunks", "slabs"])
+@pytest.mark.parametrize("low_memory", [False, True], ids=["token chunks", "vocabulary chunks"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("trained", [(0,), (1,), (2,), (0, 2)], ids=str)
 def test_frozen_parameters_get_no_work(monkeypatch, trained, reduction, low_memory):
@@ -119,7 +117,7 @@ def test_frozen_parameters_get_no_work(monkeypatch, trained, reduction, low_memo
     assert len(widths) == len({0, 1} & set(trained))
 
 
-@pytest.mark.parametrize("low_memory", [False, True], ids=["chunks", "slabs"])
+@pytest.mark.parametrize("low_memory", [False, True], ids=["token chunks", "vocabulary chunks"])
 def test_no_gradient_work_without_grad_mode(monkeypatch, low_memory):
     params, labels = make_inputs()
     widths = record_gemms(monkeypatch)
@@ -157,7 +155,7 @@ def test_second_order_is_refused():
         grad.sum().backward()
 
 
-@pytest.mark.parametrize("low_memory", [False, True], ids=["chunks", "slabs"])
+@pytest.mark.parametrize("low_memory", [False, True], ids=["token chunks", "vocabulary chunks"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_gradients_are_as_precise_in_parts_as_in_one_gemm(monkeypatch, dtype, low_memory):
     params, labels = make_inputs(tokens=70)
@@ -227,19 +225,20 @@ def test_without_triton_is_the_definition(monkeypatch):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"hidden": torch.zeros(3, 5)}, ValueError, "hidden: shape"),
+        ({"hidden": torch.zeros(3, 5)}, ValueError, "hidden: got shape"),
         (
             {"hidden": torch.zeros(3, 4).bfloat16()},
             ValueError,
-            "hidden: dtype torch.bfloat16, weight: dtype torch.float32",
+            "weight: got dtype torch.float32; must be hidden.dtype = torch.bfloat16",
         ),
-        ({"weight": torch.zeros(4)}, ValueError, "weight: shape"),
-        ({"bias": torch.zeros(6)}, ValueError, "bias: shape"),
-        ({"bias": torch.zeros(7).half()}, ValueError, "bias: dtype torch.float16"),
-        ({"labels": torch.zeros(4, dtype=torch.int64)}, ValueError, "labels: shape"),
+        ({"weight": torch.zeros(4)}, ValueError, "weight: got shape"),
+        ({"bias": torch.zeros(6)}, ValueError, "bias: got shape"),
+        ({"bias": torch.zeros(7).half()}, ValueError, "bias: got dtype torch.float16"),
+        ({"labels": torch.zeros(4, dtype=torch.int64)}, ValueError, "labels: got shape"),
         ({"labels": torch.tensor([1, 7, -100])}, ValueError, "labels: found 7"),
         ({"labels": torch.tensor([1, -1, -100])}, ValueError, "labels: found -1"),
         ({"logits_budget_mib": 0}, ValueError, "logits_budget_mib: got 0"),
+        ({"logits_budget": 1}, TypeError, "linear_cross_entropy: got an unexpected keyword argument 'logits_budget'"),
         ({"reduction": "avg"}, ValueError, "reduction: got 'avg'"),
     ],
     ids=lambda v: "-".join(v) if isinstance(v, dict) else None,
@@ -256,7 +255,7 @@ def test_bad_arguments(change, error, message):
 @pytest.mark.parametrize(
     "options",
     [{"return_stats": True}, {"reduction": "none"}, {"return_stats": True, "low_memory": True}],
-    ids=["mean", "none", "slabs"],
+    ids=["mean", "none", "vocabulary chunks"],
 )
 def test_real_widths_and_bit_equal_runs(vocab_size, options):
     params, labels = make_inputs(1500, 256, vocab_size)
@@ -269,7 +268,7 @@ def test_real_widths_and_bit_equal_runs(vocab_size, options):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("low_memory", [False, True], ids=["chunks", "slabs"])
+@pytest.mark.parametrize("low_memory", [False, True], ids=["token chunks", "vocabulary chunks"])
 def test_peak_memory(low_memory):
     hidden = torch.randn(8192, 1024, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
     weight = (torch.randn(64000, 1024, device=DEVICE, dtype=torch.bfloat16) * 0.02).requires_grad_()

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from liger_trainer.kernels.linear_logprobs import Speculation, linear_logprobs
+from liger_trainer.kernels.linear_loss import token_chunks
 from linear_inputs import DEVICE, DTYPES, budget, make_inputs
 from numerics import as_dtype, assert_no_worse_than_torch
 
@@ -65,7 +66,7 @@ def test_matches_definition(dtype, names, options, chunk, low_memory, use_bias, 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_equal_upstream_gradients_use_the_speculation(monkeypatch, dtype, constant, ignored, low_memory):
     params, labels = make_inputs(ignored=ignored)
-    monkeypatch.setattr(module, "_recompute", lambda *_: pytest.fail("logits were computed again"))
+    monkeypatch.setattr(module, "recompute", lambda *_: pytest.fail("logits were computed again"))
     speculation, upstream = Speculation(), upstreams((37,), "log_probs", constant=constant)
     upstream["entropy"] = torch.zeros(37, device=DEVICE)
     upstream["log_probs"][labels == -100] = 5.0  # does not matter: ignored positions are constants
@@ -80,7 +81,7 @@ def test_wrong_speculation_is_recomputed_and_stops(monkeypatch, names):
     speculation = Speculation()
     check(params, labels, torch.float32, upstreams((37,), *names), speculation=speculation)
     assert not speculation.active
-    monkeypatch.setattr(module.GradientSums, "add", lambda *_: pytest.fail("still speculates"))
+    monkeypatch.setattr(token_chunks.GradientSums, "add", lambda *_: pytest.fail("still speculates"))
     linear_logprobs(params[0], params[1], labels, speculation=speculation)
 
 
@@ -147,11 +148,11 @@ def test_autocast(speculate):
         assert_no_worse_than_torch(*grads, name)
 
 
-@pytest.mark.parametrize("low_memory", [False, True], ids=["chunks", "slabs"])
+@pytest.mark.parametrize("low_memory", [False, True], ids=["token chunks", "vocabulary chunks"])
 def test_first_argmax_wins_ties(low_memory):
     weight = torch.ones(6, 4, device=DEVICE)
     weight[0] = 0.5  # the first of the tied maxima is in the second sixteen columns
-    weight = weight.repeat_interleave(16, 0)  # the smallest slab
+    weight = weight.repeat_interleave(16, 0)  # the smallest vocabulary chunk
     labels = torch.tensor([16, 17, 48, 0], device=DEVICE)
     own = {"logits_budget_mib": 1e-6, "low_memory": low_memory}
     out = linear_logprobs(torch.ones(4, 4, device=DEVICE), weight, labels, **own)
@@ -174,7 +175,7 @@ def test_without_triton_is_the_definition(monkeypatch):
         ({"temperature": 0.0}, "temperature: got 0.0"),
         ({"softcap": -1.0}, "softcap: got -1.0"),
         ({"labels": torch.tensor([1, 7, -100])}, "labels: found 7"),
-        ({"hidden": torch.zeros(3, 4).half()}, "hidden: dtype torch.float16, weight: dtype torch.float32"),
+        ({"hidden": torch.zeros(3, 4).half()}, "weight: got dtype torch.float32; must be hidden.dtype = torch.float16"),
     ],
     ids=lambda v: "-".join(v) if isinstance(v, dict) else None,
 )

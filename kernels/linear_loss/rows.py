@@ -1,0 +1,196 @@
+"""What is done to rows of logits: loss and statistics of whole rows or vocabulary chunks, and their gradient in place.
+
+The formulas are in row_kernels.py. ``loss_rows`` reads whole rows; ``merge_chunk_stats`` and ``ChunkStats.finish`` give
+the same numbers for rows that arrive one vocabulary chunk after another; ``dlogits_rows`` serves both.
+"""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..runtime.launch import next_power_of_2, sm_count
+from .options import ALL_STATS, NO_STATS, HeadOptions, LogitTransform
+from .row_kernels import launch_chunk_stats, launch_dlogits, launch_loss_rows
+
+NUM_STATS = 5  # the fields of TokenLogProbs
+NUM_SUMS = 6  # maximum m, sum e^(z-m), z[label], sum z, sum (z-m) e^(z-m), sum e^(2(z-m))
+ELEMENTS_PER_THREAD = 8  # a 16-byte load of bf16; whole rows have two loads in flight at a time
+# The fewer programs share an SM, the more warps each needs to keep loads in flight.
+STREAM_WARPS = 8  # several programs per SM: rows that are read once
+# Where a second pass follows, the rows being worked on should still be in the 50 MB L2 cache of an H100: two programs
+# per SM (264 rows of 128 KiB are 35 MB), or one where rows are larger.
+PAIR_WARPS, ALONE_WARPS, PAIR_ROW_BYTES = 16, 32, 128 * 1024
+ALL_STATS_WARPS = 16  # five statistics' accumulators do not fit in the 64 registers that 32 warps leave
+
+
+class RowCoefficients(NamedTuple):
+    """The four numbers per row that make up dlogits, fp32 ``[n]``; ``b`` is ``None`` where it is 0 everywhere."""
+
+    a: Tensor
+    b: Tensor | None
+    c: Tensor
+    d: Tensor
+
+    def select(self, span: slice) -> "RowCoefficients":
+        """Those of the rows ``span``."""
+        b = None if self.b is None else self.b[span]
+        return RowCoefficients(self.a[span], b, self.c[span], self.d[span])
+
+
+def row_coefficients(
+    row_grad: Tensor, lse: Tensor, vocab_size: int, options: HeadOptions, entropy_grad: Tensor | None = None,
+    entropy: Tensor | None = None,
+) -> RowCoefficients:  # fmt: skip
+    """For ``sum(row_grad * loss) + sum(entropy_grad * entropy)``; zeros for a row without a gradient."""
+    a = row_grad * (1.0 + 2.0 * options.z_loss * lse)
+    b, c = None, row_grad * (1.0 - options.label_smoothing)
+    if entropy_grad is not None and entropy is not None:
+        a, b = a - entropy_grad * entropy, -entropy_grad
+    return RowCoefficients(a, b, c, row_grad * (options.label_smoothing / vocab_size))
+
+
+@lru_cache(maxsize=1024)
+def row_block(num_cols: int, max_warps: int, min_warps: int = 4) -> tuple[int, tuple[tuple[str, int], ...]]:
+    """Lanes and launch options for rows of ``num_cols``: 16 bytes of bf16 per thread, no more lanes than columns."""
+    lanes = min(max_warps * 32 * ELEMENTS_PER_THREAD, next_power_of_2(num_cols))
+    return lanes, (("num_warps", min(max_warps, max(min_warps, lanes // (32 * ELEMENTS_PER_THREAD)))),)
+
+
+def row_warps(logits: Tensor, two_passes: bool) -> int:
+    """The most warps that a program for one row of ``logits`` should have."""
+    num_rows, num_cols = logits.shape
+    if num_rows <= sm_count(logits):
+        return ALONE_WARPS
+    if not two_passes:
+        return STREAM_WARPS
+    return PAIR_WARPS if num_cols * logits.element_size() <= PAIR_ROW_BYTES else ALONE_WARPS
+
+
+def loss_rows(
+    logits: Tensor, labels: Tensor, loss: Tensor, lse: Tensor | None, transform: LogitTransform, *, ignore_index: int,
+    label_smoothing: float = 0.0, z_loss: float = 0.0, token_weights: Tensor | None = None, stats: Tensor | None = None,
+    level: int = NO_STATS, grad_scale: float | None = None, num_items: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Compute losses and statistics of whole rows, and with ``grad_scale`` overwrite the logits with their gradient.
+
+    Args:
+        logits: ``[n, V]``.
+        labels: ``[n]``; a row whose label is ``ignore_index`` is not read, and its logits are left alone.
+        loss: written, fp32 ``[n]``.
+        lse: written unless ``None``, fp32 ``[n]``.
+        transform: from ``logits`` to z.
+        ignore_index, label_smoothing, z_loss: those of ``cross_entropy``.
+        token_weights: ``[n]``, multiplied into loss and gradient.
+        stats: fp32 ``[5, n]``, of which ``LABEL_STATS`` writes the first three rows, and ``ALL_STATS`` all.
+        level: ``NO_STATS``, ``LABEL_STATS`` or ``ALL_STATS``.
+        grad_scale: the gradient is that of ``loss * grad_scale / num_items``.
+        num_items: one element, or ``None`` for 1.
+    """
+    num_rows, num_cols = logits.shape
+    write_grad = grad_scale is not None
+    warps = row_warps(logits, two_passes=write_grad)
+    lanes, launch_options = row_block(num_cols, min(warps, ALL_STATS_WARPS) if level == ALL_STATS else warps)
+    launch_loss_rows(
+        (num_rows, 1, 1),
+        launch_options,
+        logits_ptr=logits,
+        labels_ptr=labels,
+        weights_ptr=token_weights,
+        num_items_ptr=num_items,
+        loss_ptr=loss,
+        lse_ptr=lse,
+        stats_ptr=stats,
+        logits_row_stride=logits.stride(0),
+        stats_row_stride=0 if stats is None else stats.stride(0),
+        num_cols=num_cols,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        inner=transform.inner,
+        outer=transform.outer,
+        grad_scale=grad_scale if write_grad else 1.0,
+        HAS_SOFTCAP=transform.has_softcap,
+        HAS_SMOOTHING=label_smoothing != 0,
+        STATS=level,
+        WRITE_GRAD=write_grad,
+        BLOCK_COLS=lanes,
+    )
+
+
+def dlogits_rows(
+    logits: Tensor, labels: Tensor, lse: Tensor, coefficients: RowCoefficients, transform: LogitTransform,
+    first_col: int = 0,
+) -> None:  # fmt: skip
+    """Overwrite ``logits`` ``[n, num_cols]``, which start at column ``first_col`` of the rows, with their gradient."""
+    num_rows, num_cols = logits.shape
+    lanes, launch_options = row_block(num_cols, STREAM_WARPS, min_warps=1)
+    launch_dlogits(
+        (num_rows, 1, 1),
+        launch_options,
+        logits_ptr=logits,
+        labels_ptr=labels,
+        lse_ptr=lse,
+        a_ptr=coefficients.a,
+        b_ptr=coefficients.b,
+        c_ptr=coefficients.c,
+        d_ptr=coefficients.d,
+        logits_row_stride=logits.stride(0),
+        num_cols=num_cols,
+        first_col=first_col,
+        inner=transform.inner,
+        outer=transform.outer,
+        HAS_SOFTCAP=transform.has_softcap,
+        BLOCK_COLS=lanes,
+    )
+
+
+class ChunkStats:
+    """Statistics of ``n`` rows of logits that arrive one vocabulary chunk after another."""
+
+    def __init__(self, labels: Tensor, transform: LogitTransform, all_stats: bool) -> None:
+        self.labels, self.transform, self.all_stats = labels, transform, all_stats
+        self.sums = torch.zeros((NUM_SUMS, labels.shape[0]), dtype=torch.float32, device=labels.device)
+        self.argmax = torch.empty(labels.shape[0], dtype=torch.int32, device=labels.device)
+
+    def add(self, logits: Tensor, first_col: int) -> None:
+        """Merge ``logits`` ``[n, num_cols]``, which start at column ``first_col``; the chunk with column 0 is first."""
+        num_rows, num_cols = logits.shape
+        lanes, launch_options = row_block(num_cols, STREAM_WARPS, min_warps=1)
+        launch_chunk_stats(
+            (num_rows, 1, 1),
+            launch_options,
+            logits_ptr=logits,
+            labels_ptr=self.labels,
+            sums_ptr=self.sums,
+            argmax_ptr=self.argmax,
+            logits_row_stride=logits.stride(0),
+            sums_row_stride=self.sums.stride(0),
+            num_cols=num_cols,
+            first_col=first_col,
+            inner=self.transform.inner,
+            outer=self.transform.outer,
+            FIRST=first_col == 0,
+            STATS=self.all_stats,
+            HAS_SOFTCAP=self.transform.has_softcap,
+            BLOCK_COLS=lanes,
+        )
+
+    def finish(self, vocab_size: int) -> tuple[Tensor, Tensor]:
+        """``(lse [n], stats [5, n])``, fp32; entropy and ``log(sum p^2)`` are zeros unless ``all_stats``."""
+        peak, total, target, sum_z, sum_w, sum_q = self.sums
+        log_sum = total.log()
+        stats = torch.zeros((NUM_STATS, total.shape[0]), dtype=torch.float32, device=total.device)
+        stats[0] = target - peak - log_sum
+        stats[2] = self.argmax == self.labels
+        stats[4] = sum_z / vocab_size
+        if self.all_stats:
+            stats[1] = log_sum - sum_w / total
+            stats[3] = sum_q.log() - 2.0 * log_sum
+        return peak + log_sum, stats
+
+
+def empty_rows(num_rows: int, device: torch.device) -> Tensor:
+    """An uninitialised fp32 ``[num_rows]``."""
+    return torch.empty(num_rows, dtype=torch.float32, device=device)
