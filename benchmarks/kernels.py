@@ -1,7 +1,7 @@
 """Measure single ops: every arm in a process of its own, against the floor measured in the same process.
 
     liger-trainer bench kernels --shapes anchors --device-budget 300
-    liger-trainer bench kernels --ops rms_norm,rope --arms ours,liger --shapes small --mode fwd,bwd
+    liger-trainer bench kernels --ops rms_norm,rope --arms ours,liger --shapes small
     liger-trainer bench kernels --host
 
 Results go to OUT/kernels-DEVICE.json; rows measured again replace the old ones, all others stay. Exit status 1 where
@@ -22,7 +22,6 @@ if not __package__:  # run as a script; benchmarks/ itself must not be on the pa
 from benchmarks import cases, common, tables, workers
 from benchmarks.peers import OP_ARMS
 
-MODES = ("fwd", "bwd", "full")
 KEYS = ("op", "shape", "arm")
 HANG_S = 1800  # limit for one worker
 
@@ -35,7 +34,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--ops", type=common.names(cases.MEASURED), default=list(cases.MEASURED))
     parser.add_argument("--arms", type=common.names(OP_ARMS), default=list(OP_ARMS))
     parser.add_argument("--shapes", type=common.names(("all", *cases.SETS)), default=["anchors"])
-    parser.add_argument("--mode", type=common.names(MODES), default=list(MODES))
     parser.add_argument("--device-budget", type=float, metavar="SECONDS", help="leave out shapes to end in time")
     parser.add_argument("--host", action="store_true", help="host microseconds per call instead of device time")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes on the CPU")
@@ -55,8 +53,8 @@ def main(argv: list[str] | None = None) -> int:
     progress = common.Progress(len(args.specs) * len(args.arms))
     for index, arm in enumerate(args.arms):
         seconds = (end - time.monotonic()) / (len(args.arms) - index)
-        job = {"arm": arm, "shapes": args.specs, "modes": ["host"] if args.host else args.mode}
-        for message in measure_arm(job | {"device": "cpu" if args.smoke else "cuda"}, seconds):
+        job = {"arm": arm, "shapes": args.specs, "host": args.host, "device": "cpu" if args.smoke else "cuda"}
+        for message in measure_arm(job, seconds):
             if message["kind"] == "hello":
                 if results is None:
                     path = common.output_folder(args) / f"kernels-{common.slug(message['device'])}.json"

@@ -82,10 +82,16 @@ class Suite:
 
         So the arms are interleaved (A B C A B C), and a run that is cut short has every point once before any twice.
         """
-        scaling = self.about["x"]["key"] == "num_processes"
+        x = {"num_processes": "processes"}.get(self.about["x"]["key"], "x")
         return [
-            {**point, **launch, "arm": arm, "environment": self.environment, "round": number}
-            | ({"x": launch["processes"]} if scaling else {})
+            {
+                **point,
+                **launch,
+                "x": {**point, **launch}[x],
+                "arm": arm,
+                "environment": self.environment,
+                "round": number,
+            }
             for number in range(self.rounds)
             for point in self.points
             for launch in self.launches

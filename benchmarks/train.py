@@ -148,39 +148,31 @@ class Run:
     Args:
         args: as ``parse_args`` makes them.
         about_device: a worker's facts about its device, how many there are, and its packages.
-
-    Raises:
-        ValueError: no launch has few enough processes.
     """
 
     def __init__(self, args: argparse.Namespace, about_device: dict):
-        self.args, name, devices = args, common.slug(about_device["device"]), about_device["devices"]
-        launches = [one for one in args.chosen.launches if devices is None or one["processes"] <= devices]
-        over = [f"{one['launch']} x {one['processes']}" for one in args.chosen.launches if one not in launches]
+        self.args, self.suite, about, devices = args, args.chosen, args.chosen.about, about_device["devices"]
+        ranks = max(processes for _, _, processes in about["places"])  # of the whole suite
+        name = f"{about['name']}-{common.slug(about_device['device'])}" + (f"-x{ranks}" if ranks > 1 else "")
+        path = common.output_folder(args) / f"{'profile' if args.profile else 'train'}-{name}.json"
+        run, extra = common.provenance(about_device, args.commit), {"device": "cpu" if args.smoke else "cuda"}
+        self.results = common.ResultFile(path, rows.KEYS, run, {"suite": about})
+        jobs = [job | extra | {"profile": bool(args.profile)} for job in self.suite.jobs()]
+        self.jobs = [job for job in jobs if devices is None or job["processes"] <= devices]
+        over = dict.fromkeys(f"{job['launch']} x {job['processes']}" for job in jobs if job not in self.jobs)
         if over:
             print(f"left out, more processes than the {devices} devices here: {', '.join(over)}")
-        if not launches:
-            raise ValueError(f"launch: got {', '.join(over)}; must be at most {devices} processes")
-        self.suite, self.complete = replace(args.chosen, launches=tuple(launches)), not over
-        ranks = max(processes for _, _, processes in args.chosen.about["places"])  # of the whole suite
-        subject, suffix = "profile" if args.profile else "train", f"-x{ranks}" if ranks > 1 else ""
-        path = common.output_folder(args) / f"{subject}-{args.chosen.about['name']}-{name}{suffix}.json"
-        run, about = common.provenance(about_device, args.commit), {"suite": args.chosen.about}
-        self.results = common.ResultFile(path, rows.KEYS, run, about)
+        self.complete = not over
         anew = args.again or args.smoke or args.profile
         known = {} if anew else {rows.key_of(row): row for row in self.results.rows}
-        extra = {"device": "cpu" if args.smoke else "cuda", "profile": bool(args.profile)}
-        self.jobs = [job | extra for job in self.suite.jobs()]
         self.rounds = {
             key: rows.kept_rounds(job, known.get(key), run, args.keep_old)
             for key, job in ((rows.key_of(job), job) for job in self.jobs)
         }
-        total = len(self.jobs)
-        self.jobs = [job for job in self.jobs if not self.is_done(job)]
         self.seconds: dict[tuple, float] = {}  # that the last run at a place took
         self.end = time.monotonic() + (24 * 3600 if args.device_budget is None else args.device_budget)
-        if len(self.jobs) < total:
-            print(f"{total - len(self.jobs)} of {total} rounds are in {path} (--again repeats them)")
+        if done := sum(map(self.is_done, self.jobs)):
+            print(f"{done} of {len(self.jobs)} rounds are in {path} (--again repeats them)")
 
     def is_done(self, job: dict) -> bool:
         """Whether there is a round for ``job``, or a further one would be the same: out of memory, absent."""
@@ -204,28 +196,30 @@ class Run:
 
     def about(self) -> dict:
         """The part of ``suite.about`` that this run is about."""
-        return self.suite.about | {"places": self.suite.places(), "arms": list(self.suite.arms)}
+        places = [list(place) for place in dict.fromkeys(rows.place_of(job) for job in self.jobs)]
+        return self.suite.about | {"places": places, "arms": list(self.suite.arms)}
 
     def work(self) -> None:
         """Run the jobs, as far as the budget allows."""
-        progress = common.Progress(len(self.jobs))
-        for job in self.jobs:
+        left = [job for job in self.jobs if not self.is_done(job)]
+        progress = common.Progress(len(left))
+        for job in left:
             ranks, place = f" x {job['processes']}" if job["processes"] > 1 else "", rows.place_of(job)
             title = f"{job['point']}, {job['launch']}{ranks}, {job['arm']}, round {job['round'] + 1}"
+            expected = self.seconds.get(place, max(self.seconds.values(), default=0))
             if self.is_done(job):
                 progress.step(f"{title}: skipped")
-                continue
-            if missing := missing_packages(job):
-                round_ = {"status": "absent", "note": f"{', '.join(missing)} not installed"}
-            elif time.monotonic() + self.seconds.get(place, max(self.seconds.values(), default=0)) > self.end:
+            elif time.monotonic() + expected > self.end:
                 self.complete = False
                 progress.step(f"{title}: device budget spent")
-                continue
             else:
-                round_ = launch(job, self.args.timeout)
-                self.seconds[place] = round_["seconds"]
-            self.record(job, round_)
-            progress.step(f"{title}: {rows.describe(round_)}")
+                missing = missing_packages(job)
+                round_ = {"status": "absent", "note": f"{', '.join(missing)} not installed"}
+                if not missing:
+                    round_ = launch(job, self.args.timeout)
+                    self.seconds[place] = round_["seconds"]
+                self.record(job, round_)
+                progress.step(f"{title}: {rows.describe(round_)}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -234,7 +228,7 @@ def main(argv: list[str] | None = None) -> int:
     workers.end_on_signals()
     try:
         run = Run(args, hello("cpu" if args.smoke else "cuda"))
-    except (RuntimeError, ValueError) as error:
+    except RuntimeError as error:
         print(f"liger-trainer bench train: error: {error}", file=sys.stderr)
         return 1
     run.work()

@@ -19,7 +19,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from benchmarks.measure import describe_device, release_memory
+from benchmarks.op_worker import describe_device, release_memory
 from benchmarks.peers import PEERS
 from benchmarks.workers import emit
 from liger_trainer.training.failures import is_out_of_memory

@@ -33,7 +33,7 @@ OPS = set(cases.MEASURED)
 
 def smoke_rows(arm):
     """The rows of one arm's worker over the smoke shapes; runs in this process."""
-    job = {"arm": arm, "shapes": SMOKE, "modes": ["full"], "device": "cpu"}
+    job = {"arm": arm, "shapes": SMOKE, "host": False, "device": "cpu"}
     messages = list(op_worker.messages(job))
     assert [m["kind"] for m in messages] == ["hello"] + ["row"] * len(SMOKE)
     return messages[1:]
@@ -141,7 +141,7 @@ def test_kernels_script(tmp_path):
 
 
 def test_a_spent_budget_drops_shapes_and_a_dead_worker_is_recorded():
-    job = {"arm": "torch", "shapes": SMOKE[:2], "modes": ["full"], "device": "cpu"}
+    job = {"arm": "torch", "shapes": SMOKE[:2], "host": False, "device": "cpu"}
     assert [m for m in kernels.measure_arm(job, 0) if m["kind"] == "row"] == []
     rows = list(kernels.measure_arm(job | {"device": "no_such_device"}, 60))
     assert [r["status"] for r in rows if r["kind"] == "row"] == ["error", "error"]
