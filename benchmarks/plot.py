@@ -3,8 +3,8 @@
     liger-trainer plot
     liger-trainer plot --update README.md docs/paper.md docs/models.md
 
-``--update`` replaces the text between ``<!-- table:NAME -->`` and ``<!-- /table -->`` in the given files; ``--list``
-prints the names of all tables.
+``--update`` replaces the text between ``<!-- table:NAME -->`` and ``<!-- /table -->`` in the given files. The headings
+in the Markdown files beside the results are names of tables.
 """
 
 import argparse
@@ -275,7 +275,6 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--results", type=Path, default=common.RESULTS, help="folder of the result files")
     parser.add_argument("--update", type=Path, nargs="*", default=[], metavar="FILE", help="files with markers")
-    parser.add_argument("--list", action="store_true", help="print the names of the tables and do nothing else")
     args = parser.parse_args(argv)
     files = sorted([*args.results.glob("kernels-*.json"), *args.results.glob("train-*.json")])
     if not files:
@@ -293,8 +292,6 @@ def main(argv: list[str] | None = None) -> int:
             own = kernel_tables(stem, data)
         own = {name: f"{text}\n\n{provenance_line(data)}\n" for name, text in own.items() if text}
         made |= own
-        if args.list:
-            continue
         sections = [f"## {name}\n\n{text}" for name, text in own.items() if not name.endswith(SETS)]
         file.with_suffix(".md").write_text(f"# {stem}\n\n" + "\n".join(sections))
         plot = plot_train if stem.startswith("train") else plot_kernels
@@ -302,16 +299,12 @@ def main(argv: list[str] | None = None) -> int:
     for file in sorted(args.results.glob("linear-ce-curve-*.json")):
         data = json.loads(file.read_text())
         made[file.stem] = f"{tables.curve_text(data)}\n\n{data['device']}; commit {data['run']['commit']}\n"
-        if not args.list:
-            plot_curve(data, file.with_suffix(".png"))
-            written.append(file.with_suffix(".png"))
+        plot_curve(data, file.with_suffix(".png"))
+        written.append(file.with_suffix(".png"))
     for file in args.results.glob("models*.json"):
         data = json.loads(file.read_text())
         made[file.stem] = f"{models.make_table(data['results'])}\n{provenance_line(data)}\n"
         made[f"{file.stem}-summary"] = f"{models.summary(data['results'])}\n"
-    if args.list:
-        print("\n".join(made))
-        return 0
     for path in args.update:
         update(path, made)
     print("\n".join(str(path) for path in [*written, *args.update]))

@@ -112,98 +112,85 @@ def load(path: Path, smoke: bool = False) -> Suite:
     """
     if not path.is_file():
         known = sorted(file.stem for file in SUITES.glob("*.yaml"))
-        if str(path.with_suffix("")) not in known:
-            raise ValueError(f"suite: got {str(path)!r}; must be a file, or one of {', '.join(known)}")
+        _require(str(path.with_suffix("")) in known, "suite", str(path), f"a file, or one of {', '.join(known)}")
         path = SUITES / f"{path.stem}.yaml"
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
     _check_keys(content, KEYS, str(path), REQUIRED)
     _check_keys(content["x"], ("key", "label"), f"{path}: x", ("key", "label"))
     _check_keys(content.setdefault("smoke", {}), ("overrides", "model", "vary"), f"{path}: smoke")
-    rounds = 1 if smoke else content.get("rounds", ROUNDS)
-    _check_counts({"rounds": rounds}, str(path))
     _check_keys(dict.fromkeys(content["arms"]), TRAIN_ARMS, f"{path}: arms")
-    environment = content.get("environment") or {}
-    if not isinstance(environment, dict):
-        raise ValueError(f"{path}: environment: got {environment!r}; must be a mapping of names to values")
+    rounds, environment = 1 if smoke else content.get("rounds", ROUNDS), content.get("environment") or {}
+    _check_counts({"rounds": rounds}, str(path))
+    _require(isinstance(environment, dict), f"{path}: environment", environment, "a mapping of names to values")
     points = [point for entry in content["points"] for point in _points(entry, content, smoke, f"{path}: points")]
     if smoke:  # ``vary`` there makes the same points of all entries of one name
         points = list({point["point"]: point for point in points}.values())
-    launches = [_launch(entry, f"{path}: launch") for entry in content["launch"]]
+    launches = []
+    for entry in content["launch"]:
+        _check_keys(entry, LAUNCH, f"{path}: launch", LAUNCH)
+        name, file, processes = (entry[key] for key in LAUNCH)
+        _require((ROOT / file).is_file(), f"{path}: launch: {name}: config_file", file, "a file of the checkout")
+        _check_counts({"num_processes": processes}, f"{path}: launch: {name}")
+        launches.append({"launch": name, "config_file": file, "processes": processes})
     about = {"name": path.stem, **{key: content[key] for key in ("title", "figure", "x", "arms")}}
     variables = {name: str(value) for name, value in environment.items()}
     suite = Suite(about, tuple(points), tuple(launches), tuple(content["arms"]), rounds, variables)
     about["places"] = suite.places()
-    names = [tuple(place) for place in suite.places()]
-    if twice := {name for name in names if names.count(name) > 1}:
-        raise ValueError(f"{path}: got {twice} twice; must be unique, or the rows would replace each other")
+    for place in about["places"]:
+        _require(about["places"].count(place) == 1, str(path), place, "unique, or rows replace each other")
     return suite
+
+
+def _require(condition: bool, where: str, got: Any, allowed: str) -> None:
+    if not condition:
+        raise ValueError(f"{where}: got {got!r}; must be {allowed}")
 
 
 def _check_counts(counts: dict[str, Any], where: str) -> None:
     for key, value in counts.items():
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{where}: {key}: got {value!r}; must be an integer of at least 1")
+        _require(isinstance(value, int) and value >= 1, f"{where}: {key}", value, "an integer of at least 1")
 
 
 def _check_keys(mapping: Any, allowed: Iterable[str], where: str, required: Iterable[str] = ()) -> None:
-    if not isinstance(mapping, dict):
-        raise ValueError(f"{where}: got {mapping!r}; must be a mapping of {', '.join(allowed)}")
+    _require(isinstance(mapping, dict), where, mapping, f"a mapping of {', '.join(allowed)}")
     for key in mapping:
-        if key not in allowed:
-            raise ValueError(f"{where}: got key {key!r}{nearest(str(key), allowed)}; must be of {', '.join(allowed)}")
+        _require(key in allowed, where, key, f"of {', '.join(allowed)}{nearest(str(key), allowed)}")
     for key in required:
-        if mapping.get(key) is None:
-            raise ValueError(f"{where}: {key} is missing")
-
-
-def _check_file(name: str, where: str) -> None:
-    if not (ROOT / name).is_file():
-        raise ValueError(f"{where}: got {name!r}; must be a file of the checkout")
-
-
-def _launch(entry: dict, where: str) -> dict:
-    _check_keys(entry, LAUNCH, where, LAUNCH)
-    _check_file(entry["config_file"], f"{where}: {entry['name']}: config_file")
-    _check_counts({"num_processes": entry["num_processes"]}, f"{where}: {entry['name']}")
-    return {"launch": entry["name"], "config_file": entry["config_file"], "processes": entry["num_processes"]}
+        _require(mapping.get(key) is not None, f"{where}: {key}", None, "given")
 
 
 def _points(entry: dict, content: dict, smoke: bool, where: str) -> list[dict]:
     """The points of one entry: one, or one for each value of ``vary``."""
     _check_keys(entry, ("name", "recipe", "overrides", "vary", *TIMES), where, ("name", "recipe"))
-    where = f"{where}: {entry['name']!r}"
+    name, recipe, where = entry["name"], entry["recipe"], f"{where}: {entry['name']!r}"
     times = SMOKE_TIMES if smoke else {key: entry.get(key, content.get(key, TIMES[key])) for key in TIMES}
     _check_counts(times, where)
-    if times["steps"] % times["window"] or times["warmup"] % times["window"]:
-        raise ValueError(f"{where}: got {times}; warmup and steps must be multiples of window")
-    if "," in entry["name"]:
-        raise ValueError(f"{where}: name: got {entry['name']!r}; must have no comma, which --points splits at")
-    _check_file(entry["recipe"], f"{where}: recipe")
+    divides = times["steps"] % times["window"] == 0 == times["warmup"] % times["window"]
+    _require(divides, where, times, "such that warmup and steps are multiples of window")
+    _require("," not in name, f"{where}: name", name, "without a comma, which --points splits at")
+    _require((ROOT / recipe).is_file(), f"{where}: recipe", recipe, "a file of the checkout")
     settings = content["smoke"] if smoke else {}
     overrides = {**(content.get("overrides") or {}), **(entry.get("overrides") or {})}
     if smoke:
-        tiny = _shrunk_model(entry["recipe"], overrides, settings.get("model") or {}, where)
+        tiny = _shrunk_model(recipe, overrides, settings.get("model") or {}, where)
         overrides = {**overrides, **SMOKE_OVERRIDES, **(settings.get("overrides") or {}), "model_config": tiny}
     vary = dict(entry.get("vary") or {})
-    if len(vary) > 1:
-        raise ValueError(f"{where}: vary: got {', '.join(vary)}; must be one key")
+    _require(len(vary) < 2, f"{where}: vary", list(vary), "one key")
     key, made = content["x"]["key"], []
     for varied, values in vary.items():
         label = content["x"]["label"] if varied == key else varied
         for value in (settings.get("vary") or {}).get(varied, values):
-            made.append((f"{entry['name']} at {label} {value}", {**overrides, varied: value}))
-    made = made or [(entry["name"], overrides)]
+            made.append((f"{name} at {label} {value}", {**overrides, varied: value}))
+    made = made or [(name, overrides)]
     for _, chosen in made:
-        if key not in chosen and key not in NOT_OVERRIDES:
-            raise ValueError(f"{where}: x: got {key!r}; must be a key of its overrides or vary: {', '.join(chosen)}")
-    shared = {"group": entry["name"], "recipe": entry["recipe"], **times}
-    return [{"point": name, **shared, "overrides": chosen, "x": chosen.get(key)} for name, chosen in made]
+        _require(key in (*chosen, *NOT_OVERRIDES), f"{where}: x", key, f"of its overrides or vary: {', '.join(chosen)}")
+    shared = {"group": name, "recipe": recipe, **times}
+    return [{"point": point, **shared, "overrides": chosen, "x": chosen.get(key)} for point, chosen in made]
 
 
 def _shrunk_model(recipe: str, overrides: dict, model: dict, where: str) -> dict:
     """The recipe's own ``model_config``, of its own model type, with few and small layers."""
     config = overrides.get("model_config") or yaml.safe_load((ROOT / recipe).read_text()).get("model_config")
-    if config is None:
-        raise ValueError(f"{where}: model_config: got none; --smoke needs one in {recipe} or in the overrides")
+    _require(config is not None, f"{where}: model_config", config, f"in {recipe} or in the overrides for --smoke")
     sizes = {key: size for key, size in SMOKE_MODEL.items() if key in config or key.endswith("_token_id")}
     return {**config, **sizes, **model}
