@@ -109,7 +109,7 @@ def linear_cross_entropy(
         ignore_index, label_smoothing, z_loss, softcap, logit_scale, token_weights, reduction, num_items: those of
             ``cross_entropy``.
         return_stats: also return detached per-token ``TokenStats``.
-        **memory: the fields of ``linear_loss.options.MemoryOptions``: ``logits_budget_mib`` and ``low_memory``.
+        **memory: the fields of ``linear_loss.options.MemoryOptions``, such as ``low_memory``.
 
     Returns:
         The loss in fp32, or ``(loss, stats)`` with ``return_stats``.

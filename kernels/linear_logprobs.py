@@ -136,7 +136,7 @@ def linear_logprobs(
         temperature: divides the transformed logits.
         speculation: if active, forward also computes the gradients of the mean log-probability, and backward uses them
             if they turn out to be the right ones.
-        **memory: the fields of ``linear_loss.options.MemoryOptions``: ``logits_budget_mib`` and ``low_memory``.
+        **memory: the fields of ``linear_loss.options.MemoryOptions``, such as ``low_memory``.
 
     Returns:
         Fields of the labels' shape, 0 where the label is ``ignore_index``; ``log_probs`` and ``entropy`` are

@@ -9,11 +9,22 @@ from liger_trainer.kernels.linear_cross_entropy import linear_cross_entropy
 from liger_trainer.kernels.linear_logprobs import Speculation, linear_logprobs
 from liger_trainer.kernels.linear_loss import token_chunks
 from liger_trainer.kernels.linear_loss.gradients import WeightSum
-from liger_trainer.kernels.linear_loss.options import NO_STATS, HeadOptions, LogitTransform, MemoryOptions
+from liger_trainer.kernels.linear_loss.options import (
+    MEMORY_FIELDS,
+    NO_STATS,
+    HeadOptions,
+    LogitTransform,
+    MemoryKeywords,
+    MemoryOptions,
+)
 from liger_trainer.kernels.linear_loss.token_chunks import TokenChunks, ValidRows, rows_per_chunk
 from liger_trainer.kernels.linear_loss.vocab_chunks import columns_per_chunk
 from linear_inputs import DEVICE, budget, make_inputs, run
 from numerics import as_dtype
+
+
+def test_memory_options_and_their_keywords_agree():
+    assert MemoryKeywords.__annotations__ == MEMORY_FIELDS
 
 
 @pytest.mark.parametrize(
