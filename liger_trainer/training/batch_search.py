@@ -1,12 +1,12 @@
-"""The search for the largest batch that fits: doubling and bisection, cut short by what memory has shown so far."""
+"""The search for the largest batch that fits: doubling and bisection, shortened by the memory seen so far."""
 
 from collections.abc import Callable
 from math import ceil
 
-# Of the memory that was free: the rest is for blocks that the allocator cannot use and for what is not PyTorch's.
+# Share of the free memory that counts. The rest is for fragmentation and for memory outside PyTorch.
 USABLE = 0.98
-# Times the largest that fits. Where memory has hardly grown, as the peak was in the optimizer's step, the line through
-# two peaks reaches too far.
+# An expected batch is at most this many times the largest that fits. While the peak lies in the optimizer's step,
+# memory hardly grows with the batch, and a line through two peaks would reach too far.
 FARTHEST = 8
 
 
@@ -17,16 +17,17 @@ def search(
     resolution: float = 0.0,
     expected: Callable[[], int | None] = lambda: None,
 ) -> int:
-    """The largest number from 1 to ``limit`` that fits, or 0, assuming that whatever is smaller fits, too.
+    """The largest number from 1 to ``limit`` that fits, or 0. Anything smaller than a number that fits must fit too.
 
     Args:
         fits: whether a number fits; called once for each number that is tried.
-        start: the first to try. It is doubled until one does not fit, or halved until one does; bisection follows.
-        limit: the largest to try.
+        start: the first number to try. It is doubled until one does not fit, or halved until one fits. Bisection
+            follows.
+        limit: the largest number to try.
         resolution: how much larger, as a share of the result, a number that would still fit may be.
-        expected: what the result should be by the numbers tried so far, or None; asked after one that fits, and tried
-            next in place of the doubled one or the middle. Where it is wrong it costs trials, but the result is as
-            good.
+        expected: the result to expect from the numbers tried so far, or None. It is asked after each number that fits,
+            and tried next instead of the doubled number or the midpoint. A wrong guess costs trials but does not
+            change the quality of the result.
     """
     good, bad = 0, limit + 1
     size = min(start, limit)
@@ -44,7 +45,7 @@ def search(
             farthest = limit
             if bad <= limit:  # the smallest that can fit and end the search
                 farthest = min(max(ceil(bad / (1 + resolution)), good + 1), bad - 1)
-            if guess < nearest:  # more fits than expected: ever longer strides
+            if guess < nearest:  # more fits than expected, so stride ever further
                 stride *= 2
             size = min(max(guess, nearest), farthest)
         elif bad > limit:
@@ -54,15 +55,15 @@ def search(
 
 
 def expected_batch(peaks: dict[int, float], free: float) -> int | None:
-    """The largest batch by the straight line through the peaks of two: activations and logits grow with the rows.
+    """The largest batch by a straight line through two peaks, as activations and logits grow linearly with the rows.
 
     Args:
         peaks: GiB allocated at the peak, for each batch that fits.
-        free: GiB of the device before the first allocation.
+        free: GiB free on the device before the first allocation.
 
     Returns:
-        None without a batch of at most half the largest (noise would decide between neighbours), or where memory has
-        not grown between the two. At most ``FARTHEST`` times the largest that fits.
+        At most ``FARTHEST`` times the largest batch that fits. None if no batch is at most half as large (between
+        neighbours, noise would decide), or if memory did not grow between the two.
     """
     largest = max(peaks, default=0)
     smaller = max((batch for batch in peaks if 2 * batch <= largest), default=None)

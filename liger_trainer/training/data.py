@@ -1,4 +1,4 @@
-"""Training data: an instruction corpus built from docstrings, dataset loading, a BPE tokenizer, prompt masking."""
+"""Training data: a corpus of instructions from docstrings, dataset loading, a BPE tokenizer, prompt masking."""
 
 import ast
 import sys
@@ -6,17 +6,20 @@ import sysconfig
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+from datasets import Dataset, ReadInstruction, load_dataset
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerFast
 
-from .errors import RecipeError
+from ..head.fused_head import IGNORE_INDEX
+from .recipe import READERS, RecipeError, require
 
-EMBEDDED = "embedded"
-READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-# The standard library is always there; the others add pairs where they are installed.
+# Beside the standard library, packages that add pairs if they are installed.
 PACKAGES = ("numpy", "pandas", "torch", "datasets", "accelerate", "trl", "transformers")
 FILES_PER_PACKAGE = 200  # bounds the scan to a few seconds
-ANSWER_LENGTH = range(30, 401)  # characters; the rest is stubs ("See base class.") or essays
+ANSWER_LENGTH = range(30, 401)  # characters; anything else is a stub ("See base class.") or an essay
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "{% if message['role'] == 'user' %}{{ '<|user|>' + message['content'] }}"
@@ -28,11 +31,11 @@ TEMPLATE = (
 def embedded_pairs(show_progress: bool = False) -> list[dict[str, str]]:
     """Instruction pairs from the docstrings of the standard library and of installed packages.
 
-    Source files are parsed, not imported, in sorted order: the same installation gives the same list. An answer is the
-    first paragraph of a docstring, on one line; an answer seen before is left out.
+    Source files are parsed, not imported, in sorted order, so the same installation gives the same list. An answer is
+    the first paragraph of a docstring on one line. Duplicate answers are dropped.
 
     Args:
-        show_progress: show a bar over the files.
+        show_progress: show a progress bar.
 
     Returns:
         ``{"prompt": "What does `json.dumps` do?", "completion": "Serialize ..."}``, thousands of them.
@@ -48,7 +51,7 @@ def embedded_pairs(show_progress: bool = False) -> list[dict[str, str]]:
 
 
 def _sources() -> Iterator[tuple[Path, str]]:
-    """Source files and the modules they define, leaving out private modules and tests."""
+    """Source files and the names of their modules, without private modules and tests."""
     site = Path(sysconfig.get_path("purelib"))
     stdlib = Path(sysconfig.get_path("stdlib"))
     roots = [stdlib / name for name in sorted(sys.stdlib_module_names)] + [site / name for name in PACKAGES]
@@ -69,10 +72,10 @@ def _sources() -> Iterator[tuple[Path, str]]:
 def _docstrings(path: Path, module: str) -> Iterator[tuple[str, str]]:
     """Qualified names and docstrings of the public functions, classes and methods of a source file."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # other people's invalid escapes
+        warnings.simplefilter("ignore")  # about invalid escapes in other people's code
         try:
             tree = ast.parse(path.read_bytes())
-        except (SyntaxError, ValueError):  # templates and samples of other Python versions
+        except (SyntaxError, ValueError):  # templates, and samples for other Python versions
             return
     todo = [(module, node) for node in tree.body]
     while todo:
@@ -85,55 +88,52 @@ def _docstrings(path: Path, module: str) -> Iterator[tuple[str, str]]:
                 todo += [(name, child) for child in node.body]
 
 
-def load(source: str, config: str | None = None, split: str = "train"):
-    """A ``datasets.Dataset`` from a hub name or a local file.
+def load(source: str, config: str | None = None, split: str = "train") -> Dataset:
+    """A dataset from the hub or a local file.
 
     Args:
-        source: a dataset's name on the hub, or the path of a ``.json``, ``.jsonl`` or ``.parquet`` file.
+        source: name of a dataset on the hub, or path of a ``.json``, ``.jsonl`` or ``.parquet`` file.
         config: name of the dataset's configuration.
         split: split or slice, such as ``train[:1%]``.
 
     Raises:
-        RecipeError: the file does not exist, or its format is not one of those above.
+        RecipeError: the file does not exist or has another format.
     """
-    from datasets import load_dataset
-
     path = Path(source)
     if path.suffix in READERS:
         if not path.is_file():
             raise RecipeError(f"dataset: no such file: {source!r}")
         return load_dataset(READERS[path.suffix], data_files=str(path), split=split)
-    if path.exists():
-        raise RecipeError(f"dataset: {source!r} is not one of the formats read: {', '.join(READERS)}")
+    require(not path.exists(), "dataset", source, f"a name on the hub, or a file of the formats {', '.join(READERS)}")
     return load_dataset(source, config, split=split)
 
 
-def in_memory(pairs: list[dict[str, str]], split: str):
-    """``pairs`` as a ``datasets.Dataset``, or a slice of it, such as ``train[:1000]`` or ``train[50%:]``.
+def in_memory(pairs: list[dict[str, str]], split: str) -> Dataset:
+    """``pairs`` as a dataset, or a slice of them, such as ``train[:1000]`` or ``train[50%:]``.
 
     Raises:
-        RecipeError: a split that is no slice of ``train``.
+        RecipeError: ``split`` is not a slice of ``train``.
     """
-    from datasets import Dataset, ReadInstruction
-
     try:
         (part,) = ReadInstruction.from_spec(split).to_absolute({"train": len(pairs)})
     except (ValueError, AssertionError) as error:
-        raise RecipeError(f"dataset_split: {split!r} is not `train` or one slice of it: {error}") from error
+        raise RecipeError(f"dataset_split: got {split!r}; must be 'train' or a slice of it: {error}") from error
     return Dataset.from_list(pairs[part.from_ : part.to])
 
 
-def select_columns(dataset, text_column: str | None, prompt_column: str | None, completion_column: str | None):
-    """``dataset`` with ``prompt`` and ``completion``, or ``text``, or ``messages`` as its only columns.
+def select_columns(
+    dataset: Dataset, text_column: str | None, prompt_column: str | None, completion_column: str | None
+) -> Dataset:
+    """``dataset`` with only the columns ``prompt`` and ``completion``, or ``text``, or ``messages``.
 
-    Columns not named are looked for under their standard names, in this order.
+    If no column is named, these standard names are tried in this order.
 
     Raises:
-        RecipeError: a named column that is not there, half a pair, both forms, or no form to be found.
+        RecipeError: a named column is missing, only one of a pair is named, both forms are, or no form is found.
     """
     if (prompt_column is None) != (completion_column is None):
         raise RecipeError(
-            f"prompt_column and completion_column go together, got {prompt_column!r} and {completion_column!r}"
+            f"prompt_column and completion_column go together; got {prompt_column!r} and {completion_column!r}"
         )
     if text_column is not None and prompt_column is not None:
         raise RecipeError(
@@ -159,32 +159,25 @@ def select_columns(dataset, text_column: str | None, prompt_column: str | None, 
     return dataset.rename_columns({old: new for old, new in names.items() if old != new})
 
 
-def texts(dataset) -> Iterator[str]:
+def texts(dataset: Dataset) -> Iterator[str]:
     """All text of a dataset of strings and messages."""
     for example in dataset:
-        for value in example.values():
+        for value in dict(example).values():
             yield from [value] if isinstance(value, str) else [message["content"] for message in value]
 
 
-def train_tokenizer(corpus: Iterator[str], vocab_size: int):
-    """A byte-level BPE tokenizer with begin, end, padding and chat tokens and a chat template.
+def train_tokenizer(corpus: Iterator[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer with begin, end, padding and chat tokens and a chat template.
 
     Args:
         corpus: texts to learn the merges from.
-        vocab_size: size of the vocabulary, special tokens included; a small corpus gives fewer.
-
-    Returns:
-        A ``PreTrainedTokenizerFast``.
+        vocab_size: maximum size of the vocabulary, special tokens included.
 
     Raises:
-        RecipeError: ``vocab_size`` below the 256 bytes and 5 special tokens.
+        RecipeError: ``vocab_size`` is less than the 256 bytes and 5 special tokens.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
     special = ["<|begin|>", "<|end|>", "<|pad|>", "<|user|>", "<|assistant|>"]
-    if vocab_size < 256 + len(special):
-        raise RecipeError(f"vocab_size must be at least {256 + len(special)}, got {vocab_size}")
+    require(vocab_size >= 256 + len(special), "vocab_size", vocab_size, f"at least {256 + len(special)}")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -206,11 +199,11 @@ def train_tokenizer(corpus: Iterator[str], vocab_size: int):
     )
 
 
-def split_at(example: dict, marker: str) -> dict[str, str]:
-    """``text`` as a prompt, up to and with the first ``marker``, and the answer after it.
+def split_at(example: dict[str, str], marker: str) -> dict[str, str]:
+    """Split ``text`` after the first ``marker`` into a prompt and an answer.
 
     Raises:
-        RecipeError: a text without ``marker``.
+        RecipeError: the text lacks ``marker``.
     """
     before, found, after = example["text"].partition(marker)
     if not found:
@@ -218,27 +211,27 @@ def split_at(example: dict, marker: str) -> dict[str, str]:
     return {"prompt": before + found, "completion": after}
 
 
-def as_messages(example: dict) -> dict:
-    """A string pair as the conversational one that chat templates and TRL take."""
+def as_messages(example: dict[str, str]) -> dict[str, list[dict[str, str]]]:
+    """A pair of strings in the conversational form that chat templates and TRL take."""
     return {
         "prompt": [{"role": "user", "content": example["prompt"]}],
         "completion": [{"role": "assistant", "content": example["completion"]}],
     }
 
 
-def encode(example: dict, tokenizer, max_length: int) -> dict[str, list[int]]:
+def encode(example: dict[str, Any], tokenizer: Any, max_length: int) -> dict[str, list[int]]:
     """Token ids and labels of one example, cut to ``max_length``.
 
     Args:
         example: ``prompt`` and ``completion``, both strings or both lists of messages, or ``text``.
-        tokenizer: one with a chat template if the pair is of messages.
-        max_length: tokens kept.
+        tokenizer: must have a chat template if the pair consists of messages.
+        max_length: maximum number of tokens.
 
     Returns:
-        ``input_ids``, ``attention_mask`` and ``labels``; the prompt's labels are -100, so the loss is the answer's.
+        ``input_ids``, ``attention_mask`` and ``labels``. The prompt's labels are -100, so only the answer has loss.
 
     Raises:
-        RecipeError: the example is one of ``messages``; the chat template gives the prompt alone other tokens than the
+        RecipeError: the example has ``messages``, or the chat template renders the prompt alone differently from the
             prompt before its answer.
     """
     if "messages" in example:
@@ -262,5 +255,5 @@ def encode(example: dict, tokenizer, max_length: int) -> dict[str, list[int]]:
     return {
         "input_ids": ids,
         "attention_mask": [1] * len(ids),
-        "labels": [-100] * min(start, len(ids)) + ids[start:],
+        "labels": [IGNORE_INDEX] * min(start, len(ids)) + ids[start:],
     }

@@ -1,7 +1,7 @@
 """A run that fails ends at once and with one message, however many processes it has.
 
-Without this, each process would print its own traceback, and those that wait in a collective for one that is gone
-would hang until a timeout. Users' side: docs/troubleshooting.md.
+Otherwise each process would print its own traceback, and processes that wait in a collective for one that is gone
+would hang until a timeout. For users: docs/troubleshooting.md.
 """
 
 import json
@@ -13,34 +13,37 @@ import sys
 import threading
 import time
 import traceback
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from types import TracebackType
 
 import torch
 from transformers import Trainer, TrainingArguments
 
 from ..config import LigerConfig
 from .checkpoints import find_checkpoints
-from .errors import RecipeError
+from .recipe import RecipeError
+from .throughput import GIB
 
-# Exit statuses, in docs/troubleshooting.md as well. A process that a signal ends has 128 + its number, as in a shell.
+# Exit statuses, also listed in docs/troubleshooting.md.
+SUCCESS = 0
 ERROR = 1
 WRONG_RECIPE = 2
 OUT_OF_MEMORY = 12  # ENOMEM
-INTERRUPTED = 128 + signal.SIGINT
+INTERRUPTED = 128 + signal.SIGINT  # as in a shell
 STOPPED = 128 + signal.SIGTERM
 
-# How long a process whose collective failed waits to be told by the launcher that another process is the cause.
+# Seconds that a process whose collective failed waits for SIGTERM: mostly another process is the cause.
 LAUNCHER_SECONDS = 10
-GIB = 2**30
 
 
 class MainProcessError(Exception):
-    """The main process failed, and says why itself: raised in the others, which waited for it."""
+    """Raised in the processes that waited for the main process when that failed; it reports the cause itself."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, of a GPU or of the host: PyTorch has no single exception for it."""
+    """Whether the GPU or the host ran out of memory: PyTorch has no single exception for this."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     signs = ("out of memory", "can't allocate memory", "not enough memory", "_STATUS_ALLOC_FAILED")
@@ -48,22 +51,34 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def is_lost_peer(error: BaseException) -> bool:
-    """Whether another process of the run has failed, or a collective has, which mostly means the same."""
+    """Whether another process of the run failed, or a collective did, which usually means the same."""
     if isinstance(error, torch.distributed.DistError | MainProcessError):
         return True
     return isinstance(error, RuntimeError) and "gloo" in str(error)
 
 
-class FailureGuard:
-    """Context of a run: an exception inside of it, or SIGTERM to a launched process, ends the process with a message.
+def exit_status(error: BaseException) -> int:
+    """The status with which a process ends after ``error``."""
+    if isinstance(error, RecipeError):
+        return WRONG_RECIPE
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED
+    return OUT_OF_MEMORY if is_out_of_memory(error) else ERROR
 
-    That is a ``RecipeError``'s own, or says what happened where and how to go on. In a run of several processes, one
-    process of a machine prints: the first to fail. It exits without waiting for others or taking down the process
-    group, the launcher then ends the rest. ``KeyboardInterrupt`` and ``SystemExit`` pass through in a run of one
-    process.
+
+class FailureGuard:
+    """Context of a run: an exception inside it, or SIGTERM to a launched process, ends the process with a message.
+
+    The message is that of a ``RecipeError``, or says what happened where and how to resume. In a run of several
+    processes, the first process of a machine to fail prints it. That process exits without waiting for others and
+    without tearing down the process group; the launcher then ends the rest. In a run of one process,
+    ``KeyboardInterrupt`` and ``SystemExit`` pass through.
+
+    torch's ``record`` decorator is not enough: it reports exceptions alone, from every process, and leaves the exit to
+    Python, whose teardown may hang. Only its error file is used, through which the launcher shows the cause.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
         self.trainer: Trainer | None = None
         self.args: TrainingArguments | None = None
@@ -72,54 +87,67 @@ class FailureGuard:
     def __enter__(self) -> "FailureGuard":
         return self
 
-    def watch(self, args: TrainingArguments):
-        """Tell of ``args``' checkpoints from now on and, in a launched process, answer SIGTERM with a message."""
+    def watch(self, args: TrainingArguments) -> None:
+        """Report the checkpoints of ``args`` from now on and, in a launched process, answer SIGTERM with a message."""
         self.args = args
         if self.launched and not args.enable_jit_checkpoint:  # which saves on SIGTERM by itself
-            _on_sigterm(self._stopped)
+            _on_sigterm(lambda: self._end(STOPPED))
 
-    def __exit__(self, kind, error, trace):
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if error is None or isinstance(error, SystemExit):
             return
         if isinstance(error, KeyboardInterrupt) and not self.launched:
             return
-        with self._certain_end(ERROR):
-            self._fail(error)
+        if self.launched and is_lost_peer(error) and not is_out_of_memory(error):
+            time.sleep(LAUNCHER_SECONDS)  # meanwhile SIGTERM ends the process, with the better message
+        self._end(exit_status(error), error)
 
-    def _fail(self, error: BaseException):
-        if isinstance(error, RecipeError):
-            self._end(f"liger-trainer: error: {error}", [], WRONG_RECIPE)
-        if isinstance(error, KeyboardInterrupt):
-            self._end(self._headline("interrupted"), self._checkpoint_lines(), INTERRUPTED)
-        if is_out_of_memory(error):
-            lines = [*out_of_memory_lines(error, self.args), *self._checkpoint_lines()]
-            self._end(self._headline("out of memory"), lines, OUT_OF_MEMORY)
-        if self.launched and is_lost_peer(error):
-            time.sleep(LAUNCHER_SECONDS)  # SIGTERM ends the process meanwhile, and its message is the better one
-        print_first = "".join(traceback.format_exception(error))
-        self._end(self._headline(f"stopped by {type(error).__name__}"), self._checkpoint_lines(), ERROR, print_first)
-
-    @contextmanager
-    def _certain_end(self, status: int):
-        """In a launched process: exit inside of it, or with ``status`` and a traceback if the message fails itself."""
+    def _end(self, status: int, error: BaseException | None = None) -> None:
+        """Print the message, unless another process of this machine has printed one, and exit."""
+        if not self.launched:
+            print(self._report(status, error)[1], file=sys.stderr)
+            sys.exit(status)
+        # The main thread and the one that answers SIGTERM may both get here. The first ends the process.
+        self._ending.acquire()
         try:
-            yield
+            if not _claim():
+                return
+            headline, message = self._report(status, error)
+            with suppress(OSError, ValueError):  # a closed pipe
+                sys.stdout.flush()
+            try:
+                print(message, file=sys.stderr, flush=True)
+            finally:
+                if status != STOPPED:  # then the launcher knows the cause better
+                    _tell_launcher(headline)
         except Exception:
-            if not self.launched:
-                raise
-            with suppress(Exception):  # stderr may be what has failed
+            with suppress(Exception):  # stderr may be what failed
                 traceback.print_exc()
         finally:
-            if self.launched:
-                os._exit(status)
+            # Not sys.exit: the teardown of Python and NCCL may wait for processes that are gone.
+            os._exit(status)
 
-    def _stopped(self):
-        reason = (
-            "the launcher ended this process (SIGTERM): another process of the run was killed or has failed, or the "
-            "job was cancelled; the launcher names the process that ended first"
-        )
-        with self._certain_end(STOPPED):
-            self._end(self._headline("stopped"), [reason, *self._checkpoint_lines()], STOPPED)
+    def _report(self, status: int, error: BaseException | None) -> tuple[str, str]:
+        """The first line of the message, and all of it: what happened, where, what helps and how to resume."""
+        trace, lines = "", []
+        if status == WRONG_RECIPE:
+            headline = f"liger-trainer: error: {error}"
+        elif status == OUT_OF_MEMORY and error is not None:
+            headline, lines = self._headline("out of memory"), out_of_memory_lines(error, self.args)
+        elif status == STOPPED:
+            headline = self._headline("stopped")
+            lines = [
+                "the launcher ended this process (SIGTERM): another process of the run was killed or has failed, or "
+                "the job was cancelled; the launcher names the process that ended first"
+            ]
+        elif status == INTERRUPTED:
+            headline = self._headline("interrupted")
+        else:
+            headline = self._headline(f"stopped by {type(error).__name__}")
+            trace = "".join(traceback.format_exception(error))
+        if status != WRONG_RECIPE:
+            lines += self._checkpoint_lines()
+        return headline, trace + "\n  ".join([headline, *lines])
 
     def _headline(self, what: str) -> str:
         text = f"liger-trainer: {what}"
@@ -138,35 +166,15 @@ class FailureGuard:
             return [f"the checkpoints cannot be read: {error}"]
         if found.last is None:
             note = f" (not complete: {', '.join(path.name for path in found.incomplete)})" if found.incomplete else ""
-            return [f"no complete checkpoint in {self.args.output_dir}{note}: the next run starts anew"]
+            return [f"no complete checkpoint in {self.args.output_dir}{note}: the next run starts from scratch"]
         return [
             f"last complete checkpoint: {found.last}",
-            f"to go on from it, add: --resume_from_checkpoint {shlex.quote(str(found.last))}",
+            f"to resume from it, add: --resume_from_checkpoint {shlex.quote(str(found.last))}",
         ]
-
-    def _end(self, headline: str, lines: list[str], status: int, print_first: str = ""):
-        """Print the message, unless another process of this machine has printed one, and exit."""
-        message = print_first + "\n  ".join([headline, *lines])
-        if not self.launched:
-            print(message, file=sys.stderr)
-            sys.exit(status)
-        # Of the main thread and the one that answers SIGTERM, the first ends the process: nobody gives the lock back.
-        self._ending.acquire()
-        # No sys.exit: the teardown of Python and NCCL may wait for processes that are gone.
-        with self._certain_end(status):
-            if not _claim():
-                return
-            with suppress(OSError, ValueError):  # a pipe that is closed
-                sys.stdout.flush()
-            try:
-                print(message, file=sys.stderr, flush=True)
-            finally:
-                if status != STOPPED:  # then the launcher knows the cause better
-                    _tell_launcher(headline)
 
 
 def out_of_memory_lines(error: BaseException, args: TrainingArguments | None) -> list[str]:
-    """Where memory ran out, how much was in use, and which settings that are not in use yet would need less."""
+    """Where memory ran out, how much was in use, and which settings not yet in use would need less."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     lines = [str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__]
     lines.append(f"in {frame.name}, {frame.filename}:{frame.lineno}")
@@ -193,8 +201,8 @@ def out_of_memory_lines(error: BaseException, args: TrainingArguments | None) ->
         advice.append("--activation_checkpointing true")
     if not getattr(args, "use_liger", False):
         advice.append("--use_liger true")
-    elif not (config := LigerConfig.parse(args.liger_config)).low_memory and config.fused_loss:
-        # The key replaces the recipe's as a whole, so what that says has to be said again.
+    elif not (config := LigerConfig.parse(getattr(args, "liger_config", None))).low_memory and config.fused_loss:
+        # The override replaces the recipe's liger_config as a whole, so it repeats the options set there.
         defaults = LigerConfig().to_dict()
         options = {name: value for name, value in config.to_dict().items() if value != defaults[name]}
         advice.append(f"--liger_config {shlex.quote(json.dumps({**options, 'low_memory': True}))}")
@@ -203,25 +211,24 @@ def out_of_memory_lines(error: BaseException, args: TrainingArguments | None) ->
 
 
 def _claim() -> bool:
-    """Whether this process is the first of its machine, in this start of the run, to have something to say.
+    """Whether this process is the first of its machine, in this start of the run, to print a message.
 
-    torch's launcher, which is accelerate's as well, gives the processes of one start neighbouring folders. Another
-    launcher does not, and every process prints its message.
+    torch's launcher, which accelerate uses too, gives the processes of one start neighbouring folders. Under another
+    launcher every process prints its message.
     """
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if not error_file:
-        return True
     try:
-        (Path(error_file).parents[1] / "liger_trainer_failure").touch(exist_ok=False)
+        if error_file:
+            (Path(error_file).parents[1] / "liger_trainer_failure").touch(exist_ok=False)
     except FileExistsError:
         return False
-    except OSError:  # no such folder: better twice than not at all
-        return True
+    except OSError:  # no such folder: better two messages than none
+        pass
     return True
 
 
-def _tell_launcher(headline: str):
-    """Let torch's launcher show ``headline`` as the cause in its summary."""
+def _tell_launcher(headline: str) -> None:
+    """Have torch's launcher show ``headline`` as the cause in its summary."""
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if error_file:
         extra = {"py_callstack": headline, "timestamp": str(int(time.time()))}
@@ -229,41 +236,36 @@ def _tell_launcher(headline: str):
         Path(error_file).write_text(content, encoding="utf-8")
 
 
-def _on_sigterm(act):
-    """Call ``act`` in a thread of its own as soon as SIGTERM comes.
+def _on_sigterm(act: Callable[[], object]) -> None:
+    """Call ``act`` in a thread of its own as soon as SIGTERM arrives.
 
-    A handler in Python runs when the main thread is back from C++, and one that waits in a collective or for the GPU
-    may never be. The interpreter's own handler writes the signal's number to a pipe at once, whatever that thread does.
+    A Python handler runs only once the main thread has returned from C++, which it may never do while it waits in a
+    collective or for the GPU. The interpreter's own handler writes the signal's number to a pipe at once.
     """
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
 
-    def tell(number, frame):  # without a handler in Python, the interpreter would write nothing
+    def tell(number: int, frame: object) -> None:  # without a Python handler the interpreter writes nothing
         with suppress(BlockingIOError):  # the pipe is full, so the thread has something to read
-            os.write(writer, bytes([number]))  # once more: the wakeup fd may have been replaced since (asyncio does so)
+            os.write(writer, bytes([number]))  # again, as asyncio for instance may have replaced the wakeup fd
 
     signal.signal(signal.SIGTERM, tell)
-    # The workers of a data loader are ended by SIGTERM: theirs must not be taken for this process's.
-    os.register_at_fork(before=_hold_sigterm, after_in_parent=_release_sigterm, after_in_child=_forget_sigterm)
 
-    def wait():
+    def wait() -> None:
         while os.read(reader, 1) != bytes([signal.SIGTERM]):
             pass
         act()
 
+    def forget() -> None:
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+
+    # Data loader workers are ended by SIGTERM. A forked one must not report that as the end of this process.
+    os.register_at_fork(
+        before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM}),
+        after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM}),
+        after_in_child=forget,
+    )
     threading.Thread(target=wait, name="liger_trainer-sigterm", daemon=True).start()
-
-
-def _hold_sigterm():
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-
-
-def _release_sigterm():
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
-
-
-def _forget_sigterm():
-    signal.set_wakeup_fd(-1)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    _release_sigterm()

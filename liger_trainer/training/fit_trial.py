@@ -1,29 +1,27 @@
-"""One process of a trial of ``fit``: trains a few steps and writes down how that went, as JSON."""
+"""One process of a trial of a batch size: trains a few steps and writes the result as JSON."""
 
 import json
 import os
 import sys
 import traceback
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 
-from . import fit
-from .errors import RecipeError
-from .failures import is_lost_peer, is_out_of_memory
-from .recipe import Recipe, parse_recipe
-from .synthetic import SYNTHETIC
+from .build import DEFAULT_VOCAB_SIZE, build_trainer
+from .failures import ERROR, OUT_OF_MEMORY, STOPPED, SUCCESS, WRONG_RECIPE, exit_status, is_lost_peer
+from .recipe import SYNTHETIC, Recipe, as_flags, parse_recipe
 from .throughput import GIB, peak_memory
-from .train import DEFAULT_VOCAB_SIZE, build_trainer
 
-STEPS = 3  # the first makes the optimizer's state, the others hold it beside activations and gradients
+STEPS = 3  # the first creates the optimizer's state; the others hold it together with activations and gradients
 
 
-def trial_recipe(job: dict) -> Recipe:
-    """The recipe for the trial: the same model and engine, few steps on long rows, nothing saved or evaluated.
+def trial_recipe(job: dict[str, Any]) -> Recipe:
+    """The recipe for the trial: the same model and engine, few steps on long rows, no saving or evaluation.
 
-    Unless the recipe's own rows are synthetic and full, every batch of two or more has padding, in the order of the
-    rows: with the attention's mask comes memory of its own, in transformers also for keys and values repeated for each
+    Unless the recipe's own rows are synthetic and full, every batch of two or more rows has padding, because rows keep
+    their order. An attention mask takes memory, and so do the keys and values that transformers then repeats for each
     query head.
 
     Raises:
@@ -31,19 +29,18 @@ def trial_recipe(job: dict) -> Recipe:
     """
     settings = {
         "per_device_train_batch_size": job["batch"],
-        # Gradients of earlier micro-batches are held beside the activations: a second one shows all there is to show.
+        # Gradients of earlier micro-batches are held beside the activations. A second one already shows that.
         "gradient_accumulation_steps": min(job["accumulation"], 2),
         "max_steps": STEPS,
         "output_dir": job["folder"],
         "train_sampling_strategy": "sequential",
-        **{"auto_find_batch_size": "false", "load_best_model_at_end": "false", "push_to_hub": "false"},
-        **{"save_strategy": "no", "eval_strategy": "no", "logging_strategy": "no"},
-        **{"report_to": "none", "disable_tqdm": "true"},
-        **({"use_liger": "true"} if job["use_liger"] else {}),
+        **dict.fromkeys(("auto_find_batch_size", "load_best_model_at_end", "push_to_hub"), False),
+        **dict.fromkeys(("save_strategy", "eval_strategy", "logging_strategy"), "no"),
+        **{"report_to": "none", "disable_tqdm": True},
+        **({"use_liger": True} if job["use_liger"] else {}),
     }
-    flags = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
-    recipe = parse_recipe([*job["argv"], *flags])
-    run, args = recipe.run, recipe.training
+    recipe = parse_recipe([*job["argv"], *as_flags(settings)])
+    run, args = recipe.run, cast(Any, recipe.training)  # Liger's arguments of one trainer or another
     if not job["use_liger"]:  # as a flag, it would clash with a liger_config of the recipe
         args.use_liger, args.liger_config = False, None
     full = run.dataset == SYNTHETIC and run.synthetic_lengths == "full"
@@ -52,14 +49,14 @@ def trial_recipe(job: dict) -> Recipe:
         args.shuffle_dataset = False
     run.synthetic_examples = args.train_batch_size * args.gradient_accumulation_steps * args.world_size * STEPS
     run.eval_examples, run.sample_prompt = 0, None
-    if run.model_config is not None:  # what the tokenizer that the recipe's data would train is asked for
-        run.model_config.setdefault("vocab_size", DEFAULT_VOCAB_SIZE)
+    if run.model_config is not None:  # the size of the tokenizer that would be trained on the recipe's data
+        recipe.shape.setdefault("vocab_size", DEFAULT_VOCAB_SIZE)
     return recipe
 
 
-def outcome(job: dict) -> dict:
-    """The process's part in the trial: ``status``, and ``message`` or what ``run_trial`` makes an ``Outcome`` of."""
-    facts = {"device": ""}
+def outcome(job: dict[str, Any]) -> dict[str, Any]:
+    """This process's result: ``status``, an exit status of ``failures``, and ``message`` or fields of ``Outcome``."""
+    facts: dict[str, Any] = {"device": ""}
     try:
         recipe = trial_recipe(job)
         device = recipe.training.device
@@ -68,24 +65,26 @@ def outcome(job: dict) -> dict:
             facts["device"] = torch.cuda.get_device_name(device)
             facts["free_gib"] = torch.cuda.mem_get_info(device)[0] / GIB
         build_trainer(recipe).train()
-    except RecipeError as error:
-        return {"status": fit.WRONG_RECIPE, "message": str(error)}
     except Exception as error:
-        if is_out_of_memory(error):
-            return {"status": fit.OUT_OF_MEMORY, **facts}
-        return {"status": fit.LOST_PEER if is_lost_peer(error) else fit.ERROR, "message": traceback.format_exc()}
-    world_size, peak = recipe.training.world_size, peak_memory(device)
-    return {"status": fit.FITS, **facts, "world_size": world_size, "peak_gib": peak}
+        status = exit_status(error)
+        if status == OUT_OF_MEMORY:
+            return {"status": status, **facts}
+        if status == WRONG_RECIPE:
+            return {"status": status, "message": str(error)}
+        return {"status": STOPPED if is_lost_peer(error) else ERROR, "message": traceback.format_exc()}
+    return {
+        "status": SUCCESS, **facts, "world_size": recipe.training.world_size, "peak_gib": peak_memory(device)
+    }  # fmt: skip
 
 
-def main(job: dict):
-    """Write ``outcome`` to the job's folder, and end at once: other processes may be waiting for this one."""
+def main(job: dict[str, Any]) -> None:
+    """Write ``outcome`` to the job's folder and exit at once, as other processes may wait for this one."""
     result = outcome(job)
     rank = os.environ.get("RANK", "0")
     (Path(job["folder"]) / f"rank-{rank}.json").write_text(json.dumps(result), encoding="utf-8")
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0 if result["status"] == fit.FITS else 1)
+    os._exit(result["status"] != SUCCESS)
 
 
 if __name__ == "__main__":

@@ -112,7 +112,7 @@ def test_tokenizer_round_trip(tokenizer):
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     assert len(tokenizer) <= 300
     assert len({tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}) == 3
-    with pytest.raises(ValueError, match="at least 261, got 100"):
+    with pytest.raises(ValueError, match="vocab_size: got 100; must be at least 261"):
         data.train_tokenizer(iter(["a"]), 100)
 
 

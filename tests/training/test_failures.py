@@ -18,9 +18,8 @@ from safetensors.torch import load_file
 from tiny_recipes import write_recipe
 
 from liger_trainer import LigerTrainingArguments
-from liger_trainer.training import failures, train
+from liger_trainer.training import build, failures, train
 from liger_trainer.training.checkpoints import find_checkpoints, resume_path
-from liger_trainer.training.errors import RecipeError
 from liger_trainer.training.failures import (
     OUT_OF_MEMORY,
     STOPPED,
@@ -31,7 +30,7 @@ from liger_trainer.training.failures import (
     is_out_of_memory,
     out_of_memory_lines,
 )
-from liger_trainer.training.recipe import _check, parse_recipe
+from liger_trainer.training.recipe import RecipeError, _check, parse_recipe
 
 ENVIRONMENT = {**CPU_ENVIRONMENT, "TRITON_INTERPRET": "0"}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
@@ -86,7 +85,7 @@ def test_a_killed_rank_ends_the_run_and_the_last_checkpoint_resumes(recipe, tmp_
     resumed = start(*TORCHRUN, "ranks.failing", "never", recipe, "--resume_from_checkpoint", "true")
     said, _ = finish(resumed)
     assert resumed.returncode == 0, said
-    assert said.count(f"liger-trainer: going on from {checkpoint}") == 1
+    assert said.count(f"liger-trainer: resuming from {checkpoint}") == 1
     actual, expected = (load_file(tmp_path / run / "model.safetensors") for run in ("out", "whole"))
     assert actual.keys() == expected.keys()
     for name, weight in expected.items():
@@ -146,7 +145,7 @@ def test_one_process_fails_with_a_message_and_a_status(recipe, tmp_path, monkeyp
         train.main([recipe])
     said = capsys.readouterr().err
     assert "liger-trainer: out of memory, step 7 of 9\n  [enforce fail]" in said
-    assert f"no complete checkpoint in {tmp_path / 'out'}: the next run starts anew" in said
+    assert f"no complete checkpoint in {tmp_path / 'out'}: the next run starts from scratch" in said
 
     Broken.error = ZeroDivisionError("why")
     with pytest.raises(SystemExit, match="1"):
@@ -167,9 +166,9 @@ def test_what_only_the_data_shows_is_a_wrong_recipe_too(recipe, tmp_path, monkey
     pairs.write_text('{"prompt": "Why?", "completion": "So."}\n')
     argv = [recipe, "--dataset", str(pairs)]
     for more, message in (
-        (["--response_marker", "?"], "response_marker needs a text column, the dataset gives prompt, completion"),
+        (["--response_marker", "?"], "response_marker needs a text column; the dataset has prompt, completion"),
         (["--text_column", "story"], "dataset has no column 'story': its columns are ['prompt', 'completion']"),
-        ([], "vocab_size must be at least 261, got 131"),
+        ([], "vocab_size: got 131; must be at least 261"),
     ):
         with pytest.raises(SystemExit, match=str(WRONG_RECIPE)):
             train.main([*argv, *more])
@@ -197,16 +196,16 @@ def test_an_error_of_the_main_process_reaches_the_others(error, elsewhere, monke
         raise error
 
     def as_rank(rank, broadcast):
-        monkeypatch.setattr(train, "PartialState", lambda: SimpleNamespace(is_main_process=rank == 0))
-        monkeypatch.setattr(train, "broadcast_object_list", broadcast)
+        monkeypatch.setattr(build, "PartialState", lambda: SimpleNamespace(is_main_process=rank == 0))
+        monkeypatch.setattr(build, "broadcast_object_list", broadcast)
 
     as_rank(0, lambda box: sent.extend(box) or box)
     with pytest.raises(type(error)) as own:
-        train.from_main_process(fail)
+        build.from_main_process(fail)
     assert own.value is error
     as_rank(1, lambda box: sent)
     with pytest.raises(elsewhere, match=str(error) or "the main process failed: ValueError") as told:
-        train.from_main_process(fail)
+        build.from_main_process(fail)
     assert is_lost_peer(told.value) is (elsewhere is MainProcessError)
 
 
@@ -312,7 +311,7 @@ def test_a_process_ends_even_if_its_message_fails(launched, tmp_path, monkeypatc
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setattr(failures, "find_checkpoints", broken)
     with pytest.raises(Ended):
-        guard._stopped()
+        guard._end(STOPPED)
     message, status = launched
     assert message.endswith("\n  the checkpoints cannot be read: nobody reads")
     assert status == STOPPED
@@ -385,7 +384,9 @@ def test_half_written_checkpoints_are_passed_over(tmp_path):
     assert resume_path(None, run) is None
     assert resume_path("false", run) is None
     for step in (11, 30):
-        message = rf"optimizer's state \(save_only_model .* got '.*checkpoint-{step}'; the last .* is '.*checkpoint-10'"
+        message = (
+            rf"got '.*checkpoint-{step}'; .* optimizer's state \(save_only_model .*; the last .* is '.*checkpoint-10'"
+        )
         with pytest.raises(RecipeError, match=message):
             resume_path(f"{run}/checkpoint-{step}", run)
     for path in found.complete:

@@ -14,10 +14,9 @@ import torch
 from tiny_recipes import write_recipe
 
 from liger_trainer.cli import main
-from liger_trainer.training import fit, fit_trial, train
-from liger_trainer.training.errors import RecipeError
+from liger_trainer.training import auto_batch_size, failures, fit, fit_trial, train, trials
 from liger_trainer.training.fit_trial import STEPS, trial_recipe
-from liger_trainer.training.recipe import peek
+from liger_trainer.training.recipe import RecipeError, peek
 
 TESTS = Path(__file__).parents[1]
 # A big vocabulary: most of the memory is logits.
@@ -35,7 +34,7 @@ def recipe(tmp_path):
 def test_a_short_machine_ends_the_search_with_the_largest_that_trained(recipe, tmp_path, monkeypatch, capsys):
     """Through the command, each trial a process of its own; 64 rows need more than it has, 32 less."""
     command = [sys.executable, str(TESTS / "helpers" / "limited_memory.py"), "1000"]
-    monkeypatch.setattr(fit, "trial_command", lambda launch, job: [*command, job])
+    monkeypatch.setattr(trials, "trial_command", lambda launch, job: [*command, job])
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     results = tmp_path / "fit.json"
@@ -80,11 +79,11 @@ def test_a_trial_is_the_recipe_with_long_rows_and_nothing_around(recipe, tmp_pat
 @pytest.mark.parametrize(
     ("results", "expected"),
     [
-        ([{"status": fit.FITS, "free_gib": 7.0}, {"status": fit.FITS, "free_gib": 5.0}], True),
-        ([{"status": fit.LOST_PEER, "message": "gloo"}, {"status": fit.OUT_OF_MEMORY, "free_gib": 5.0}], False),
-        ([{"status": fit.LOST_PEER, "message": "gloo"}, {"status": fit.ERROR, "message": "a bug"}], "a bug"),
-        ([{"status": fit.WRONG_RECIPE, "message": "no such key"}], "no such key"),
-        ([{"status": fit.FITS}], "a trial with batch 4 ended with status 0, and not all .*\n.*noise"),
+        ([{"status": failures.SUCCESS, "free_gib": 7.0}, {"status": failures.SUCCESS, "free_gib": 5.0}], True),
+        ([{"status": failures.STOPPED, "message": "gloo"}, {"status": failures.OUT_OF_MEMORY, "free_gib": 5.0}], False),
+        ([{"status": failures.STOPPED, "message": "gloo"}, {"status": failures.ERROR, "message": "a bug"}], "a bug"),
+        ([{"status": failures.WRONG_RECIPE, "message": "no such key"}], "no such key"),
+        ([{"status": failures.SUCCESS}], "a trial with batch 4 ended with status 0, and not all .*\n.*noise"),
         ([], "not all of its processes said why"),
     ],
 )
@@ -98,15 +97,15 @@ def test_what_the_processes_wrote_decides(results, expected, monkeypatch):
         "    (folder / f'rank-{rank}.json').write_text(json.dumps(result))\n"
         "print('noise')"
     )
-    monkeypatch.setattr(fit, "trial_command", lambda launch, job: [sys.executable, "-c", code, job])
-    trial = fit.Trial(["recipe.yaml"], True, 4, 1)
+    monkeypatch.setattr(trials, "trial_command", lambda launch, job: [sys.executable, "-c", code, job])
+    trial = trials.Trial(["recipe.yaml"], True, 4, 1)
     if isinstance(expected, bool):
-        outcome = fit.run_trial(trial, fit.Launch())
+        outcome = trials.run_trial(trial, trials.Launch())
         assert (outcome.fits, outcome.free_gib) == (expected, 5.0)
     else:
-        error = RecipeError if "key" in expected else fit.TrialError
+        error = RecipeError if "key" in expected else trials.TrialError
         with pytest.raises(error, match=expected):
-            fit.run_trial(trial, fit.Launch())
+            trials.run_trial(trial, trials.Launch())
 
 
 @pytest.mark.parametrize(
@@ -118,11 +117,11 @@ def test_what_the_trials_took_cuts_the_search_short(free, batches, recipe, monke
     def run_trial(trial, launch):
         peak = 10 + 0.2 * trial.batch
         if peak > 98.5:
-            return fit.Outcome(False, {}, free)
+            return trials.Outcome(False, {}, free)
         larger = free and free + (trial.batch == 64)  # the least that was free counts
-        return fit.Outcome(True, {"allocated": peak, "reserved": 2 * peak}, larger)
+        return trials.Outcome(True, {"allocated": peak, "reserved": 2 * peak}, larger)
 
-    monkeypatch.setattr(fit, "run_trial", run_trial)
+    monkeypatch.setattr(trials, "run_trial", run_trial)
     found = fit.fit([recipe], True)
     assert list(found.trials) == batches
     assert found.batch <= 442 <= found.batch * 17 / 16
@@ -133,15 +132,15 @@ def test_a_trial_on_a_gpu_says_what_was_free_before(train, tmp_path, monkeypatch
     recipe = SimpleNamespace(training=SimpleNamespace(device=torch.device("cuda"), world_size=1))
     monkeypatch.setattr(fit_trial, "trial_recipe", lambda job: recipe)
     monkeypatch.setattr(fit_trial, "build_trainer", lambda recipe: SimpleNamespace(train=train))
-    monkeypatch.setattr(fit_trial, "peak_memory", lambda device: {"peak_memory_allocated_gib": 3.0})
+    monkeypatch.setattr(fit_trial, "peak_memory", lambda device: {"allocated": 3.0})
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (6 * 2**30, 8 * 2**30))
     code = "import sys, pathlib; pathlib.Path(sys.argv[1], 'rank-0.json').write_text(sys.argv[2])"
     written = json.dumps(fit_trial.outcome({}))
     monkeypatch.setattr(
-        fit, "trial_command", lambda launch, job: [sys.executable, "-c", code, json.loads(job)["folder"], written]
+        trials, "trial_command", lambda launch, job: [sys.executable, "-c", code, json.loads(job)["folder"], written]
     )
-    outcome = fit.run_trial(fit.Trial(["recipe.yaml"], True, 4, 1), fit.Launch())
+    outcome = trials.run_trial(trials.Trial(["recipe.yaml"], True, 4, 1), trials.Launch())
     assert (outcome.device, outcome.free_gib) == ("a GPU", 6.0)
 
 
@@ -156,8 +155,8 @@ def test_a_signal_ends_the_trial_too(number, deaf, tmp_path, monkeypatch):
         "time.sleep(60)"
     )
     note = tmp_path / "note"
-    monkeypatch.setattr(fit, "trial_command", lambda launch, job: [sys.executable, "-c", code, job, str(note)])
-    monkeypatch.setattr(fit, "GRACE_SECONDS", 0.5)
+    monkeypatch.setattr(trials, "trial_command", lambda launch, job: [sys.executable, "-c", code, job, str(note)])
+    monkeypatch.setattr(trials, "GRACE_SECONDS", 0.5)
 
     def send():
         while not (note.is_file() and note.read_text().endswith(".")):
@@ -167,7 +166,7 @@ def test_a_signal_ends_the_trial_too(number, deaf, tmp_path, monkeypatch):
     sender = threading.Thread(target=send, daemon=True)
     sender.start()
     with pytest.raises(SystemExit, match=str(128 + number)):
-        fit.run_trial(fit.Trial(["recipe.yaml"], True, 4, 1), fit.Launch())
+        trials.run_trial(trials.Trial(["recipe.yaml"], True, 4, 1), trials.Launch())
     sender.join()
     pid, folder = note.read_text().removesuffix(".").split()
     with pytest.raises(ProcessLookupError):
@@ -178,18 +177,18 @@ def test_a_signal_ends_the_trial_too(number, deaf, tmp_path, monkeypatch):
 
 def test_the_launch_is_accelerates(tmp_path):
     config = str(TESTS.parent / "configs" / "fsdp2.yaml")
-    words = fit.trial_command(fit.Launch(config, 4), "job")
+    words = trials.trial_command(trials.Launch(config, 4), "job")
     assert words[1:7] == ["-m", "accelerate.commands.launch", "--config_file", config, "--num_processes", "4"]
-    assert words[-3:] == ["-m", "liger_trainer.fit_trial", "job"]
-    assert fit.trial_command(fit.Launch(), "job") == [sys.executable, *words[-3:]]
+    assert words[-3:] == ["-m", "liger_trainer.training.fit_trial", "job"]
+    assert trials.trial_command(trials.Launch(), "job") == [sys.executable, *words[-3:]]
     with pytest.raises(SystemExit, match="2"):
         main(["fit", "recipe.yaml", "--config_file", str(TESTS.parent / "configs" / "multinode_fsdp2.yaml")])
     for launch, message in (
-        (fit.Launch(None, 2), "num_processes 2 needs a config_file"),
-        (fit.Launch(str(tmp_path / "none.yaml")), "config_file: no such file"),
+        (trials.Launch(None, 2), "num_processes 2 needs a config_file"),
+        (trials.Launch(str(tmp_path / "none.yaml")), "config_file: no such file"),
     ):
         with pytest.raises(ValueError, match=message):
-            fit.check_launch(launch)
+            trials.check_launch(launch)
 
 
 def test_auto_batch_size_keeps_the_rows_of_a_step(recipe, monkeypatch, capsys):
@@ -198,11 +197,11 @@ def test_auto_batch_size_keeps_the_rows_of_a_step(recipe, monkeypatch, capsys):
 
     def run_trial(trial, launch):
         tried.append((trial.batch, trial.accumulation, trial.use_liger))
-        return fit.Outcome(trial.batch <= 5)
+        return trials.Outcome(trial.batch <= 5)
 
     argv = [recipe, "--auto_batch_size", "true", "--per_device_train_batch_size", "2"]
     argv += ["--gradient_accumulation_steps=6"]
-    monkeypatch.setattr(fit, "run_trial", run_trial)
+    monkeypatch.setattr(trials, "run_trial", run_trial)
     parsed = []
     monkeypatch.setattr(train, "parse_recipe", lambda argv: parsed.append(argv) or sys.exit(0))
     with pytest.raises(SystemExit, match="0"):
@@ -210,22 +209,22 @@ def test_auto_batch_size_keeps_the_rows_of_a_step(recipe, monkeypatch, capsys):
     assert parsed == [[*argv, "--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "3"]]
     assert (peek(parsed[0], "per_device_train_batch_size"), peek(parsed[0], "use_liger")) == ("4", "true")
     assert tried == [(2, 6, True), (4, 3, True), (12, 1, True), (6, 2, True)]
-    assert "4 x 3 rows a step in place of 2 x 6" in capsys.readouterr().out
+    assert "4 x 3 rows per step instead of 2 x 6" in capsys.readouterr().out
 
     def failing(trial, launch):
-        raise fit.TrialError("what the trial printed: out of memory")
+        raise trials.TrialError("what the trial printed: out of memory")
 
-    monkeypatch.setattr(fit, "run_trial", failing)
-    with pytest.raises(SystemExit, match=f"^\nwhat the trial printed: out of memory\n{fit.TRIAL_FAILED}$"):
+    monkeypatch.setattr(trials, "run_trial", failing)
+    with pytest.raises(SystemExit, match=r"^\nwhat the trial printed: out of memory\n.*the search ended"):
         train.main(argv)
 
-    monkeypatch.setattr(fit, "run_trial", lambda trial, launch: fit.Outcome(False))
+    monkeypatch.setattr(trials, "run_trial", lambda trial, launch: trials.Outcome(False))
     with pytest.raises(SystemExit, match="2"):
         train.main(argv)
     assert "not even a batch of one row fits" in capsys.readouterr().err
 
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match=r"auto_batch_size is for one process; .*liger-trainer fit"):
-        fit.with_largest_batch(argv)
-    with pytest.raises(ValueError, match="gradient_accumulation_steps must be a whole number of at least 1, got 'x'"):
-        fit.recipe_batch([recipe, "--gradient_accumulation_steps", "x"])
+        auto_batch_size.with_largest_batch(argv)
+    with pytest.raises(ValueError, match="gradient_accumulation_steps: got 'x'; must be a whole number of at least 1"):
+        trials.recipe_batch([recipe, "--gradient_accumulation_steps", "x"])

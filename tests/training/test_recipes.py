@@ -12,8 +12,7 @@ import torch
 import yaml
 
 from liger_trainer.cli import main
-from liger_trainer.training.errors import RecipeError
-from liger_trainer.training.recipe import parse_recipe, peek
+from liger_trainer.training.recipe import RecipeError, parse_recipe, peek
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "recipes").glob("**/*.yaml"))
@@ -86,18 +85,18 @@ def test_keys_may_be_spelled_with_dashes(tmp_path):
         ({}, ["max_steps", "3"], "'max_steps' belongs to no key"),
         ({"max_steps": "many"}, [], "max_steps.*many"),
         ({"max_steps": [1, 2]}, [], "'2' belongs to no key"),
-        ({"trainer": "stf"}, [], r"trainer must be one of trainer, sft, got 'stf' \(did you mean 'sft'\?\)"),
+        ({"trainer": "stf"}, [], r"trainer: got 'stf'; must be one of trainer, sft \(did you mean 'sft'\?\)"),
         ({"model_config": None}, [], "give model_name_or_path, or model_config for random weights; got neither"),
-        ({"model_config": {"hidden_size": 8}}, [], "model_config needs a model_type"),
-        ({}, ["--model_config", '{"model_type": "lama"}'], "got 'lama'.*llama"),
-        ({}, ["--model_config", "5"], "model_config must be a JSON object, got 5"),
-        ({"model_config": "{"}, [], "model_config must be a JSON object"),
+        ({"model_config": {"hidden_size": 8}}, [], "model_config: model_type: got None; must be a model type"),
+        ({}, ["--model_config", '{"model_type": "lama"}'], "got 'lama'.*did you mean 'llama'"),
+        ({}, ["--model_config", "5"], "model_config: got 5; must be a JSON object"),
+        ({"model_config": "{"}, [], "model_config: got '{'; must be a JSON object"),
         ({"use_liger": True, "liger_config": {"rop": False}}, [], "unknown key 'rop'"),
         ({"use_liger": True, "use_liger_kernel": True}, [], "use_liger_kernel"),
-        ({"max_length": 0}, [], "max_length must be at least 1, got 0"),
-        ({"pad_to_multiple_of": 0}, [], "pad_to_multiple_of must be at least 1, got 0"),
-        ({"eval_examples": -1}, [], "eval_examples must be at least 0, got -1"),
-        ({"sample_tokens": 0}, [], "sample_tokens must be at least 1, got 0"),
+        ({"max_length": 0}, [], "max_length: got 0; must be at least 1"),
+        ({"pad_to_multiple_of": 0}, [], "pad_to_multiple_of: got 0; must be at least 1"),
+        ({"eval_examples": -1}, [], "eval_examples: got -1; must be at least 0"),
+        ({"sample_tokens": 0}, [], "sample_tokens: got 0; must be at least 1"),
         ({"load_in_4bit": True}, [], "load_in_4bit"),
     ],
 )
@@ -132,7 +131,7 @@ def test_files_that_are_no_recipes(tmp_path, capsys):
     with pytest.raises(RecipeError, match="YAML mapping"):
         parse_recipe([str(tmp_path / "list.yaml")])
     (tmp_path / "broken.yaml").write_text("a: [1\n")
-    with pytest.raises(RecipeError, match=r"recipe: '.*broken\.yaml' is no valid YAML: .*\n.*line 1"):
+    with pytest.raises(RecipeError, match=r"recipe: '.*broken\.yaml' is not valid YAML: .*\n.*line 1"):
         parse_recipe([str(tmp_path / "broken.yaml")])
     with pytest.raises(SystemExit) as exit_:
         main(["train", str(tmp_path / "missing.yaml"), "--seed", "1"])

@@ -10,8 +10,8 @@ import yaml
 from transformers import AutoConfig, AutoModelForCausalLM, DataCollatorForSeq2Seq
 
 from liger_trainer.training import synthetic
+from liger_trainer.training.build import build_dataset, build_trainer
 from liger_trainer.training.recipe import parse_recipe
-from liger_trainer.training.train import build_dataset, build_trainer
 
 ROOT = Path(__file__).parents[2]
 SHAPED = [
@@ -79,10 +79,10 @@ def test_alpaca_rows_are_cut_and_keep_a_label(max_length):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("long", 10, 10), "synthetic_lengths must be one of full, ragged, alpaca, got 'long'"),
-        (("full", 10, 1), "max_length must be at least 2 .*got 1"),
-        (("full", 10, None), "max_length must be at least 2 .*got None"),
-        (("full", 2**20, 2**11), "synthetic_examples: 1048576 rows.*2,147,483,648 tokens, the limit is 2,147,483,647"),
+        (("long", 10, 10), "synthetic_lengths: got 'long'; must be one of full, ragged, alpaca"),
+        (("full", 10, 1), "max_length: got 1; must be at least 2 "),
+        (("full", 10, None), "max_length: got None; must be at least 2 "),
+        (("full", 2**20, 2**11), "synthetic_examples: got 1048576, .*2,147,483,648 tokens .* at most 2,147,483,647"),
     ],
 )
 def test_rows_that_cannot_be(arguments, message):
@@ -90,17 +90,17 @@ def test_rows_that_cannot_be(arguments, message):
         synthetic.rows(*arguments, config(), seed=0)
 
 
-def test_stand_in_tokenizer_pads():
+def test_padding_tokenizer_pads():
     for pad, expected in ((None, 9), (5, 5)):
-        collate = DataCollatorForSeq2Seq(synthetic.stand_in_tokenizer(config(pad_token_id=pad)), pad_to_multiple_of=4)
+        collate = DataCollatorForSeq2Seq(synthetic.padding_tokenizer(config(pad_token_id=pad)), pad_to_multiple_of=4)
         batch = collate([{"input_ids": [1, 2], "labels": [-100, 2]}, {"input_ids": [7, 6, 5], "labels": [7, 6, 5]}])
         assert batch["input_ids"].tolist() == [[1, 2, expected, expected], [7, 6, 5, expected]]
         assert batch["attention_mask"].tolist() == [[1, 1, 0, 0], [1, 1, 1, 0]]
         assert batch["labels"].tolist() == [[-100, 2, -100, -100], [7, 6, 5, -100]]
-    bare = DataCollatorForSeq2Seq(synthetic.stand_in_tokenizer(config(), with_mask=False), pad_to_multiple_of=4)
+    bare = DataCollatorForSeq2Seq(synthetic.padding_tokenizer(config(), with_mask=False), pad_to_multiple_of=4)
     assert bare([{"input_ids": [1, 2, 5, 6], "labels": [1, 2, 5, 6]}]).keys() == {"input_ids", "labels"}
     nothing = config(vocab_size=8, bos_token_id=None, eos_token_id=None)
-    assert synthetic.stand_in_tokenizer(nothing).pad_token_id == 0
+    assert synthetic.padding_tokenizer(nothing).pad_token_id == 0
 
 
 @pytest.mark.parametrize("path", SHAPED, ids=lambda path: path.stem)
@@ -145,14 +145,14 @@ def test_recipes_train_offline(path, tmp_path):
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_training_pads_on_the_right_whatever_the_tokenizer_does(side, tmp_path, monkeypatch):
     """As TRL's trainers; the tokenizer itself, which a run may save, keeps its side."""
-    made, original = [], synthetic.stand_in_tokenizer
+    made, original = [], synthetic.padding_tokenizer
 
     def tokenizer(*args, **kwargs):
         made.append(original(*args, **kwargs))
         made[0].padding_side = side
         return made[0]
 
-    monkeypatch.setattr(synthetic, "stand_in_tokenizer", tokenizer)
+    monkeypatch.setattr(synthetic, "padding_tokenizer", tokenizer)
     content = {
         "model_config": {"model_type": "llama", **TINY}, "dataset": "synthetic", "synthetic_lengths": "ragged",
         "synthetic_examples": 8, "max_length": 13, "pad_to_multiple_of": 8, "per_device_train_batch_size": 4,
@@ -184,13 +184,13 @@ def test_offline_chooses_shape_and_rows(tmp_path):
         assert parse("--offline", "true", dataset=dataset).run.dataset == dataset
     with pytest.raises(ValueError, match=r"'some/model'.*--offline true.*--model_name_or_path null"):
         parse("--model_config", '{"model_type": "qwen3"}')
-    with pytest.raises(ValueError, match="offline needs model_config"):
+    with pytest.raises(ValueError, match=r"model_config: got None; must be .*offline"):
         parse("--offline", "true", model_config=None)
-    with pytest.raises(ValueError, match=r"synthetic_lengths must be .*'alpacca' \(did you mean 'alpaca'\?\)"):
+    with pytest.raises(ValueError, match=r"synthetic_lengths: got 'alpacca'; .* \(did you mean 'alpaca'\?\)"):
         parse(synthetic_lengths="alpacca")
-    with pytest.raises(ValueError, match="synthetic_examples must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="synthetic_examples: got 0; must be at least 1"):
         parse(synthetic_examples=0)
-    with pytest.raises(ValueError, match=r"sample_prompt needs a tokenizer.*got 'Why'"):
+    with pytest.raises(ValueError, match=r"sample_prompt: got 'Why'; must be null .*tokenizer"):
         parse("--offline", "true", sample_prompt="Why")
     with pytest.raises(ValueError, match="load_in_8bit quantise pretrained weights"):
         parse("--offline", "true", load_in_8bit=True, trainer="sft", bf16="auto")
@@ -211,5 +211,5 @@ def test_response_marker_ends_the_prompt(tmp_path):
     ]
     with pytest.raises(ValueError, match=r"response_marker: '### A:\\n' is not in every text, such as 'nothing'"):
         dataset({"text": "nothing"})
-    with pytest.raises(ValueError, match="response_marker needs a text column, the dataset gives prompt, completion"):
+    with pytest.raises(ValueError, match="response_marker needs a text column; the dataset has prompt, completion"):
         dataset({"prompt": "Q", "completion": "A"})

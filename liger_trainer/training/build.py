@@ -1,0 +1,207 @@
+"""From a parsed recipe to a Trainer that is ready to train: dataset, tokenizer, model."""
+
+import copy
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any, cast
+
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from datasets import Dataset
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    set_seed,
+)
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from trl.trainer.utils import get_peft_config, get_quantization_config
+
+from ..head.fused_head import IGNORE_INDEX
+from ..medusa.model import MedusaModel
+from . import data, synthetic
+from .failures import MainProcessError
+from .recipe import EMBEDDED, SYNTHETIC, Recipe, RecipeError, require
+from .throughput import ThroughputCallback
+
+DEFAULT_VOCAB_SIZE = 8192
+
+
+def from_main_process(make: Callable[[], Any]) -> Any:
+    """Call ``make`` on the main process and return its result on every process: nodes may have different packages.
+
+    Raises:
+        Exception: on the main process, whatever ``make`` raises.
+        RecipeError, MainProcessError: on the others, when ``make`` raises a ``RecipeError`` or anything else.
+    """
+    value = failure = None
+    if PartialState().is_main_process:
+        try:
+            value = make()
+        except Exception as error:  # the others wait for the broadcast
+            failure = error
+    # Send text, because not every exception can be pickled.
+    cause = None if failure is None else (isinstance(failure, RecipeError), str(failure) or type(failure).__name__)
+    value, cause = broadcast_object_list([value, cause])
+    if failure is not None:
+        raise failure
+    if cause is not None:
+        is_recipe_error, text = cause
+        raise RecipeError(text) if is_recipe_error else MainProcessError(f"the main process failed: {text}")
+    return value
+
+
+def model_config(recipe: Recipe) -> PreTrainedConfig:
+    """The transformers config of the recipe's model."""
+    if recipe.run.model_config is not None:
+        return config_of(recipe.shape)
+    return AutoConfig.from_pretrained(recipe.model_name, revision=recipe.model.model_revision)
+
+
+def config_of(shape: dict[str, Any]) -> Any:
+    """The transformers config with the fields of a recipe's ``model_config``."""
+    fields = dict(shape)
+    return AutoConfig.for_model(fields.pop("model_type"), **fields)
+
+
+def build_dataset(recipe: Recipe) -> Dataset:
+    """The recipe's data, with ``prompt`` and ``completion``, ``text`` or ``messages``. Synthetic rows are token ids."""
+    run = recipe.run
+    if run.dataset == SYNTHETIC:
+        return synthetic.rows(
+            run.synthetic_lengths,
+            run.synthetic_examples,
+            recipe.max_length,
+            model_config(recipe),
+            recipe.training.seed,
+        )
+    if run.dataset == EMBEDDED:
+        pairs = from_main_process(lambda: data.embedded_pairs(show_progress=not recipe.training.disable_tqdm))
+        return data.in_memory(pairs, run.dataset_split)
+    with recipe.training.main_process_first():  # the others then read its download from the cache
+        dataset = data.load(run.dataset, run.dataset_config, run.dataset_split)
+    dataset = data.select_columns(dataset, run.text_column, run.prompt_column, run.completion_column)
+    if run.response_marker is None:
+        return dataset
+    columns = ", ".join(dataset.column_names)
+    if columns != "text":
+        raise RecipeError(f"response_marker needs a text column; the dataset has {columns}")
+    return dataset.map(
+        data.split_at, fn_kwargs={"marker": run.response_marker}, remove_columns="text", desc="Splitting"
+    )
+
+
+def build_tokenizer(recipe: Recipe, dataset: Dataset) -> PreTrainedTokenizerBase:
+    """The tokenizer that is named, or the model's, or for a model from ``model_config`` one trained on the dataset.
+
+    For synthetic rows it can only pad.
+    """
+    if recipe.run.dataset == SYNTHETIC:
+        length, multiple = recipe.max_length or 0, recipe.pad_to_multiple_of or 1
+        even = recipe.run.synthetic_lengths == "full" and length % multiple == 0
+        return synthetic.padding_tokenizer(model_config(recipe), with_mask=not even)
+    source = recipe.run.tokenizer or recipe.model.model_name_or_path
+    if source is not None:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        return tokenizer
+    size = recipe.shape.get("vocab_size", DEFAULT_VOCAB_SIZE)
+    return from_main_process(lambda: data.train_tokenizer(data.texts(dataset), size))
+
+
+def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """A model with pretrained weights, or with random ones from ``model_config``, made on the training device.
+
+    Unless the rows are synthetic, a model from ``model_config`` gets the tokenizer's special tokens, and by default
+    its vocabulary size.
+
+    Raises:
+        RecipeError: ``vocab_size`` in ``model_config`` is smaller than the tokenizer's.
+    """
+    run, model = recipe.run, recipe.model
+    options: dict[str, Any] = {"dtype": model.dtype, "attn_implementation": model.attn_implementation}
+    if run.model_config is None:
+        return AutoModelForCausalLM.from_pretrained(
+            recipe.model_name,
+            revision=model.model_revision,
+            quantization_config=get_quantization_config(model),
+            **options,
+        )
+    config = model_config(recipe)
+    if run.dataset != SYNTHETIC:
+        special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        least = len(tokenizer)
+        config = config_of({"vocab_size": least, **special, **recipe.shape})
+        size = config.vocab_size
+        require(size >= least, "model_config: vocab_size", size, f"at least the tokenizer's {least}")
+    if model.dtype == "auto":
+        del options["dtype"]
+    # A CPU needs minutes to draw billions of random weights. Under ZeRO-3 DeepSpeed chooses the device itself, because
+    # it partitions the model while that is made. Under FSDP2 every rank makes the whole model. accelerate then moves it
+    # to the meta device, shards it, and broadcasts rank 0's weights. Buffers outside the state dict (the rotary
+    # frequencies) remain each rank's own, so no rank may start on the meta device.
+    place = nullcontext() if is_deepspeed_zero3_enabled() else recipe.training.device
+    with place:
+        return AutoModelForCausalLM.from_config(config, **options)
+
+
+def build_trainer(recipe: Recipe) -> Trainer:
+    """The recipe's Trainer, ready to train. The training arguments apply ``use_liger`` by themselves."""
+    args, run = recipe.training, recipe.run
+    set_seed(args.seed)
+    dataset = build_dataset(recipe)
+    tokenizer = build_tokenizer(recipe, dataset)
+    model = build_model(recipe, tokenizer)
+    peft_config = get_peft_config(recipe.model)
+    # With a response_marker the data has its own prompt template, which replaces the chat template.
+    as_chat = tokenizer.chat_template and run.response_marker is None
+    if "prompt" in dataset.column_names and as_chat and isinstance(dataset[0]["prompt"], str):
+        dataset = dataset.map(data.as_messages, desc="Applying the chat form")
+    if run.trainer == "trainer" and run.dataset != SYNTHETIC:
+        dataset = dataset.map(
+            data.encode,
+            fn_kwargs={"tokenizer": tokenizer, "max_length": recipe.max_length},
+            remove_columns=dataset.column_names,
+            desc="Tokenizing",
+        ).filter(has_loss, desc="Dropping examples cut before their answer")
+    held_out, examples = run.eval_examples, len(dataset)
+    require(held_out < examples, "eval_examples", held_out, f"fewer than the {examples} examples")
+    splits = {"train": dataset, "test": None}
+    if held_out:
+        splits = dataset.train_test_split(test_size=held_out, seed=args.seed)
+    common: dict[str, Any] = {"args": args, "train_dataset": splits["train"], "eval_dataset": splits["test"]}
+    if run.trainer == "sft":
+        from trl.trainer.sft_trainer import SFTTrainer
+
+        trainer = SFTTrainer(model, peft_config=peft_config, processing_class=tokenizer, **common)
+    else:
+        if peft_config is not None:
+            from peft import get_peft_model
+
+            model = cast(PreTrainedModel, get_peft_model(model, peft_config))
+        if recipe.medusa is not None:
+            try:
+                model = MedusaModel.from_causal_lm(model, recipe.medusa)
+            except ValueError as error:
+                raise RecipeError(f"medusa_heads: {error}") from error
+        padding = copy.copy(tokenizer)
+        # As TRL's trainers do. Padding on the left, which tokenizers prefer for generation, would shift positions that
+        # are counted from the start of the row, and would need a mask.
+        padding.padding_side = "right"
+        collator = DataCollatorForSeq2Seq(padding, pad_to_multiple_of=recipe.pad_to_multiple_of)
+        # The Trainer only saves it with the model, which the placeholder for synthetic rows is not worth.
+        saved = None if run.dataset == SYNTHETIC else tokenizer
+        trainer = Trainer(model, data_collator=collator, processing_class=saved, **common)
+    trainer.callback_handler.callbacks.insert(0, ThroughputCallback())  # first, so that the reporters see its keys
+    return trainer
+
+
+def has_loss(example: dict[str, Any]) -> bool:
+    """Whether any label is left after the cut to ``max_length``."""
+    return any(label != IGNORE_INDEX for label in example["labels"][1:])
