@@ -22,10 +22,10 @@ from transformers.trainer_callback import PrinterCallback
 from benchmarks.op_worker import describe_device, release_memory
 from benchmarks.peers import PEERS
 from benchmarks.workers import emit
+from liger_trainer.training.build import build_trainer
 from liger_trainer.training.failures import is_out_of_memory
 from liger_trainer.training.recipe import as_flags, parse_recipe
 from liger_trainer.training.throughput import GIB, Interval, ThroughputCallback, reduce_over_ranks
-from liger_trainer.training.train import build_trainer
 
 MEMORY = ("peak_allocated", "peak_reserved", "static", "gradients", "above_static")
 
