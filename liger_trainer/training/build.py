@@ -22,7 +22,7 @@ from transformers import (
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl.trainer.utils import get_peft_config, get_quantization_config
 
-from ..head.fused_head import IGNORE_INDEX
+from ..kernels.reference import IGNORE_INDEX
 from ..medusa.model import MedusaModel
 from . import data, synthetic
 from .failures import MainProcessError

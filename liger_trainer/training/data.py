@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from ..head.fused_head import IGNORE_INDEX
+from ..kernels.reference import IGNORE_INDEX
 from .recipe import READERS, RecipeError, require
 
 # Beside the standard library, packages that add pairs if they are installed.

@@ -24,7 +24,7 @@ from datasets import Dataset
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
-from ..head.fused_head import IGNORE_INDEX
+from ..kernels.reference import IGNORE_INDEX
 from .recipe import SYNTHETIC, SYNTHETIC_LENGTHS, RecipeError, require_one_of
 
 # Cumulative shares, and the numbers of tokens of Alpaca's prompts and answers at these quantiles.
