@@ -7,6 +7,7 @@ Saved: gate_up. Moved: gate_up and out forward; dout, gate_up and its gradient b
 """
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from .runtime.launch import cdiv, launcher, next_power_of_2, tl, triton, use_tri
 from .runtime.operators import opaque_op
 from .shared.gated import _sigmoid_and_complement
 
-BLOCK_SIZE = 1024  # pairs a program
+BLOCK_SIZE = 1024  # pairs per program
 
 
 @triton.jit
@@ -166,7 +167,7 @@ class ClampedSwigluFunction(Function):
     """``clamped_swiglu``; all arguments are positional."""
 
     @staticmethod
-    def forward(ctx, gate_up, limit, alpha, offset, interleaved):
+    def forward(ctx: Any, gate_up: Tensor, limit: float, alpha: float, offset: float, interleaved: bool) -> Tensor:
         """Save the input only."""
         ctx.save_for_backward(gate_up)
         ctx.settings = (limit, alpha, offset, interleaved)
@@ -174,25 +175,25 @@ class ClampedSwigluFunction(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dout):
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         """One tensor has a gradient."""
         return clamped_swiglu_bwd(dout, *ctx.saved_tensors, *ctx.settings), None, None, None, None
 
 
-def _fake_fwd(gate_up, *_):
+def _fake_fwd(gate_up: Tensor, *_: Any) -> Tensor:
     return gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
 
 
-def _fake_bwd(dout, gate_up, *_):
+def _fake_bwd(dout: Tensor, gate_up: Tensor, *_: Any) -> Tensor:
     return gate_up.new_empty(gate_up.shape)
 
 
-def _save(ctx, inputs, output):
+def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
     gate_up, *ctx.settings = inputs
     ctx.save_for_backward(gate_up)
 
 
-def _differentiate(ctx, dout):
+def _differentiate(ctx: Any, dout: Tensor) -> tuple[Tensor]:
     return (_clamped_swiglu_bwd_op(dout, *ctx.saved_tensors, *ctx.settings),)
 
 
@@ -216,7 +217,7 @@ def clamped_swiglu(
         limit: greater than 0.
         alpha: scales the sigmoid; 1 for SiLU.
         offset: added to up after the clamp.
-        interleaved: ``gate_up`` holds gate and up in turns.
+        interleaved: ``gate_up`` alternates gate and up.
 
     Returns:
         ``[..., I]`` in ``gate_up``'s dtype.

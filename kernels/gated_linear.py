@@ -12,9 +12,12 @@ of the second forward of a Llama 3 8B layer. So there the op is two nodes: one t
 that computes and saves nothing.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C import _autograd
 from torch.autograd.function import once_differentiable
 
 from . import reference
@@ -37,7 +40,9 @@ PARTS, PART_ALIGNMENT = 4, 256
 
 
 def _halves(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
-    return gate.chunk(2, dim=-1) if up is None else (gate, up)
+    if up is None:
+        gate, up = gate.chunk(2, dim=-1)
+    return gate, up
 
 
 def _compute(
@@ -100,12 +105,13 @@ def gated_linear_bwd(
         dhidden = _product(rows, weight.to(rows.dtype), first.shape)
         dgate = torch.empty_like(gate, memory_format=torch.contiguous_format)
         hidden = dhidden if needs_weight else None
-        gated_bwd(dhidden, first, second, *dgate.chunk(2, dim=-1), activation, hidden)
+        dfirst, dsecond = dgate.chunk(2, dim=-1)
+        gated_bwd(dhidden, first, second, dfirst, dsecond, activation, hidden)
     else:
         dhidden = _product(rows, weight.to(rows.dtype), first.shape)
         dgate = torch.empty_like(dhidden) if needs_gate else None
         dup = dhidden if needs_up else None
-        if needs_gate and needs_up and needs_weight and dhidden.nbytes >= PARTED_BYTES:
+        if dgate is not None and needs_up and needs_weight and dhidden.nbytes >= PARTED_BYTES:
             dweight = _backward_by_parts(rows, dhidden, gate, up, dgate, activation)
         else:
             hidden = torch.empty_like(dhidden) if needs_weight else None
@@ -121,7 +127,9 @@ class _SaveInputs(Function):
     """The node that saves: returns memory for the result and has the whole op's backward."""
 
     @staticmethod
-    def forward(ctx, gate, up, weight, bias, activation):
+    def forward(
+        ctx: Any, gate: Tensor, up: Tensor | None, weight: Tensor, bias: Tensor | None, activation: int
+    ) -> Tensor:
         """Save what the layers before and the parameters keep anyway; compute nothing."""
         ctx.save_for_backward(gate, up, weight)
         ctx.activation = activation
@@ -129,16 +137,19 @@ class _SaveInputs(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dout):
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         """Compute only the gradients that are needed."""
-        return *gated_linear_bwd(dout, *ctx.saved_tensors, ctx.activation, *ctx.needs_input_grad[:4]), None
+        gate, up, weight = ctx.saved_tensors
+        return *gated_linear_bwd(dout, gate, up, weight, ctx.activation, *ctx.needs_input_grad[:4]), None
 
 
 class GatedLinearFunction(_SaveInputs):
     """``gated_linear``; all arguments are positional."""
 
     @staticmethod
-    def forward(ctx, gate, up, weight, bias, activation):
+    def forward(
+        ctx: Any, gate: Tensor, up: Tensor | None, weight: Tensor, bias: Tensor | None, activation: int
+    ) -> Tensor:
         """Save and compute."""
         out = _SaveInputs.forward(ctx, gate, up, weight, bias, activation)
         _compute(out, gate, up, weight, bias, activation)
@@ -149,14 +160,14 @@ class _FillResult(Function):
     """The node that computes: its gradient is that of the memory it was given."""
 
     @staticmethod
-    def forward(ctx, out, *inputs):
+    def forward(ctx: Any, out: Tensor, *inputs: Any) -> Tensor:
         """Fill ``out``."""
         _compute(out, *inputs)
         ctx.mark_dirty(out)
         return out
 
     @staticmethod
-    def backward(ctx, dout):
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         """Pass on."""
         return dout, None, None, None, None, None
 
@@ -167,11 +178,14 @@ def _fwd(gate: Tensor, up: Tensor | None, weight: Tensor, bias: Tensor | None, a
     return out
 
 
-def _fake_fwd(gate, up, weight, bias, activation):
+def _fake_fwd(gate: Tensor, up: Tensor | None, weight: Tensor, bias: Tensor | None, activation: int) -> Tensor:
     return gate.new_empty((*gate.shape[:-1], weight.shape[0]))
 
 
-def _fake_bwd(dout, gate, up, weight, activation, needs_gate, needs_up, needs_weight, needs_bias):
+def _fake_bwd(
+    dout: Tensor, gate: Tensor, up: Tensor | None, weight: Tensor, activation: int, needs_gate: bool, needs_up: bool,
+    needs_weight: bool, needs_bias: bool,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
     return (
         gate.new_empty(gate.shape) if needs_gate else None,
         gate.new_empty(gate.shape) if needs_up and up is not None else None,
@@ -180,12 +194,12 @@ def _fake_bwd(dout, gate, up, weight, activation, needs_gate, needs_up, needs_we
     )
 
 
-def _save(ctx, inputs, output):
+def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
     gate, up, weight, _, ctx.activation = inputs
     ctx.save_for_backward(gate, up, weight)
 
 
-def _differentiate(ctx, dout):
+def _differentiate(ctx: Any, dout: Tensor) -> tuple[Tensor, ...]:
     return _gated_linear_bwd_op(dout, *ctx.saved_tensors, ctx.activation, *ctx.needs_input_grad[:4])
 
 
@@ -195,7 +209,7 @@ _gated_linear_op = opaque_op("gated_linear", _fwd, _fake_fwd, _differentiate, _s
 
 def _are_saved_tensors_hooked() -> bool:
     """Whether somebody decides what happens to saved tensors: activation checkpointing, or offloading of them."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+    return _autograd._top_saved_tensors_default_hooks(False) is not None
 
 
 def gated_linear(

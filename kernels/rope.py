@@ -8,7 +8,7 @@ Saved: cos and sin. Moved, forward and backward alike: q and k in and out once; 
 """
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -210,12 +210,11 @@ def _rotate(
     q_batch, q_head, q_token = _strides(q, unsqueeze_dim)
     q_out_batch, q_out_head, q_out_token = _strides(q_out, unsqueeze_dim)
     k_batch, k_head, k_token = k_out_batch, k_out_head, k_out_token = (0, 0, 0)
-    if k is not None:
+    if k is not None and k_out is not None:
         k_batch, k_head, k_token = _strides(k, unsqueeze_dim)
         k_out_batch, k_out_head, k_out_token = _strides(k_out, unsqueeze_dim)
     cos_batch, cos_token, _ = cos.stride()
     sin_batch, sin_token, _ = sin.stride()
-    cos_rows, _, width = cos.shape
     _launch_rope(
         (tiling.num_programs, 1, 1),
         (("num_warps", 4),),
@@ -224,14 +223,12 @@ def _rotate(
         k_batch_stride=k_batch, k_head_stride=k_head, k_token_stride=k_token,
         q_out_batch_stride=q_out_batch, q_out_head_stride=q_out_head, q_out_token_stride=q_out_token,
         k_out_batch_stride=k_out_batch, k_out_head_stride=k_out_head, k_out_token_stride=k_out_token,
-        cos_batch_stride=0 if cos_rows == 1 else cos_batch, cos_token_stride=cos_token,
+        cos_batch_stride=0 if cos.shape[0] == 1 else cos_batch, cos_token_stride=cos_token,
         sin_batch_stride=0 if sin.shape[0] == 1 else sin_batch, sin_token_stride=sin_token,
         num_q_heads=q_heads, num_k_heads=k_heads, num_tokens=num_tokens,
-        q_chunks=tiling.q_chunks, k_chunks=tiling.k_chunks,
-        BACKWARD=backward,
+        q_chunks=tiling.q_chunks, k_chunks=tiling.k_chunks, BACKWARD=backward, PAIRED=cos.shape[2] != rotary_dim,
         LOAD_INTERLEAVED=interleaved and not (deinterleave and backward),
         STORE_INTERLEAVED=interleaved and (backward or not deinterleave),
-        PAIRED=width != rotary_dim,
         HALF=tiling.half, TAIL=tiling.tail, BLOCK_HALF=tiling.block_half, BLOCK_TAIL=tiling.block_tail,
         TILE_TOKENS=tiling.tile_tokens, TILE_HEADS=tiling.tile_heads,
     )  # fmt: skip
@@ -258,11 +255,11 @@ def rope_bwd(
         None if grad is None else torch.empty_strided(grad.shape, strides, dtype=grad.dtype, device=grad.device)
         for grad, strides in ((dq, q_strides), (dk, k_strides))
     )
-    tables = (cos, sin, rotary_dim, interleaved, deinterleave, unsqueeze_dim)
-    if dq is not None:
-        _rotate(dq, dq_out, dk, dk_out, *tables, backward=True)
-    elif dk is not None:
-        _rotate(dk, dk_out, None, None, *tables, backward=True)
+    settings = (rotary_dim, interleaved, deinterleave, unsqueeze_dim)
+    if dq is not None and dq_out is not None:
+        _rotate(dq, dq_out, dk, dk_out, cos, sin, *settings, backward=True)
+    elif dk is not None and dk_out is not None:
+        _rotate(dk, dk_out, None, None, cos, sin, *settings, backward=True)
     return dq_out, dk_out
 
 
@@ -270,26 +267,29 @@ class RopeFunction(Function):
     """``rope`` of ``q`` and, unless None, ``k``; all arguments are positional."""
 
     @staticmethod
-    def forward(ctx, q, k, cos, sin, rotary_dim, interleaved, deinterleave, unsqueeze_dim):
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, rotary_dim: int, interleaved: bool,
+        deinterleave: bool, unsqueeze_dim: int,
+    ) -> Tensor | tuple[Tensor, Tensor | None]:  # fmt: skip
         """Save the tables only."""
         q_out, k_out = rope_fwd(q, k, cos, sin, rotary_dim, interleaved, deinterleave, unsqueeze_dim)
         ctx.save_for_backward(cos, sin)
         # The outputs are dense in the memory order of the inputs: gradients laid out so need no copy further up either.
-        ctx.strides = (q_out.stride(), None if k_out is None else k_out.stride())
+        ctx.strides = (q_out.stride(), () if k_out is None else k_out.stride())
         ctx.settings = (rotary_dim, interleaved, deinterleave, unsqueeze_dim)
         ctx.set_materialize_grads(False)
         return q_out if k is None else (q_out, k_out)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dq, dk=None):
+    def backward(ctx: Any, dq: Tensor | None, dk: Tensor | None = None) -> tuple[Tensor | None, ...]:
         """Either upstream gradient may be None."""
         dq = dq if ctx.needs_input_grad[0] else None
         dk = dk if ctx.needs_input_grad[1] else None
-        return *rope_bwd(dq, dk, *ctx.strides, *ctx.saved_tensors, *ctx.settings), None, None, None, None, None, None
+        return *rope_bwd(dq, dk, *ctx.strides, *ctx.saved_tensors, *ctx.settings), *(None,) * 6
 
 
-def _fake_fwd(q, k, *_):
+def _fake_fwd(q: Tensor, k: Tensor | None, *_: Any) -> tuple[Tensor, Tensor | None]:
     return torch.empty_like(unit_stride(q)), None if k is None else torch.empty_like(unit_stride(k))
 
 
@@ -297,15 +297,15 @@ def _bwd(
     dq: Tensor | None, dk: Tensor | None, cos: Tensor, sin: Tensor, rotary_dim: int, interleaved: bool,
     deinterleave: bool, unsqueeze_dim: int,
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
-    strides = (None if grad is None else torch.empty_like(unit_stride(grad)).stride() for grad in (dq, dk))
-    return rope_bwd(dq, dk, *strides, cos, sin, rotary_dim, interleaved, deinterleave, unsqueeze_dim)
+    q_strides, k_strides = (() if grad is None else torch.empty_like(unit_stride(grad)).stride() for grad in (dq, dk))
+    return rope_bwd(dq, dk, q_strides, k_strides, cos, sin, rotary_dim, interleaved, deinterleave, unsqueeze_dim)
 
 
-def _fake_bwd(dq, dk, *_):
+def _fake_bwd(dq: Tensor | None, dk: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     return tuple(None if grad is None else torch.empty_like(unit_stride(grad)) for grad in (dq, dk))
 
 
-def _save(ctx, inputs, output):
+def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.save_for_backward(*inputs[2:4])
     ctx.settings = inputs[4:]
     ctx.set_materialize_grads(False)
@@ -313,9 +313,8 @@ def _save(ctx, inputs, output):
         ctx.mark_non_differentiable(output[1])
 
 
-def _differentiate(ctx, dq, dk):
-    given = zip((dq, dk), ctx.needs_input_grad, strict=False)
-    grads = [grad if needed else None for grad, needed in given]
+def _differentiate(ctx: Any, dq: Tensor | None, dk: Tensor | None) -> tuple[Tensor | None, ...]:
+    grads = [grad if needed else None for grad, needed in zip((dq, dk), ctx.needs_input_grad, strict=False)]
     found = _rope_bwd_op(*grads, *ctx.saved_tensors, *ctx.settings)
     return tuple(None if grad is None else out for grad, out in zip(grads, found, strict=True))
 

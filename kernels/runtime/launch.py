@@ -4,14 +4,22 @@ import inspect
 import os
 from collections.abc import Callable
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
 if TYPE_CHECKING:
-    import triton
-    import triton.knobs
-    import triton.language as tl
+    # Triton's own types do not describe kernels: a constant is a tl.constexpr there, never a plain number.
+    class _Untyped(type):
+        def __getattr__(cls, name: str) -> Any: ...
+
+    class triton(metaclass=_Untyped):
+        """The module, to type checkers."""
+
+    class tl(metaclass=_Untyped):
+        """``triton.language``, to type checkers."""
+
+        constexpr: TypeAlias = Any
 else:
     try:
         import triton

@@ -6,6 +6,8 @@ All arithmetic is fp32 and rounded once. gelu's tanh form is computed as ``g * s
 the cancellation of ``1 + tanh(u)`` for negative u.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -214,19 +216,19 @@ def gated_bwd(
     if dout.numel() == 0:
         return
     num_rows, num_cols, tensors, strides = _shared_layout(dout, gate, up, dgate, dup, out)
-    dout, gate, up, dgate, dup, out = tensors
+    dout_rows, gate_rows, up_rows, dgate_rows, dup_rows, out_rows = tensors
     dout_stride, gate_stride, up_stride, dgate_stride, dup_stride, out_stride = strides
     block = min(BLOCK_SIZE, next_power_of_2(num_cols))
     col_blocks = cdiv(num_cols, block)
     _launch_bwd(
         (num_rows * col_blocks, 1, 1),
         (("num_warps", 8),),
-        dout_ptr=dout,
-        gate_ptr=gate,
-        up_ptr=up,
-        dgate_ptr=dgate,
-        dup_ptr=dup,
-        out_ptr=out,
+        dout_ptr=dout_rows,
+        gate_ptr=gate_rows,
+        up_ptr=up_rows,
+        dgate_ptr=dgate_rows,
+        dup_ptr=dup_rows,
+        out_ptr=out_rows,
         dout_row_stride=dout_stride,
         gate_row_stride=gate_stride,
         up_row_stride=up_stride,
@@ -246,7 +248,8 @@ def gated_grads(
     """Gradients of ``gate`` and ``up`` where needed; one packed gradient if ``gate`` holds both halves."""
     if up is None:
         dpacked = dense_like(gate)
-        gated_bwd(dout, *gate.chunk(2, dim=-1), *dpacked.chunk(2, dim=-1), activation)
+        (gate, up), (dgate, dup) = gate.chunk(2, dim=-1), dpacked.chunk(2, dim=-1)
+        gated_bwd(dout, gate, up, dgate, dup, activation)
         return dpacked, None
     dgate = dense_like(gate) if needs_dgate else None
     dup = dense_like(up) if needs_dup else None
@@ -255,14 +258,16 @@ def gated_grads(
 
 
 def _activate(gate: Tensor, up: Tensor | None, activation: int) -> Tensor:
-    return gated_fwd(*(gate.chunk(2, dim=-1) if up is None else (gate, up)), activation)
+    if up is None:
+        gate, up = gate.chunk(2, dim=-1)
+    return gated_fwd(gate, up, activation)
 
 
 class GatedFunction(Function):
     """``act(gate) * up`` for two tensors, or for one that holds both halves (``up`` is None)."""
 
     @staticmethod
-    def forward(ctx, gate, up, activation):
+    def forward(ctx: Any, gate: Tensor, up: Tensor | None, activation: int) -> Tensor:
         """Save the inputs only."""
         ctx.save_for_backward(gate, up)
         ctx.activation = activation
@@ -270,27 +275,32 @@ class GatedFunction(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dout):
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         """Compute only the gradients that are needed."""
-        return *gated_grads(dout, *ctx.saved_tensors, ctx.activation, *ctx.needs_input_grad[:2]), None
+        gate, up = ctx.saved_tensors
+        needs_dgate, needs_dup, _ = ctx.needs_input_grad
+        return *gated_grads(dout, gate, up, ctx.activation, needs_dgate, needs_dup), None
 
 
-def _fake_fwd(gate, up, activation):
+def _fake_fwd(gate: Tensor, up: Tensor | None, activation: int) -> Tensor:
     if up is None:
         return gate.new_empty(*gate.shape[:-1], gate.shape[-1] // 2)
     return gate.new_empty(gate.shape, dtype=torch.promote_types(gate.dtype, up.dtype))
 
 
-def _fake_bwd(dout, gate, up, activation, needs_dgate, needs_dup):
-    return gate.new_empty(gate.shape) if needs_dgate else None, up.new_empty(up.shape) if needs_dup else None
+def _fake_bwd(
+    dout: Tensor, gate: Tensor, up: Tensor | None, activation: int, needs_dgate: bool, needs_dup: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    dup = up.new_empty(up.shape) if needs_dup and up is not None else None
+    return gate.new_empty(gate.shape) if needs_dgate else None, dup
 
 
-def _save(ctx, inputs, output):
+def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
     gate, up, ctx.activation = inputs
     ctx.save_for_backward(gate, up)
 
 
-def _differentiate(ctx, dout):
+def _differentiate(ctx: Any, dout: Tensor) -> tuple[Tensor, ...]:
     return _gated_bwd_op(dout, *ctx.saved_tensors, ctx.activation, *ctx.needs_input_grad[:2])
 
 

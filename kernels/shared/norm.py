@@ -7,6 +7,8 @@ Backward, with ``g = dy * scale``: ``dx = rstd * (g - n * mean(g * n))``, in Lay
 Saved: x (or the sum with the residual), the weight, and the statistics (fp32, one or two numbers per row).
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -217,9 +219,11 @@ def norm_bwd(
     """Return ``(dx, dweight, dbias)``, each None unless needed; ``dtotal``, the gradient of ``x`` itself, is added."""
     num_cols, num_rows = x.shape[-1], stats.shape[1]
     dx = dense_like(x) if needs_dx else None
+    dw_dtype = x.dtype if weight is None else weight.dtype
+    db_dtype = bias_dtype or x.dtype
     if num_rows == 0:
-        dw = x.new_zeros(num_cols, dtype=weight.dtype) if needs_dw else None
-        db = x.new_zeros(num_cols, dtype=bias_dtype) if needs_db else None
+        dw = x.new_zeros(num_cols, dtype=dw_dtype) if needs_dw else None
+        db = x.new_zeros(num_cols, dtype=db_dtype) if needs_db else None
         return dx, dw, db
     x, x_stride = row_layout(x)
     dy, dy_stride = row_layout(dy)
@@ -227,13 +231,15 @@ def norm_bwd(
     if dtotal is not None:
         dtotal, dtotal_stride = row_layout(dtotal)
         streamed += dtotal.element_size()
-    wanted, partials = needs_dw + needs_db, None
-    dtype = weight.dtype if needs_dw else bias_dtype
-    apart = wanted == 2 and dtype != bias_dtype
+    wanted, dtype = needs_dw + needs_db, dw_dtype if needs_dw else db_dtype
+    apart = wanted == 2 and dw_dtype != db_dtype
     summed = wanted > 0 and sums_in_backward(wanted * num_cols)
+    partials = dw_partials = db_partials = None
     if summed:
         tiling = persistent_tiling(num_rows, num_cols, sm_count(x), streamed)
         partials = new_partials(x, wanted, tiling.num_programs, torch.float32 if apart else dtype)
+        dw_partials = partials if needs_dw else None  # the first of the stack
+        db_partials = partials[-1] if needs_db else None
     else:
         tiling = row_tiling(num_rows, num_cols, sm_count(x))
         if wanted:
@@ -248,8 +254,8 @@ def norm_bwd(
             weight_ptr=weight,
             stats_ptr=stats,
             dx_ptr=dx,
-            dw_partial_ptr=partials if summed and needs_dw else None,  # the first of the stack
-            db_partial_ptr=partials[-1] if summed and needs_db else None,
+            dw_partial_ptr=dw_partials,
+            db_partial_ptr=db_partials,
             dy_row_stride=dy_stride,
             dtotal_row_stride=dtotal_stride,
             x_row_stride=x_stride,
@@ -263,9 +269,11 @@ def norm_bwd(
             BLOCK_COLS=tiling.block_cols,
             NUM_STAGES=tiling.num_stages,
         )
+    if partials is None:
+        return dx, None, None
     if apart:
-        return dx, sum_partials(partials[:1], dtype)[0], sum_partials(partials[1:], bias_dtype)[0]
-    sums = sum_partials(partials, dtype) if wanted else None
+        return dx, sum_partials(partials[:1], dw_dtype)[0], sum_partials(partials[1:], db_dtype)[0]
+    sums = sum_partials(partials, dtype)
     return dx, sums[0] if needs_dw else None, sums[-1] if needs_db else None
 
 
@@ -273,7 +281,10 @@ class NormFunction(Function):
     """Norm of ``x``; or of ``x + residual``, and that sum. All arguments are positional."""
 
     @staticmethod
-    def forward(ctx, x, residual, weight, bias, eps, weight_offset, scale_in_fp32, centred, dtype):
+    def forward(
+        ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float,
+        weight_offset: float, scale_in_fp32: bool, centred: bool, dtype: torch.dtype,
+    ) -> Tensor | tuple[Tensor, Tensor | None]:  # fmt: skip
         """Save what is normalised, the weight and the statistics."""
         keep = any(ctx.needs_input_grad)
         y, total, stats = norm_fwd(x, residual, weight, bias, eps, weight_offset, scale_in_fp32, centred, dtype, keep)
@@ -288,33 +299,43 @@ class NormFunction(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy, dtotal=None):
+    def backward(ctx: Any, dy: Tensor | None, dtotal: Tensor | None = None) -> tuple[Tensor | None, ...]:
         """Compute only the gradients that are needed; with a residual, either upstream gradient may be None."""
+        x, weight, stats = ctx.saved_tensors
+        bias_dtype, weight_offset, scale_in_fp32 = ctx.settings
         needs_dx, needs_dresidual, needs_dw, needs_db = ctx.needs_input_grad[:4]
         dx, dw, db = dtotal, None, None
         if dy is not None:
             dx, dw, db = norm_bwd(
-                dy, dtotal, *ctx.saved_tensors, *ctx.settings, needs_dx or needs_dresidual, needs_dw, needs_db
-            )
+                dy, dtotal, x, weight, stats, bias_dtype, weight_offset, scale_in_fp32, needs_dx or needs_dresidual,
+                needs_dw, needs_db,
+            )  # fmt: skip
         # One tensor for both: autograd adds into a gradient in place only where it holds the sole reference.
         return (dx if needs_dx else None, dx if needs_dresidual else None, dw, db, *(None,) * 5)
 
 
-def _fake_fwd(x, residual, weight, bias, eps, weight_offset, scale_in_fp32, centred, dtype, keep_stats):
+def _fake_fwd(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, weight_offset: float,
+    scale_in_fp32: bool, centred: bool, dtype: torch.dtype, keep_stats: bool,
+) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
     total = None if residual is None else x.new_empty(x.shape)
     stats = x.new_empty(2 if centred else 1, x.numel() // x.shape[-1], dtype=torch.float32)
     return x.new_empty(x.shape, dtype=dtype), total, stats
 
 
-def _fake_bwd(dy, dtotal, x, weight, stats, bias_dtype, weight_offset, scale_in_fp32, needs_dx, needs_dw, needs_db):
+def _fake_bwd(
+    dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor | None, stats: Tensor,
+    bias_dtype: torch.dtype | None, weight_offset: float, scale_in_fp32: bool, needs_dx: bool, needs_dw: bool,
+    needs_db: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     return (
         x.new_empty(x.shape) if needs_dx else None,
-        weight.new_empty(weight.shape) if needs_dw else None,
+        weight.new_empty(weight.shape) if needs_dw and weight is not None else None,
         x.new_empty(x.shape[-1], dtype=bias_dtype) if needs_db else None,
     )
 
 
-def _save(ctx, inputs, output):
+def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
     x, residual, weight, bias, _, weight_offset, scale_in_fp32, *_ = inputs
     _, total, stats = output
     ctx.has_residual = residual is not None
@@ -323,10 +344,10 @@ def _save(ctx, inputs, output):
     ctx.mark_non_differentiable(*((stats,) if ctx.has_residual else (total, stats)))
 
 
-def _differentiate(ctx, dy, dtotal, _):
+def _differentiate(ctx: Any, dy: Tensor, dtotal: Tensor, _: Tensor) -> tuple[Tensor, ...]:
     needs_dx, needs_dresidual, *needs = ctx.needs_input_grad[:4]
-    dtotal = dtotal if ctx.has_residual else None
-    dx, dw, db = _norm_bwd_op(dy, dtotal, *ctx.saved_tensors, *ctx.settings, needs_dx or needs_dresidual, *needs)
+    upstream = (dy, dtotal if ctx.has_residual else None)
+    dx, dw, db = _norm_bwd_op(*upstream, *ctx.saved_tensors, *ctx.settings, needs_dx or needs_dresidual, *needs)
     return dx, dx, dw, db
 
 
@@ -337,10 +358,9 @@ _norm_op = opaque_op("norm", norm_fwd, _fake_fwd, _differentiate, _save)
 def apply_norm(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, weight_offset: float,
     scale_in_fp32: bool, centred: bool, dtype: torch.dtype,
-) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
-    """The norm of ``x``, of dtype ``dtype``; or of ``x + residual``, and that sum. For checked arguments."""
-    weight = None if weight is None else weight.contiguous()
-    bias = None if bias is None else bias.contiguous()
+) -> Any:  # fmt: skip
+    """The norm of ``x``, a tensor of dtype ``dtype``; or of ``x + residual``, and that sum. For checked arguments."""
+    weight, bias = (None if vector is None else vector.contiguous() for vector in (weight, bias))
     if torch.compiler.is_compiling():
         settings = (float(eps), float(weight_offset), scale_in_fp32, centred, dtype, True)
         y, total, _ = _norm_op(x, residual, weight, bias, *settings)
