@@ -1,8 +1,15 @@
-"""torch.compile of a model made of our ops: one graph, the numbers and gradients of eager."""
+"""torch.compile of every op of the benchmarks' table, and of a model made of ops: one graph, the numbers of eager."""
+
+import importlib
+import pkgutil
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import liger_trainer.kernels
+from benchmarks.cases import build_variant, own_op
+from benchmarks.ops import OPS, Variant
 from liger_trainer.kernels import (
     add_rms_norm,
     clamped_swiglu,
@@ -16,7 +23,8 @@ from liger_trainer.kernels import (
 )
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-MODULES = (rms_norm, add_rms_norm, layer_norm, rope, swiglu, geglu, gated_linear, clamped_swiglu, cross_entropy)
+FILES = pkgutil.iter_modules(liger_trainer.kernels.__path__, "liger_trainer.kernels.")
+MODULES = [module for file in FILES if hasattr(module := importlib.import_module(file.name), "use_triton")]
 WIDTH, HEAD, VOCAB = 32, 8, 19
 
 
@@ -141,6 +149,56 @@ def test_operators_keep_their_promises(name, arguments):
     op = getattr(torch.ops.liger_trainer, name).default
     arguments = tuple(a.detach() if torch.is_tensor(a) and name.endswith("bwd") else a for a in arguments)
     torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_every_op_is_one_opaque_operator(name):
+    case, _, _ = build_variant(name, Variant(), 5, 48, DEVICE)
+    seen = []
+
+    def backend(graph, example_inputs):
+        seen.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph
+
+    torch._dynamo.reset()
+    compiled = torch.compile(own_op(name), fullgraph=True, backend=backend)(*case.tensors.values())
+    eager = own_op(name)(*case.tensors.values())
+    assert len([target for target in seen if target.startswith("liger_trainer.")]) == 1
+    for a, b in zip(*((out if isinstance(out, tuple) else (out,)) for out in (compiled, eager)), strict=True):
+        assert torch.equal(a, b)
+
+
+class RecordedOperators(TorchDispatchMode):
+    """Keeps every call of an operator of ours."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "liger_trainer":
+            self.calls.append((func, [a.detach().clone() if torch.is_tensor(a) else a for a in args]))
+        return func(*args, **(kwargs or {}))
+
+
+def variants():
+    return [(name, variant) for name, op in OPS.items() for variant in op.variants]
+
+
+@pytest.mark.parametrize(("name", "variant"), variants(), ids=lambda v: v if isinstance(v, str) else v.note)
+def test_every_op_calls_operators_that_keep_their_promises(name, variant, monkeypatch):
+    """What a traced call runs, forward and backward, with the arguments that the op gives its operators."""
+    case, ours, _ = build_variant(name, variant, 5, 48, DEVICE)
+    with RecordedOperators() as recorded:
+        with monkeypatch.context() as tracing:
+            tracing.setattr(torch.compiler, "is_compiling", lambda: True)
+            out = ours()
+        outputs = [t for t in (out if isinstance(out, tuple) else (out,)) if t.requires_grad]
+        forward = len(recorded.calls)
+        torch.autograd.grad([t.float().square().sum() for t in outputs], case.leaf_tensors())
+    assert 0 < forward < len(recorded.calls)
+    for op, arguments in recorded.calls:
+        torch.library.opcheck(op, tuple(arguments), test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.gpu
