@@ -71,9 +71,8 @@ def _loss_grad_rows_kernel(
     c = g * (1.0 - label_smoothing)
     d = g * label_smoothing / num_cols
     x_ptr = logits_ptr + row * logits_row_stride
-    HAS_B: tl.constexpr = tl.constexpr(False)
     write_dlogits(
-        x_ptr, dx_ptr, num_cols, label.to(tl.int32), lse, a, 0.0, c, d, inner, outer, HAS_SOFTCAP, HAS_B, BLOCK_COLS
+        x_ptr, dx_ptr, num_cols, label.to(tl.int32), lse, a, 0.0, c, d, inner, outer, HAS_SOFTCAP, False, BLOCK_COLS
     )  # fmt: skip
 
 

@@ -131,7 +131,9 @@ def rope(
 
 
 def _gate_and_up(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
-    return gate.chunk(2, dim=-1) if up is None else (gate, up)
+    if up is None:
+        gate, up = gate.chunk(2, dim=-1)
+    return gate, up
 
 
 def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:

@@ -60,71 +60,11 @@ def use_triton(x: torch.Tensor) -> bool:
     return HAS_TRITON and (x.is_cuda or INTERPRET)
 
 
-def specialization(tensors: tuple, ints: tuple) -> tuple[list[int | None], list]:
-    """Addresses of ``tensors`` and a key that differs wherever Triton would compile another kernel for the arguments.
-
-    Triton looks at the dtype of a pointer and whether it is a multiple of 16; at whether an int is 1, is a multiple
-    of 16, and fits 32 bits; and at which arguments are None. Floats are all fp32.
-    """
-    pointers, key = [], []
-    for t in tensors:
-        if t is None:
-            pointers.append(None)
-            key.append(None)
-        else:
-            pointer = t.data_ptr()
-            pointers.append(pointer)
-            key.append((t.dtype,) if pointer & 15 else t.dtype)
-    # n >> 31 is 0 or -1 for 32-bit numbers and something else for wider ones.
-    key += [None if n == 1 else n >> 31 << 1 | (not n & 15) for n in ints]
-    return pointers, key
-
-
 def _has_hooks() -> bool:
     """Whether a profiler listens to launches: a chain of hooks, or one that was assigned in the place of the chain."""
     runtime = triton.knobs.runtime
     enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
     return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
-
-
-class Launcher:
-    """Launches a kernel; from the second time on, past Triton's binder, which takes longer than many kernels run.
-
-    The kernel's parameters are pointers, then ints, then floats, then constants, and a call passes each group as a
-    tuple in that order. A kernel is looked up by ``specialization``, the constants, the launch options and the device.
-    """
-
-    def __init__(self, kernel):
-        self.kernel = kernel
-        self.compiled = {}
-
-    def __call__(
-        self, grid: tuple[int, int, int], tensors: tuple[torch.Tensor | None, ...], ints: tuple[int, ...],
-        floats: tuple[float, ...], constants: tuple[Any, ...], options: tuple[tuple[str, int], ...],
-    ) -> None:  # fmt: skip
-        """Launch on the device and current stream of the first tensor; ``options`` are Triton's, as pairs."""
-        device = tensors[0].get_device()
-        if device >= 0 and device != current_device():  # Triton launches on the current device
-            with torch.cuda.device(device):
-                return self(grid, tensors, ints, floats, constants, options)
-        if not DIRECT_LAUNCH or _has_hooks():
-            self._launch_through_triton(grid, tensors, ints, floats, constants, options)
-            return None
-        pointers, key = specialization(tensors, ints)
-        key = (device, constants, options, *key)
-        known = self.compiled.get(key)
-        if known is None:
-            kernel = self._launch_through_triton(grid, tensors, ints, floats, constants, options)
-            self.compiled[key] = (kernel.run, kernel.function, kernel.packed_metadata)
-            return None
-        run, function, metadata = known
-        # The three Nones: launch metadata, and the hooks that would read it.
-        run(*grid, current_stream(device), function, metadata, None, None, None, *pointers, *ints, *floats, *constants)
-        return None
-
-    def _launch_through_triton(self, grid, tensors, ints, floats, constants, options):
-        # An int in the place of a float would be specialised on.
-        return self.kernel[grid](*tensors, *ints, *map(float, floats), *constants, **dict(options))
 
 
 # The body of a launcher, which is generated per kernel as Triton generates its binder: Python itself then checks the

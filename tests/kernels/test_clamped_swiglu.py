@@ -8,10 +8,11 @@ from liger_trainer.kernels.clamped_swiglu import clamped_swiglu
 from numerics import as_dtype, assert_no_worse_than_torch, random_rows
 from tiny_models import assert_same_training, batch, loss_and_gradients, tiny_model
 
-from liger_trainer import apply_liger
+from liger_trainer import LigerConfig, apply_liger
 from liger_trainer.kernels import clamped_swiglu as module
 from liger_trainer.kernels import reference
-from liger_trainer.rules import glu as gated
+from liger_trainer.probing.rule import Skip
+from liger_trainer.rules import glu
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -105,15 +106,16 @@ def unclamped(self, x):
 )
 def test_the_limit_is_told_from_other_numbers(gate, numbers):
     module = experts(gate, **numbers)
-    verdict = gated.probe_experts(module)
     if gate is unclamped:
-        assert "neither" in verdict.reason
+        with pytest.raises(Skip, match="neither"):
+            glu.probe_experts(module, LigerConfig())
         return
+    match = glu.probe_experts(module, LigerConfig())
     for change in ({}, {"limit": 2.0}, {"alpha": 0.5}):  # later changes are followed
         for name, value in change.items():
             setattr(module, name, value)
         x = torch.randn(5, 48) * 8000
-        torch.testing.assert_close(verdict.method(None)(module, x), gate(module, x))
+        torch.testing.assert_close(match.methods["_apply_gate"](module, x), gate(module, x))
 
 
 @pytest.mark.parametrize(
