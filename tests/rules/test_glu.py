@@ -1,12 +1,16 @@
 """The glu rules: which gated activations match, and what they save for backward."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from liger_trainer.kernels.gated_linear import gated_linear
 from tiny_models import assert_same_training, batch, loss_and_gradients, tiny_model
 from torch import nn
 
-from liger_trainer import apply_liger
+from liger_trainer import LigerConfig, apply_liger
+from liger_trainer.kernels import reference
+from liger_trainer.probing.rule import Skip
 from liger_trainer.rules import glu as gated
 
 
@@ -51,3 +55,64 @@ def test_gated_activations_are_not_kept_for_backward(model_type, monkeypatch):
         calls.clear()
     assert_same_training(results["kept"], results["made again"])
     assert_same_training(results["kept"], results["hooked"])
+
+
+def experts(gate, **numbers):
+    """Experts as transformers has them, with ``gate`` and attributes of these names and values, in that order."""
+
+    class Experts(torch.nn.Module):
+        _apply_gate = gate
+
+    module = Experts()
+    for name, value in numbers.items():
+        setattr(module, name, value)
+    module.has_gate, module.config = True, SimpleNamespace(_experts_implementation="grouped_mm")
+    return module
+
+
+def clamped(self, x):
+    return reference.clamped_swiglu(x, limit=self.limit, alpha=self.alpha)
+
+
+def unclamped(self, x):
+    gate, up = x.chunk(2, dim=-1)
+    return (up + 1) * gate * torch.sigmoid(1.702 * gate)
+
+
+@pytest.mark.parametrize(
+    ("gate", "numbers"),
+    [
+        (clamped, {"hidden_dim": 4096, "top_k": 7, "alpha": 1.702, "limit": 7.0}),
+        (clamped, {"hidden_dim": 4096, "limit": 1e4, "alpha": 1.0}),
+        (unclamped, {"hidden_dim": 4096, "alpha": 1.702}),
+    ],
+)
+def test_the_limit_is_told_from_other_numbers(gate, numbers):
+    module = experts(gate, **numbers)
+    if gate is unclamped:
+        with pytest.raises(Skip, match="neither"):
+            gated.probe_experts(module, LigerConfig())
+        return
+    apply_gate = gated.probe_experts(module, LigerConfig()).methods["_apply_gate"]
+    for change in ({}, {"limit": 2.0}, {"alpha": 0.5}):  # later changes are followed
+        for name, value in change.items():
+            setattr(module, name, value)
+        x = torch.randn(5, 48) * 8000
+        torch.testing.assert_close(apply_gate(module, x), gate(module, x))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings", "variant"),
+    [
+        ("gpt_oss", {"head_dim": 16}, "swiglu, clamped, packed, interleaved"),
+        ("minimax_m3_vl_text", {"head_dim": 16}, "swiglu, clamped, packed"),
+    ],
+)  # fmt: skip
+def test_experts_with_such_a_gate_are_patched(model_type, settings, variant):
+    """At a limit that the activations of a tiny model reach."""
+    sizes = {"num_local_experts": 4, "num_experts_per_tok": 2, "swiglu_limit": 0.02}
+    model, inputs = tiny_model(model_type, **sizes, **settings), batch()
+    theirs = loss_and_gradients(model, inputs)
+    report = apply_liger(model)
+    assert variant in {applied.variant for applied in report.applied if applied.kind == "glu"}
+    assert_same_training(theirs, loss_and_gradients(model, inputs))
