@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..runtime.operators import opaque_op, or_empty
+from ..runtime.operators import opaque_op
 from .gradients import fp16_peak, scale_gradients
 from .options import (
     ALL_STATS,
@@ -149,7 +149,9 @@ def _forward(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, token_weights: Tensor | None,
     num_items: Tensor | None, num_items_number: float | None, ignore_index: int, reduction: str, dtype: torch.dtype,
     numbers: list[float],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor, Tensor
+]:  # fmt: skip
     """Loss; the five statistics; gradients of hidden, weight and bias; their factor (fp32, 0-d); lse ``[N]``."""
     options = _unpack(ignore_index, reduction, dtype, numbers)
     divisor = num_items_number if num_items is None else num_items
@@ -159,7 +161,7 @@ def _forward(
     stats = spread_stats(result.rows, result.stats, options)
     stats += [labels.new_empty(0, dtype=dtype) for dtype in STATS_DTYPES[len(stats) :]]
     log_probs, entropy, is_top1, log_sum_sq_probs, mean_logits = stats
-    hidden_grad, weight_grad, bias_grad = (or_empty(g, result.lse) for g in result.grads)
+    hidden_grad, weight_grad, bias_grad = result.grads
     lse = result.rows.spread(result.lse)
     return (
         result.loss, log_probs, entropy, is_top1, log_sum_sq_probs, mean_logits, hidden_grad, weight_grad, bias_grad,
@@ -169,16 +171,16 @@ def _forward(
 
 def _fake_forward(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *others: Any
-) -> tuple[Tensor, ...]:  # fmt: skip
+) -> tuple[Tensor | None, ...]:  # fmt: skip
     options = _unpack(*others[3:])
     given = STATS_FIELDS[options.stats]
     stats = [labels.new_empty(labels.shape if i < given else 0, dtype=t) for i, t in enumerate(STATS_DTYPES)]
-    grad_dtypes = [
-        torch.float32 if options.dtype == torch.float16 or p is None else p.dtype for p in (hidden, weight, bias)
-    ]
+    half = options.dtype == torch.float16
     grads = [
-        hidden.new_empty(p.shape if p is not None and want and options.gradients_in_forward else 0, dtype=grad_dtype)
-        for p, want, grad_dtype in zip((hidden, weight, bias), options.wanted, grad_dtypes, strict=True)
+        p.new_empty(p.shape, dtype=torch.float32 if half else p.dtype)
+        if p is not None and want and options.gradients_in_forward
+        else None
+        for p, want in zip((hidden, weight, bias), options.wanted, strict=True)
     ]
     loss, factor, lse = (
         labels.new_empty(shape, dtype=torch.float32)
@@ -202,7 +204,7 @@ def _recompute(
     row_grad: Tensor | None, entropy_grad: Tensor | None, hidden: Tensor, weight: Tensor, bias: Tensor | None,
     labels: Tensor, token_weights: Tensor | None, lse: Tensor, entropy: Tensor, ignore_index: int, reduction: str,
     dtype: torch.dtype, numbers: list[float],
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """Gradients of hidden, weight and bias for upstream gradients of token losses and entropies, ``[N]``."""
     options = _unpack(ignore_index, reduction, dtype, numbers)
     rows = valid_rows(labels, weight.shape[0], ignore_index)
@@ -210,17 +212,17 @@ def _recompute(
         (hidden, weight, bias), rows, rows.select(lse), options, rows.gradient(row_grad, token_weights),
         rows.gradient(entropy_grad), None if entropy_grad is None else rows.select(entropy),
     )  # fmt: skip
-    hidden_grad, weight_grad, bias_grad = (or_empty(g, lse) for g in grads)
+    hidden_grad, weight_grad, bias_grad = grads
     return hidden_grad, weight_grad, bias_grad
 
 
 def _fake_recompute(
     row_grad: Tensor | None, entropy_grad: Tensor | None, hidden: Tensor, weight: Tensor, bias: Tensor | None,
     labels: Tensor, token_weights: Tensor | None, lse: Tensor, entropy: Tensor, *packed: Any,
-) -> tuple[Tensor, ...]:  # fmt: skip
+) -> tuple[Tensor | None, ...]:  # fmt: skip
     wanted = _unpack(*packed).wanted
     params = zip((hidden, weight, bias), wanted, strict=True)
-    return tuple(p.new_empty(p.shape) if p is not None and want else lse.new_empty(0) for p, want in params)
+    return tuple(p.new_empty(p.shape) if p is not None and want else None for p, want in params)
 
 
 def _save(ctx: Any, inputs: tuple, output: tuple) -> None:

@@ -12,8 +12,8 @@ to its ``autograd.Function``
 - ``differentiate(ctx, *grads)``, which calls the backward operator and returns the gradients of the first inputs. It is
   traced: it may only call operators.
 
-Host functions are annotated with tensors, numbers and strings as arguments and return a tensor or a tuple of tensors
-and Nones.
+Host functions are annotated. Their arguments are tensors, numbers and strings; they return a tensor, or a tuple of
+tensors and Nones whose length is in the annotation.
 """
 
 import inspect
@@ -24,11 +24,6 @@ from typing import Any, get_args
 
 import torch
 from torch import Tensor
-
-
-def or_empty(t: Tensor | None, like: Tensor) -> Tensor:
-    """``t``, or an empty tensor in place of None."""
-    return like.new_empty(0) if t is None else t
 
 
 def _returning_tensors(function: Callable) -> Callable:
@@ -42,7 +37,7 @@ def _returning_tensors(function: Callable) -> Callable:
         like = next(a for a in arguments if torch.is_tensor(a))
         tensors: list[Tensor] = []
         for output in outputs:
-            tensor = or_empty(output, like)
+            tensor = like.new_empty(0) if output is None else output
             shared = any(tensor.untyped_storage()._cdata == t.untyped_storage()._cdata for t in tensors)
             tensors.append(tensor.clone() if shared else tensor)
         return tuple(tensors)
@@ -73,11 +68,10 @@ def opaque_op(
             what comes before and after.
     """
     signature = inspect.signature(run)
-    outputs = len(get_args(signature.return_annotation)) if signature.return_annotation is not Tensor else 0
     implementation = _returning_tensors(run)
-    if outputs:
-        returns = tuple[(Tensor,) * outputs]
-        implementation.__signature__ = signature.replace(return_annotation=returns)
+    if signature.return_annotation is not Tensor:
+        returns: Any = tuple[(Tensor,) * len(get_args(signature.return_annotation))]
+        implementation.__dict__["__signature__"] = signature.replace(return_annotation=returns)
     tags = (torch.Tag.cudagraph_unsafe,) if waits else ()
     op = torch.library.custom_op(f"liger_trainer::{name}", implementation, mutates_args=(), tags=tags)
     op.register_fake(_returning_tensors(fake))
