@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from liger_trainer.kernels.linear_loss.options import MEMORY_FIELDS
 
 from liger_trainer import LigerConfig
 from liger_trainer.config import KINDS
@@ -31,5 +32,7 @@ def test_every_kind_is_probed_in_its_file_and_tested(kind):
 def test_every_option_is_a_kind_or_belongs_to_one_or_to_all():
     owned = [name for kind in KINDS for name in LigerConfig().options_of(kind)]
     assert sorted([*KINDS, *owned, "strict"]) == sorted(LigerConfig().to_dict())
-    assert LigerConfig(low_memory=True).options_of("fused_loss") == {"logits_budget_mib": 512, "low_memory": True}
+    of_loss = LigerConfig(low_memory=True).options_of("fused_loss")
+    assert of_loss == {**of_loss, "logits_budget_mib": 512, "low_memory": True}
+    assert of_loss.keys() == MEMORY_FIELDS.keys()
     assert LigerConfig().options_of("glu") == {"recompute_glu": True}
