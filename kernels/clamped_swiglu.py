@@ -1,9 +1,10 @@
-"""SwiGLU of GPT-OSS (arXiv 2508.10925): both halves clamped, the sigmoid scaled, ``up`` shifted.
+"""The SwiGLU of GPT-OSS (arXiv 2508.10925): gate and up are clamped, the sigmoid is scaled, ``up`` is shifted.
 
 With ``g = min(gate, limit)`` and ``u = clamp(up, -limit, limit)``: ``out = g * sigmoid(alpha * g) * (u + offset)``.
 Backward, with ``s = sigmoid(alpha * g)``: ``dup = dout * g * s`` where ``|up| <= limit``, and
 ``dgate = dout * (u + offset) * s * (1 + alpha * g * (1 - s))`` where ``gate <= limit``; zero elsewhere.
-Saved: gate_up. Moved: gate_up and out forward; dout, gate_up and its gradient backward. fp32 inside, rounded once.
+Saved: gate_up. Moved: gate_up and out forward; dout, gate_up and its gradient backward. All arithmetic is fp32, rounded
+once.
 """
 
 from functools import lru_cache
@@ -25,7 +26,7 @@ BLOCK_SIZE = 1024  # pairs per program
 
 @triton.jit
 def _load_pairs(ptr, start, num_cols, INTERLEAVED: tl.constexpr, BLOCK_COLS: tl.constexpr):
-    """gate and up of ``BLOCK_COLS`` pairs from ``start`` on, fp32."""
+    """gate and up of the ``BLOCK_COLS`` pairs from ``start`` on, in fp32."""
     if INTERLEAVED:
         lanes = 2 * start + tl.arange(0, 2 * BLOCK_COLS)
         both = tl.load(ptr + lanes, mask=lanes < 2 * num_cols, other=0.0).to(tl.float32)
@@ -106,7 +107,7 @@ _launch_bwd = launcher(_clamped_swiglu_bwd_kernel)
 
 
 def _grid(num_rows: int, num_cols: int) -> tuple[tuple[int, int, int], int, int]:
-    """Programs, blocks of a row, and pairs of a block."""
+    """The launch grid, blocks per row, and pairs per block."""
     block = min(BLOCK_SIZE, next_power_of_2(num_cols))
     col_blocks = cdiv(num_cols, block)
     return (num_rows * col_blocks, 1, 1), col_blocks, block
@@ -176,7 +177,7 @@ class ClampedSwigluFunction(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        """One tensor has a gradient."""
+        """Only ``gate_up`` has a gradient."""
         return clamped_swiglu_bwd(dout, *ctx.saved_tensors, *ctx.settings), None, None, None, None
 
 
@@ -203,7 +204,7 @@ _clamped_swiglu_op = opaque_op("clamped_swiglu", clamped_swiglu_fwd, _fake_fwd, 
 
 @lru_cache(maxsize=64)
 def _rounded(limit: float, dtype: torch.dtype) -> float:
-    """``limit`` as torch's clamp compares with it, in the dtype of the tensor."""
+    """``limit`` rounded to the tensor's dtype, as torch's clamp does."""
     return float(torch.tensor(limit, dtype=dtype))
 
 
@@ -214,8 +215,8 @@ def clamped_swiglu(
 
     Args:
         gate_up: ``[..., 2 * I]``, fp16, bf16, fp32 or fp64, any strides: gate, then up.
-        limit: greater than 0.
-        alpha: scales the sigmoid; 1 for SiLU.
+        limit: the clamp's bound, greater than 0.
+        alpha: scales the sigmoid's argument; 1 for SiLU.
         offset: added to up after the clamp.
         interleaved: ``gate_up`` alternates gate and up.
 
@@ -228,9 +229,9 @@ def clamped_swiglu(
     """
     check_rows("gate_up", gate_up)
     if gate_up.shape[-1] % 2:
-        raise ValueError(f"gate_up: shape is {tuple(gate_up.shape)}; the last dimension must be even")
+        raise ValueError(f"gate_up: got shape {tuple(gate_up.shape)}; must be [..., 2 * I]")
     if not limit > 0:
-        raise ValueError(f"limit: is {limit}; must be greater than 0")
+        raise ValueError(f"limit: got {limit}; must be greater than 0")
     if not use_triton(gate_up) or gate_up.dtype == torch.float64:
         return reference.clamped_swiglu(gate_up, limit=limit, alpha=alpha, offset=offset, interleaved=interleaved)
     settings = (_rounded(float(limit), gate_up.dtype), float(alpha), float(offset), interleaved)

@@ -1,15 +1,15 @@
 """``F.linear(act(gate) * up, weight, bias)`` that does not keep ``act(gate) * up`` for backward.
 
-Forward: the gated kernel, then one GEMM. Saved: gate, up and the weight; a plain gated MLP saves the product as well,
-a third of its activations. Backward: ``dh = dout @ weight``; one kernel reads dh, gate and up and writes both their
-gradients and, on the way, ``h = act(gate) * up`` again; then ``dweight = dout^T h``. Against keeping h, that is one
-more write of h and no more reads. The gradients' memory serves h, too: dup stands in the place of dh, and where h is
-large it is made by column parts, each in the columns of dgate that are filled last; there gate and up are read twice.
+Forward: the gated kernel, then one GEMM. Saved: gate, up and the weight. A plain gated MLP also saves the product, a
+third of its activations. Backward: ``dh = dout @ weight``; one kernel reads dh, gate and up, writes both gradients and
+recomputes ``h = act(gate) * up``; then ``dweight = dout^T h``. Compared with saving h, this costs one more write of h
+and no more reads. To save memory, dup overwrites dh, and a large h is computed in column parts, each stored in the
+columns of dgate that are filled last. For the last part, gate and up are read twice.
 
-Under activation checkpointing the forward is run again only to find saved tensors, and torch stops it when it has the
-last one. A Function's tensors are taken when its forward has ended, which would be after a GEMM that nobody needs, 27 %
-of the second forward of a Llama 3 8B layer. So there the op is two nodes: one that saves and computes nothing, and one
-that computes and saves nothing.
+Activation checkpointing runs the forward again only to recover saved tensors, and torch stops it at the last one. torch
+collects the tensors of a Function when its forward ends, so a single node would first run a GEMM whose result nobody
+needs: 27 % of the second forward of a Llama 3 8B layer. There the op is therefore two nodes: the first saves and
+computes nothing, the second computes and saves nothing.
 """
 
 from typing import Any
@@ -26,16 +26,16 @@ from .runtime.launch import cdiv, use_triton
 from .runtime.operators import opaque_op
 from .shared.gated import GELU_ERF, GELU_TANH, SILU, check_gated, gated_bwd, gated_fwd
 
-# name -> (the kernel's number, the definition)
+# name -> (the activation's number in the kernel, its definition)
 ACTIVATIONS = {
     "silu": (SILU, reference.swiglu),
     "gelu_tanh": (GELU_TANH, lambda gate, up: reference.geglu(gate, up, approximate="tanh")),
     "gelu": (GELU_ERF, lambda gate, up: reference.geglu(gate, up, approximate="none")),
 }
 
-# h of this size or more gets no memory of its own; the launches of its parts would slow down smaller ones.
+# From this size on, h is computed in parts that share dgate's memory. For a smaller h the extra launches cost too much.
 PARTED_BYTES = 256 * 2**20
-# More parts mean fewer columns whose gate and up are read twice, and smaller GEMMs (benchmarks/NOTES.md).
+# With more parts, fewer columns of gate and up are read twice, but the GEMMs are smaller (benchmarks/NOTES.md).
 PARTS, PART_ALIGNMENT = 4, 256
 
 
@@ -60,7 +60,7 @@ def _compute(
 def _backward_by_parts(
     rows: Tensor, dhidden: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, activation: int
 ) -> Tensor:
-    """Fill ``dgate``, turn ``dhidden`` into dup, and return dweight ``[H, I]`` in the dtype of ``rows`` ``[N, H]``."""
+    """Fill ``dgate``, overwrite ``dhidden`` with dup, and return dweight ``[H, I]`` in the dtype of ``rows``."""
     width = gate.shape[-1]
     part = min(cdiv(cdiv(width, PARTS), PART_ALIGNMENT) * PART_ALIGNMENT, width)
     tail = width - part
@@ -75,7 +75,7 @@ def _backward_by_parts(
         hidden = dgate[..., tail : tail + cut.shape[-1]]
         gated_bwd(cut, gate[..., span], up[..., span], dgate[..., span], cut, activation, hidden)
         add(span, hidden)
-    # The last part's h has to be used before dgate takes its place, so these columns are read twice.
+    # The last part's h lies where its dgate belongs: use h first, then read gate and up again for dgate.
     last = slice(tail, width)
     cut, own = dhidden[..., last], dgate[..., last]
     gated_bwd(cut, gate[..., last], up[..., last], None, None, activation, own)
@@ -85,7 +85,7 @@ def _backward_by_parts(
 
 
 def _product(a: Tensor, b: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """``a @ b`` as ``shape``; ``out`` keeps an autocast that is on during backward away from it."""
+    """``a @ b`` as ``shape``, in ``a``'s dtype: with ``out=``, autocast has no effect even if it is on in backward."""
     out = a.new_empty(shape)
     torch.mm(a, b, out=out.view(-1, shape[-1]))
     return out
@@ -95,7 +95,7 @@ def gated_linear_bwd(
     dout: Tensor, gate: Tensor, up: Tensor | None, weight: Tensor, activation: int, needs_gate: bool, needs_up: bool,
     needs_weight: bool, needs_bias: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """``(dgate, dup, dweight, dbias)``; ``h`` is made again only where the weight needs its gradient."""
+    """``(dgate, dup, dweight, dbias)``; ``h`` is recomputed only if the weight needs its gradient."""
     rows = dout.reshape(-1, dout.shape[-1])
     first, second = _halves(gate, up)
     dgate = dup = dweight = hidden = None
@@ -124,13 +124,13 @@ def gated_linear_bwd(
 
 
 class _SaveInputs(Function):
-    """The node that saves: returns memory for the result and has the whole op's backward."""
+    """The node that saves: it returns uninitialised memory for the result and runs the backward of the whole op."""
 
     @staticmethod
     def forward(
         ctx: Any, gate: Tensor, up: Tensor | None, weight: Tensor, bias: Tensor | None, activation: int
     ) -> Tensor:
-        """Save what the layers before and the parameters keep anyway; compute nothing."""
+        """Save the inputs, which are in memory anyway; compute nothing."""
         ctx.save_for_backward(gate, up, weight)
         ctx.activation = activation
         return gate.new_empty((*gate.shape[:-1], weight.shape[0]))
@@ -157,7 +157,7 @@ class GatedLinearFunction(_SaveInputs):
 
 
 class _FillResult(Function):
-    """The node that computes: its gradient is that of the memory it was given."""
+    """The node that computes: it fills the memory it is given and passes the gradient on unchanged."""
 
     @staticmethod
     def forward(ctx: Any, out: Tensor, *inputs: Any) -> Tensor:
@@ -168,7 +168,7 @@ class _FillResult(Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        """Pass on."""
+        """Return ``dout`` as the gradient of ``out``."""
         return dout, None, None, None, None, None
 
 
@@ -208,7 +208,7 @@ _gated_linear_op = opaque_op("gated_linear", _fwd, _fake_fwd, _differentiate, _s
 
 
 def _are_saved_tensors_hooked() -> bool:
-    """Whether somebody decides what happens to saved tensors: activation checkpointing, or offloading of them."""
+    """Whether saved tensors are intercepted, as by activation checkpointing or offloading."""
     return _autograd._top_saved_tensors_default_hooks(False) is not None
 
 
@@ -219,31 +219,30 @@ def gated_linear(
 
     Args:
         gate: ``[..., I]``, fp16, bf16, fp32 or fp64. Without ``up``, ``[..., 2 * I]``: gate, then up.
-        up: of ``gate``'s shape and dtype, or None.
-        weight: ``[H, I]`` in ``gate``'s dtype; any under autocast, where the GEMMs run in ``gate``'s.
+        up: like ``gate`` in shape and dtype, or None.
+        weight: ``[H, I]`` in ``gate``'s dtype; in any dtype under autocast, where the GEMMs run in ``gate``'s.
         bias: ``[H]`` in ``weight``'s dtype, or None.
         activation: ``"silu"``, ``"gelu_tanh"`` or ``"gelu"`` (exact).
 
     Returns:
-        ``[..., H]`` in ``gate``'s dtype. Where Triton does not run, computed by the definition, which keeps the
-        product.
+        ``[..., H]`` in ``gate``'s dtype. Where Triton does not run, the definition computes it and keeps the product.
 
     Raises:
         TypeError: ``gate`` or ``up`` is not floating-point.
-        ValueError: shapes, dtypes or devices that do not fit together; an unknown ``activation``.
+        ValueError: shapes, dtypes or devices do not fit together; ``activation`` is unknown.
     """
     check_gated(gate, up)
     if activation not in ACTIVATIONS:
-        raise ValueError(f"activation: is {activation!r}; allowed are {', '.join(map(repr, ACTIVATIONS))}")
+        raise ValueError(f"activation: got {activation!r}; must be one of {', '.join(map(repr, ACTIVATIONS))}")
     width = gate.shape[-1] // (2 if up is None else 1)
     if weight.dim() != 2 or weight.shape[1] != width or weight.device != gate.device:
         expected = f"[H, {width}] on {gate.device}"
-        raise ValueError(f"weight: is {tuple(weight.shape)} on {weight.device}; allowed is {expected}")
+        raise ValueError(f"weight: got {tuple(weight.shape)} on {weight.device}; must be {expected}")
     autocast = torch.is_autocast_enabled(gate.device.type)
     if (not autocast and weight.dtype != gate.dtype) or (up is not None and up.dtype != gate.dtype):
         raise ValueError(
-            f"weight: dtype is {weight.dtype}, gate's {gate.dtype}, up's {None if up is None else up.dtype}; "
-            "without autocast they must be the same"
+            f"weight, up: got dtypes {weight.dtype}, {None if up is None else up.dtype}; must be gate.dtype = "
+            f"{gate.dtype} (weight: any under autocast)"
         )
     number, definition = ACTIVATIONS[activation]
     if not use_triton(gate) or gate.dtype == torch.float64:

@@ -1,4 +1,4 @@
-"""GeGLU: ``gelu(gate) * up`` (arXiv 2002.05202; gelu: arXiv 1606.08415), by the kernels in ``gated``.
+"""GeGLU: ``gelu(gate) * up`` (arXiv 2002.05202; gelu: arXiv 1606.08415), by the kernels in ``shared/gated.py``.
 
 ``gelu(g) = g * Phi(g)`` with the exact normal distribution Phi ("none"), or ``Phi(g) ~ sigmoid(2 u)`` with
 ``u = sqrt(2 / pi) * (g + 0.044715 g^3)`` ("tanh"). Backward: ``dup = dout * gelu(gate)``,
@@ -33,7 +33,7 @@ def geglu(gate: Tensor, up: Tensor | None = None, *, approximate: str = "tanh") 
     """
     check_gated(gate, up)
     if approximate not in _ACTIVATIONS:
-        raise ValueError(f'approximate: is {approximate!r}; allowed are "tanh" and "none"')
+        raise ValueError(f"approximate: got {approximate!r}; must be 'tanh' or 'none'")
     if not use_triton(gate) or torch.float64 in (gate.dtype, None if up is None else up.dtype):
         return reference.geglu(gate, up, approximate=approximate)
     return apply_gated(gate, up, _ACTIVATIONS[approximate])

@@ -175,7 +175,7 @@ def check_labels(labels: Tensor, vocab_size: int, ignore_index: int) -> None:
         return
     if bool(bad.any()):
         allowed = f"[0, {vocab_size}) or ignore_index={ignore_index}"
-        raise ValueError(f"labels: found {int(labels[bad][0])}; every label must be in {allowed}")
+        raise ValueError(f"labels: got {int(labels[bad][0])}; must be in {allowed}")
 
 
 def reduce_loss(token_loss: Tensor, valid: Tensor, reduction: str, num_items: Tensor | float | None) -> Tensor:

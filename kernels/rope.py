@@ -1,10 +1,10 @@
 """Rotary position embedding of q and k in one launch (arXiv 2104.09864).
 
-Each pair ``(x1, x2)`` of a head's rotary part, elements of its two halves or neighbours (interleaved), becomes
-``(x1 * c1 - x2 * s1, x2 * c2 + x1 * s2)``; (c1, c2) and (s1, s2) are the pair's entries of cos and sin, which need not
-be equal. Neighbours can be written as elements of two halves (deinterleave).
-Backward: ``dx1 = dy1 * c1 + dy2 * s2`` and ``dx2 = dy2 * c2 - dy1 * s1``, the same kernel.
-Saved: cos and sin. Moved, forward and backward alike: q and k in and out once; the tables are small and stay in L2.
+Each pair ``(x1, x2)`` of a head's rotary part becomes ``(x1 * c1 - x2 * s1, x2 * c2 + x1 * s2)``. A pair is one element
+of each half or, interleaved, two neighbours. (c1, c2) and (s1, s2) are the pair's entries in cos and sin; c1 may differ
+from c2, and s1 from s2. With deinterleave, neighbours are read and halves are written.
+Backward: ``dx1 = dy1 * c1 + dy2 * s2`` and ``dx2 = dy2 * c2 - dy1 * s1``, by the same kernel.
+Saved: cos and sin. Moved, forward and backward alike: q and k, read and written once. The small tables stay in L2.
 """
 
 from functools import lru_cache
@@ -20,16 +20,16 @@ from .runtime.checks import check_device, check_floating, unit_stride
 from .runtime.launch import cdiv, launcher, next_power_of_2, sm_count, tl, triton, use_triton
 from .runtime.operators import opaque_op
 
-TILE_SIZE = 4096  # elements of q or k that a program rotates
-PROGRAMS_PER_SM = 8  # tiles get smaller until there are that many
-TILE_HEADS = 8  # heads that share one load of the tables; more would leave lanes idle where there are few k heads
+TILE_SIZE = 4096  # elements of q or k per program
+PROGRAMS_PER_SM = 8  # tiles shrink until there are this many
+TILE_HEADS = 8  # heads that share one load of the tables; with more, few k heads would leave lanes idle
 
 
 @triton.jit
 def _load_table(
     base, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr, PAIRED: tl.constexpr, INTERLEAVED: tl.constexpr, mask
 ):
-    """The two entries of every pair, fp32; one and the same where the table is ``PAIRED``, one entry a pair."""
+    """The two table entries of every pair, in fp32; a ``PAIRED`` table has one entry per pair, which serves as both."""
     if PAIRED:
         cols = tl.arange(0, BLOCK_HALF)[None, None, :]
         first = tl.load(base + cols, mask=mask & (cols < HALF), other=0.0).to(tl.float32)
@@ -41,7 +41,7 @@ def _load_table(
 
 @triton.jit
 def _load_pairs(base, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr, INTERLEAVED: tl.constexpr, mask):
-    """Both elements of the pairs of the rows that start at ``base`` ``[A, B, 1]``: ``[A, B, BLOCK_HALF]`` fp32 each."""
+    """The elements of all pairs, each fp32 ``[A, B, BLOCK_HALF]``, in the rows that start at ``base`` ``[A, B, 1]``."""
     if INTERLEAVED:
         cols = tl.arange(0, 2 * BLOCK_HALF)[None, None, :]
         both = tl.load(base + cols, mask=mask & (cols < 2 * HALF), other=0.0).to(tl.float32)
@@ -67,7 +67,7 @@ def _rotate_heads(
     heads = heads[None, :, None]
     x_base = x_ptr + batch * x_batch_stride + heads * x_head_stride + tokens * x_token_stride
     y_base = y_ptr + batch * y_batch_stride + heads * y_head_stride + tokens * y_token_stride
-    # Tables of the tile's full shape load in its layout: repeated heads hit L1, a conversion would have to wait.
+    # Load the tables in the tile's full shape: repeated reads hit L1, whereas converting a layout would stall.
     cos_base += tl.zeros((1, TILE_HEADS, 1), dtype=tl.int64)
     sin_base += tl.zeros((1, TILE_HEADS, 1), dtype=tl.int64)
     x1, x2 = _load_pairs(x_base, HALF, BLOCK_HALF, LOAD_INTERLEAVED, mask)
@@ -91,11 +91,11 @@ def _rotate_heads(
         tl.store(y_base + 2 * HALF + cols, tail, mask=mask & (cols < TAIL))
 
 
-# HALF and TAIL are constants because a width such as 40 or 48 is then known to be a multiple of 8, and the masked
-# accesses are 16 bytes wide.
+# HALF and TAIL are constants: Triton then knows that a width such as 40 or 48 is a multiple of 8, and makes the masked
+# accesses 16 bytes wide.
 @triton.jit
 def _rope_kernel(
-    q_ptr,  # [B, H_q, T, D]; the memory order of this and the next three is free
+    q_ptr,  # [B, H_q, T, D]; this and the next three may have any memory order
     k_ptr,  # [B, H_k, T, D], or None
     q_out_ptr,  # [B, H_q, T, D]
     k_out_ptr,  # [B, H_k, T, D], or None
@@ -124,7 +124,7 @@ def _rope_kernel(
     k_chunks,
     BACKWARD: tl.constexpr,
     LOAD_INTERLEAVED: tl.constexpr,
-    STORE_INTERLEAVED: tl.constexpr,  # PAIRED where it differs
+    STORE_INTERLEAVED: tl.constexpr,  # if it differs from LOAD_INTERLEAVED, the tables are PAIRED
     PAIRED: tl.constexpr,
     HALF: tl.constexpr,
     TAIL: tl.constexpr,
@@ -133,7 +133,7 @@ def _rope_kernel(
     TILE_TOKENS: tl.constexpr,
     TILE_HEADS: tl.constexpr,
 ):
-    # Chunks of heads vary fastest: programs that read the same table entries and neighbouring memory run together.
+    # Head chunks vary fastest, so that programs with the same table entries and neighbouring memory run together.
     chunk = tl.program_id(0) % (q_chunks + k_chunks)
     block = tl.program_id(0) // (q_chunks + k_chunks)
     token_blocks = tl.cdiv(num_tokens, TILE_TOKENS)
@@ -167,7 +167,7 @@ _launch_rope = launcher(_rope_kernel)
 
 
 class _Tiling(NamedTuple):
-    """Programs, chunks of heads, and the kernel's constants from HALF to TILE_HEADS."""
+    """The grid, the head chunks of q and k, and the kernel's constants from HALF to TILE_HEADS."""
 
     num_programs: int
     q_chunks: int
@@ -184,7 +184,7 @@ class _Tiling(NamedTuple):
 def _tiling(
     batch: int, num_tokens: int, q_heads: int, k_heads: int, head_dim: int, rotary_dim: int, sms: int
 ) -> _Tiling:
-    """Tiles of ``TILE_SIZE`` elements, or fewer tokens where there would be too few programs."""
+    """Tiles of ``TILE_SIZE`` elements, with fewer tokens if there would be too few programs."""
     half, tail = rotary_dim // 2, head_dim - rotary_dim
     block_half = next_power_of_2(half)
     tile_heads = min(TILE_HEADS, next_power_of_2(max(q_heads, k_heads)))
@@ -274,7 +274,7 @@ class RopeFunction(Function):
         """Save the tables only."""
         q_out, k_out = rope_fwd(q, k, cos, sin, rotary_dim, interleaved, deinterleave, unsqueeze_dim)
         ctx.save_for_backward(cos, sin)
-        # The outputs are dense in the memory order of the inputs: gradients laid out so need no copy further up either.
+        # Gradients get the outputs' strides, which keep the inputs' memory order, so the layer before copies nothing.
         ctx.strides = (q_out.stride(), () if k_out is None else k_out.stride())
         ctx.settings = (rotary_dim, interleaved, deinterleave, unsqueeze_dim)
         ctx.set_materialize_grads(False)
@@ -326,31 +326,29 @@ _rope_op = opaque_op("rope", rope_fwd, _fake_fwd, _differentiate, _save)
 def _check(q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, rotary_dim: int | None, unsqueeze_dim: int) -> int:
     """Raise for arguments that do not fit together; return the rotary dimension."""
     if unsqueeze_dim not in (1, 2):
-        raise ValueError(f"unsqueeze_dim: is {unsqueeze_dim}; allowed are 1 ([B, H, T, D]) and 2 ([B, T, H, D])")
+        raise ValueError(f"unsqueeze_dim: got {unsqueeze_dim}; must be 1 ([B, H, T, D]) or 2 ([B, T, H, D])")
     check_floating("q", q)
     if q.dim() != 4:
-        raise ValueError(f"q: shape is {tuple(q.shape)}; allowed is a 4-dimensional tensor")
+        raise ValueError(f"q: got shape {tuple(q.shape)}; must be 4-dimensional")
     batch, num_tokens, head_dim = q.shape[0], q.shape[3 - unsqueeze_dim], q.shape[3]
     if k is not None:
         check_floating("k", k)
         if k.dim() != 4 or (k.shape[0], k.shape[3 - unsqueeze_dim], k.shape[3]) != (batch, num_tokens, head_dim):
-            raise ValueError(
-                f"k: shape is {tuple(k.shape)}; allowed is q's {tuple(q.shape)} but for the number of heads"
-            )
+            raise ValueError(f"k: got shape {tuple(k.shape)}; must be q's {tuple(q.shape)}, except the number of heads")
         check_device("k", k, q)
     width = cos.shape[-1] if cos.dim() else 0
     for name, table in (("cos", cos), ("sin", sin)):
         check_floating(name, table)
         if table.shape not in ((batch, num_tokens, width), (1, num_tokens, width)):
-            allowed = f"[{batch} or 1, {num_tokens}, {width}], cos and sin of one width"
-            raise ValueError(f"{name}: shape is {tuple(table.shape)}; allowed is {allowed}")
+            expected = f"[{batch} or 1, {num_tokens}, {width}], the same width for cos and sin"
+            raise ValueError(f"{name}: got shape {tuple(table.shape)}; must be {expected}")
         if table.requires_grad:
-            raise ValueError(f"{name}: requires a gradient; rope has none for its tables, pass {name}.detach()")
+            raise ValueError(f"{name}: got a tensor that requires grad; must be constant, as .detach() makes it")
         check_device(name, table, q)
     rotary_dim = width if rotary_dim is None else rotary_dim
     if rotary_dim not in (width, 2 * width) or rotary_dim % 2 or not 0 < rotary_dim <= head_dim:
-        allowed = f"that width or twice it, even and at most the head dimension {head_dim}"
-        raise ValueError(f"rotary_dim: is {rotary_dim} for tables of width {width}; allowed is {allowed}")
+        expected = f"that width or twice it, even and at most the head dimension {head_dim}"
+        raise ValueError(f"rotary_dim: got {rotary_dim} with tables of width {width}; must be {expected}")
     return rotary_dim
 
 
@@ -362,16 +360,16 @@ def rope(
 
     Args:
         q: ``[B, H_q, T, D]``, or ``[B, T, H_q, D]`` with ``unsqueeze_dim=2``; fp16, bf16, fp32 or fp64; any strides.
-        k: like ``q``, with a number of heads of its own; or None.
-        cos: ``[B or 1, T, rotary_dim]``; or ``[B or 1, T, rotary_dim / 2]``, one entry a pair, when ``rotary_dim``
-            is given and twice that width. Any floating dtype; gets no gradient.
+        k: like ``q``, but possibly with another number of heads; or None.
+        cos: ``[B or 1, T, rotary_dim]``; or ``[B or 1, T, rotary_dim / 2]``, one entry per pair, if ``rotary_dim``
+            is given as twice that width. Any floating dtype; gets no gradient.
         sin: like ``cos``.
-        interleaved: a pair is two neighbouring elements, not element ``i`` of each half.
-        rotary_dim: width of the rotary part; that of the tables by default.
-        deinterleave: return the first elements of all neighbouring pairs, then the second ones (DeepSeek-V3); asks for
-            ``interleaved`` and tables with one entry a pair.
+        interleaved: a pair is two neighbouring elements, not one element of each half.
+        rotary_dim: width of the rotary part; by default the tables' width.
+        deinterleave: return the first elements of all pairs, then the second ones (DeepSeek-V3); needs ``interleaved``
+            and tables with one entry per pair.
         unsqueeze_dim: the dimension of the heads in ``q`` and ``k``, 1 or 2.
-        compute_in_fp32: the definition then computes in fp32, as the Triton kernel always does.
+        compute_in_fp32: where Triton does not run, compute in fp32, as the kernel always does.
 
     Returns:
         The rotated ``q`` and ``k``, or ``q`` alone if ``k`` is None, in the input's dtype, shape and memory order.
@@ -384,8 +382,8 @@ def rope(
     width = _check(q, k, cos, sin, rotary_dim, unsqueeze_dim)
     if deinterleave and not (interleaved and width == 2 * cos.shape[-1]):
         raise ValueError(
-            f"deinterleave: is True with interleaved={interleaved}, tables of width {cos.shape[-1]} and rotary_dim "
-            f"{width}; allowed with interleaved=True and one table entry a pair"
+            f"deinterleave: got True with interleaved={interleaved}, tables of width {cos.shape[-1]} and rotary_dim "
+            f"{width}; must be False unless interleaved=True with one table entry per pair"
         )
     if not use_triton(q) or torch.float64 in (q.dtype, q.dtype if k is None else k.dtype):
         return reference.rope(

@@ -1,4 +1,4 @@
-"""SwiGLU: ``silu(gate) * up`` (arXiv 2002.05202), by the kernels in ``gated``.
+"""SwiGLU: ``silu(gate) * up`` (arXiv 2002.05202), by the kernels in ``shared/gated.py``.
 
 Backward, with ``s = sigmoid(gate)``: ``dup = dout * gate * s`` and ``dgate = dout * up * s * (1 + gate * (1 - s))``.
 """

@@ -1,4 +1,4 @@
-"""What the element-wise and norm ops accept: dtype and shape checks, and the view of a tensor as rows."""
+"""Argument checks of the ops (dtype, shape and device), and the view of a tensor as rows."""
 
 import torch
 from torch import Tensor
@@ -9,37 +9,35 @@ FLOATING = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float6
 def check_floating(name: str, x: Tensor) -> None:
     """Raise ``TypeError`` unless ``x`` is fp16, bf16, fp32 or fp64."""
     if x.dtype not in FLOATING:
-        raise TypeError(f"{name}: dtype is {x.dtype}; allowed are float16, bfloat16, float32 and float64")
+        raise TypeError(f"{name}: got dtype {x.dtype}; must be float16, bfloat16, float32 or float64")
 
 
 def check_rows(name: str, x: Tensor) -> None:
     """Raise unless ``x`` is floating-point with a last dimension of at least one element."""
     check_floating(name, x)
     if x.dim() == 0 or x.shape[-1] == 0:
-        raise ValueError(f"{name}: shape is {tuple(x.shape)}; the last dimension must have at least one element")
+        raise ValueError(f"{name}: got shape {tuple(x.shape)}; must be [..., N] with N > 0")
 
 
 def check_vector(name: str, v: Tensor, x: Tensor) -> None:
     """Raise unless ``v`` is a floating-point vector as long as ``x``'s last dimension and on its device."""
     check_floating(name, v)
     if v.dim() != 1 or v.shape[0] != x.shape[-1]:
-        raise ValueError(
-            f"{name}: shape is {tuple(v.shape)}; allowed is {(x.shape[-1],)}, the last dimension of the input"
-        )
+        raise ValueError(f"{name}: got shape {tuple(v.shape)}; must be {(x.shape[-1],)}, the input's last dimension")
     check_device(name, v, x)
 
 
 def check_device(name: str, t: Tensor, x: Tensor) -> None:
     """Raise ``ValueError`` unless ``t`` is on ``x``'s device."""
     if t.device != x.device:
-        raise ValueError(f"{name}: device is {t.device}; allowed is {x.device}, where the input is")
+        raise ValueError(f"{name}: got device {t.device}; must be {x.device}, the input's device")
 
 
 def check_same_shape(name: str, t: Tensor, other: str, x: Tensor) -> None:
-    """Raise unless ``t`` is floating-point and of ``x``'s shape and device; ``other`` is ``x``'s name."""
+    """Raise unless ``t`` is floating-point and has ``x``'s shape and device; ``other`` is ``x``'s name."""
     check_floating(name, t)
     if t.shape != x.shape:
-        raise ValueError(f"{name}: shape is {tuple(t.shape)}; allowed is {tuple(x.shape)}, the shape of {other}")
+        raise ValueError(f"{name}: got shape {tuple(t.shape)}; must be {tuple(x.shape)}, the shape of {other}")
     check_device(name, t, x)
 
 
@@ -49,19 +47,19 @@ def unit_stride(x: Tensor) -> Tensor:
 
 
 def dense_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """An uninitialised contiguous tensor of ``x``'s shape and device, and of its dtype unless given another."""
+    """An uninitialised contiguous tensor with ``x``'s shape and device, and its dtype unless ``dtype`` is given."""
     if (dtype is None or dtype == x.dtype) and x.is_contiguous():
-        return torch.empty_like(x)  # keywords would double its cost
+        return torch.empty_like(x)  # passing keywords would double the cost of this call
     return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 def as_rows(x: Tensor) -> Tensor:
-    """``x`` as ``[rows, last dimension]`` with unit stride inside a row; a view wherever its strides allow one."""
+    """``x`` as ``[rows, last dimension]`` with unit stride inside a row; a view if the strides allow, else a copy."""
     return unit_stride(x if x.dim() == 2 else x.reshape(-1, x.shape[-1]))
 
 
 def row_layout(x: Tensor) -> tuple[Tensor, int]:
-    """``x``, or a copy where it must be, and the distance between its rows, all dimensions but the last being rows."""
+    """``x`` and its row stride, with all dimensions but the last flattened into rows; copies only where it must."""
     if x.is_contiguous():
         return x, x.shape[-1]
     x = as_rows(x)

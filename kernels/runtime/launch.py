@@ -170,5 +170,5 @@ def sm_count(x: torch.Tensor) -> int:
 
 
 def register_limit(count: int) -> tuple[tuple[str, int], ...]:
-    """Launch options that cap a kernel at ``count`` registers a thread, so that a known number of programs fits."""
+    """Launch options that cap a kernel at ``count`` registers per thread, so that a known number of programs fits."""
     return (("maxnreg", count),) if torch.version.cuda else ()

@@ -2,8 +2,8 @@
 
 Backward: ``dup = dout * act(gate)`` and ``dgate = dout * up * act'(gate)``, in one kernel.
 Saved: gate and up. Moved: gate, up and out forward; dout, gate, up and both gradients backward.
-All arithmetic is fp32 and rounded once. gelu's tanh form is computed as ``g * sigmoid(2 u)``, the same function without
-the cancellation of ``1 + tanh(u)`` for negative u.
+All arithmetic is fp32; results are rounded once. The tanh form of gelu is computed as ``g * sigmoid(2 u)``: the same
+function, without the cancellation in ``1 + tanh(u)`` for negative u.
 """
 
 from typing import Any
@@ -19,7 +19,8 @@ from ..runtime.operators import opaque_op
 
 SILU, GELU_TANH, GELU_ERF = 0, 1, 2
 BLOCK_SIZE = 2048
-SMALL_GRID = 4  # forward, blocks of that size an SM up to which ones of half the size are faster
+# Forward: with up to this many blocks per SM, blocks of half the size are faster.
+SMALL_GRID = 4
 
 
 @triton.jit
@@ -33,7 +34,7 @@ def _sigmoid_and_complement(z):
 
 @triton.jit
 def _activation(g, ACTIVATION: tl.constexpr):
-    """``act(g)`` and its derivative, of which the compiler drops what the caller does not use."""
+    """``act(g)`` and its derivative; the compiler removes the one that the caller does not use."""
     if ACTIVATION == 0:
         s, rest = _sigmoid_and_complement(g)
         value = g * s
@@ -53,7 +54,7 @@ def _activation(g, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def _load(ptr, cols, num_cols, MASKED: tl.constexpr):
-    # Full blocks go without a mask: one of odd width would undo the vectorised access.
+    # Full blocks need no mask. With an odd num_cols, a mask would prevent vectorised access.
     values = tl.load(ptr + cols, mask=cols < num_cols, other=0.0) if MASKED else tl.load(ptr + cols)
     return values.to(tl.float32)
 
@@ -124,7 +125,7 @@ def _gated_bwd_kernel(
     up_ptr,  # [num_rows, num_cols]
     dgate_ptr,  # [num_rows, num_cols], or None
     dup_ptr,  # [num_rows, num_cols], or None
-    out_ptr,  # [num_rows, num_cols], or None: the forward's result
+    out_ptr,  # [num_rows, num_cols], or None: the forward's result, recomputed
     dout_row_stride,
     gate_row_stride,
     up_row_stride,
@@ -159,9 +160,9 @@ _launch_bwd = launcher(_gated_bwd_kernel)
 
 
 def _shared_layout(*tensors: Tensor | None) -> tuple[int, int, list[Tensor | None], list[int]]:
-    """Rows, columns, the tensors and their row strides; one long row where all are contiguous.
+    """Rows, columns, the tensors and their row strides; a single row if all tensors are contiguous.
 
-    The stride of a single row is 0, which keeps 16-byte accesses: an odd one would say that rows are not aligned.
+    A single row gets stride 0. Triton treats 0 as aligned and uses 16-byte accesses; an odd stride would prevent them.
     """
     present = [t for t in tensors if t is not None]
     numel = present[0].numel()
@@ -173,7 +174,7 @@ def _shared_layout(*tensors: Tensor | None) -> tuple[int, int, list[Tensor | Non
 
 
 def gated_fwd(gate: Tensor, up: Tensor, activation: int) -> Tensor:
-    """``act(gate) * up`` for ``gate`` and ``up`` of one shape, in the dtype they promote to."""
+    """``act(gate) * up`` for ``gate`` and ``up`` of the same shape, in the dtype they promote to."""
     dtype = gate.dtype if gate.dtype == up.dtype else torch.promote_types(gate.dtype, up.dtype)
     out = dense_like(gate, dtype)
     if out.numel():
@@ -209,9 +210,9 @@ def gated_bwd(
     activation: int,
     out: Tensor | None = None,
 ) -> None:
-    """Fill ``dgate``, ``dup`` and ``out`` (the forward's result again), each unless None; they are viewable as rows.
+    """Fill ``dgate``, ``dup`` and ``out`` (the forward's result, recomputed), each unless None.
 
-    ``dup`` or ``out`` may be ``dout`` itself.
+    The three must be viewable as rows. ``dup`` or ``out`` may be ``dout`` itself.
     """
     if dout.numel() == 0:
         return
@@ -264,7 +265,7 @@ def _activate(gate: Tensor, up: Tensor | None, activation: int) -> Tensor:
 
 
 class GatedFunction(Function):
-    """``act(gate) * up`` for two tensors, or for one that holds both halves (``up`` is None)."""
+    """``act(gate) * up``; if ``up`` is None, ``gate`` holds both halves."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor | None, activation: int) -> Tensor:
@@ -309,17 +310,15 @@ _gated_op = opaque_op("gated", _activate, _fake_fwd, _differentiate, _save)
 
 
 def apply_gated(gate: Tensor, up: Tensor | None, activation: int) -> Tensor:
-    """``act(gate) * up``, or of the two halves of ``gate``, for checked arguments that Triton can take."""
+    """``act(gate) * up``; if ``up`` is None, ``gate`` holds both halves. The arguments must have been checked."""
     apply = _gated_op if torch.compiler.is_compiling() else GatedFunction.apply
     return apply(gate, up, activation)
 
 
 def check_gated(gate: Tensor, up: Tensor | None) -> None:
-    """Raise unless ``gate`` and ``up`` are floating-point and of one shape, or ``gate`` alone has two equal halves."""
+    """Raise unless ``gate`` and ``up`` are floating-point and equal in shape, or ``gate`` alone has two halves."""
     check_rows("gate", gate)
     if up is not None:
         check_same_shape("up", up, "gate", gate)
     elif gate.shape[-1] % 2:
-        raise ValueError(
-            f"gate: shape is {tuple(gate.shape)}; without up, the last dimension must be even (gate, then up)"
-        )
+        raise ValueError(f"gate: got shape {tuple(gate.shape)}; must be [..., 2 * I] without up: gate, then up")

@@ -1,10 +1,10 @@
-"""What the normalisation kernels share: how rows are cut into tiles, per-row loads, and the sum of partial gradients.
+"""Shared code of the normalisation kernels: tile shapes, per-row loads, and the sum of partial gradients.
 
-A tile is ``[TILE_ROWS, BLOCK_COLS]`` with ``BLOCK_COLS >= num_cols``: a row never leaves the registers, and narrow
-rows share a program. Weight gradients are summed by a persistent grid: each program adds up its tiles in registers and
-writes one fp32 row of partials; a second kernel adds the rows in a fixed order, so two runs are bit-equal. Where one
-program has all rows, what it writes is the gradient. Rows over ``MAX_SUMMED_COLS`` leave no registers for such a sum:
-there a kernel of its own reads x and dy once more, by columns.
+A tile is ``[TILE_ROWS, BLOCK_COLS]`` with ``BLOCK_COLS >= num_cols``: a row stays in registers, and narrow rows share a
+program. A persistent grid sums the weight gradients: each program adds up its tiles in registers and writes one fp32
+row of partial sums. A second kernel adds these rows in a fixed order, so two runs are bit-equal. If a single program
+processes all rows, it writes the gradient directly. Rows wider than ``MAX_SUMMED_COLS`` leave no registers for these
+sums; for them a separate kernel reads x and dy again, by columns.
 """
 
 from functools import lru_cache
@@ -15,14 +15,14 @@ from torch import Tensor
 
 from ..runtime.launch import cdiv, launcher, next_power_of_2, register_limit, sm_count, tl, triton
 
-MAX_COLS = 65536  # 64 elements a thread with 32 warps; beyond that a row no longer fits the registers
-TILE_SIZE = 4096  # elements of a tile of narrow rows
-SMEM_BYTES = 160 * 1024  # of an SM's 228 KiB, for prefetched rows; the rest stays L1 cache
-MAX_SUMMED_COLS = 16384  # a sum of 16 fp32 elements a thread fits beside a row of as many
-# Triton knows of a width whether it is a multiple of 16. Rows of others may begin off 16 bytes for all it knows: narrow
-# accesses and no prefetching, which more warps hide.
+MAX_COLS = 65536  # 64 elements per thread with 32 warps; wider rows do not fit in the registers
+TILE_SIZE = 4096  # elements per tile of narrow rows
+SMEM_BYTES = 160 * 1024  # per SM, for prefetched rows; the rest of its 228 KiB stays L1 cache
+MAX_SUMMED_COLS = 16384  # 16 elements per thread of a row, and as many fp32 sums, fit in the registers
+# Triton specialises on whether a width is a multiple of 16. If it is not, rows may start at unaligned addresses: Triton
+# then emits narrow accesses and does not prefetch. More warps hide the latency.
 ALIGNED = 16
-COLUMN_TILE = (8, 512)  # rows and columns a step of the kernel that sums by columns
+COLUMN_TILE = (8, 512)  # rows and columns per step of the kernel that sums by columns
 
 
 def sums_in_backward(num_cols: int) -> bool:
@@ -42,7 +42,7 @@ class Tiling(NamedTuple):
 
 
 def _tile(num_rows: int, num_cols: int, programs: int) -> tuple[int, int]:
-    """Rows and columns of a tile: ``TILE_SIZE`` elements, or fewer rows where that would leave programs idle."""
+    """Rows and columns of a tile: ``TILE_SIZE`` elements, or fewer rows if that would leave programs idle."""
     block_cols = next_power_of_2(num_cols)
     tile_rows = max(1, min(TILE_SIZE // block_cols, next_power_of_2(cdiv(num_rows, programs))))
     return tile_rows, block_cols
@@ -50,7 +50,7 @@ def _tile(num_rows: int, num_cols: int, programs: int) -> tuple[int, int]:
 
 @lru_cache(maxsize=4096)
 def row_tiling(num_rows: int, num_cols: int, sms: int) -> Tiling:
-    """One tile a program, for kernels on ``[num_rows, num_cols]`` that write per row only."""
+    """One tile per program, for kernels on ``[num_rows, num_cols]`` that write per row only."""
     tile_rows, block_cols = _tile(num_rows, num_cols, 4 * sms)
     num_tiles = cdiv(num_rows, tile_rows)
     num_warps = min(max(tile_rows * block_cols // (512 if num_cols % ALIGNED else 1024), 4), 32)
@@ -61,14 +61,14 @@ def row_tiling(num_rows: int, num_cols: int, sms: int) -> Tiling:
 def persistent_tiling(num_rows: int, num_cols: int, sms: int, bytes_per_element: int) -> Tiling:
     """As many programs as run at once, each looping over tiles and prefetching ``bytes_per_element`` of its inputs.
 
-    A program more than fits would run alone at the end, hence the register limit that makes the count certain.
+    One program more than fits would run alone at the end. The register limit guarantees that all of them fit.
     """
     block_cols = next_power_of_2(num_cols)
-    # The fastest on an H100 (benchmarks/NOTES.md): two programs an SM for tiles of several rows, one for wider rows.
+    # The fastest on an H100 (benchmarks/NOTES.md): two programs per SM for tiles of several rows, one for wider rows.
     per_sm, elements_per_thread, max_stages = (2, 16, 3) if block_cols < TILE_SIZE else (1, 16, 3)
     if block_cols == TILE_SIZE:
         elements_per_thread, max_stages = 32, 4
-    elif block_cols >= MAX_SUMMED_COLS:  # all registers are taken, those for prefetching too
+    elif block_cols >= MAX_SUMMED_COLS:  # no registers are left for prefetching
         max_stages = 1
     if num_cols % ALIGNED and block_cols >= TILE_SIZE:
         elements_per_thread = 8
@@ -76,7 +76,7 @@ def persistent_tiling(num_rows: int, num_cols: int, sms: int, bytes_per_element:
     tile_rows, block_cols = _tile(num_rows, num_cols, programs)
     num_tiles = cdiv(num_rows, tile_rows)
     num_warps = min(max(tile_rows * block_cols // (32 * elements_per_thread), 4), 32)
-    # Triton keeps one buffer fewer than it has stages.
+    # Triton allocates one buffer fewer than there are stages.
     stages = min(1 + SMEM_BYTES // (per_sm * tile_rows * block_cols * bytes_per_element), max_stages)
     options = (("num_warps", num_warps), *register_limit(min(65536 // (32 * num_warps * per_sm), 255)))
     return Tiling(tile_rows, block_cols, num_tiles, min(programs, num_tiles), stages, options)
@@ -85,14 +85,14 @@ def persistent_tiling(num_rows: int, num_cols: int, sms: int, bytes_per_element:
 def check_width(x: Tensor) -> None:
     """Raise ``ValueError`` for rows that are too wide to stay in registers."""
     if x.shape[-1] > MAX_COLS:
-        raise ValueError(f"x: last dimension is {x.shape[-1]}; the Triton kernels allow at most {MAX_COLS}")
+        raise ValueError(f"x: got last dimension {x.shape[-1]}; must be at most {MAX_COLS} for the Triton kernels")
 
 
 @triton.jit
 def load_per_row(ptr, first_row, num_rows, TILE_ROWS: tl.constexpr):
-    """One number for each row of a tile, as a scalar if the tile is one row and as ``[TILE_ROWS, 1]`` otherwise."""
+    """One number per row of a tile: a scalar if the tile is one row, otherwise ``[TILE_ROWS, 1]``."""
     if TILE_ROWS == 1:
-        # A scalar load: the loop's prefetching would give a one-element tensor a shared-memory buffer of its own.
+        # Load a scalar: to prefetch a one-element tensor, the loop would need another buffer in shared memory.
         values = tl.load(ptr + first_row)
     else:
         rows = first_row + tl.arange(0, TILE_ROWS)
@@ -173,9 +173,9 @@ def column_partials(
 
 
 def new_partials(x: Tensor, stack: int, programs: int, dtype: torch.dtype) -> Tensor:
-    """Memory for the sums of each program of a persistent grid, ``[stack, programs, num_cols]``.
+    """Memory for the partial sums of a persistent grid, ``[stack, programs, num_cols]``.
 
-    fp32, or at once the gradient's ``dtype`` where one program has the whole sum.
+    It is fp32, or ``dtype`` if a single program computes the whole gradient.
     """
     return x.new_empty(stack, programs, x.shape[-1], dtype=torch.float32 if programs > 1 else dtype)
 

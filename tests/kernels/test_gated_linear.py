@@ -144,9 +144,9 @@ def test_backward_under_autocast_keeps_its_dtype(packed, parted_bytes, monkeypat
 
 def test_wrong_arguments():
     gate, up, weight, bias = make()
-    with pytest.raises(ValueError, match=r"weight: is \(20, 36\).*allowed is \[H, 18\]"):
+    with pytest.raises(ValueError, match=r"weight: got \(20, 36\).*must be \[H, 18\]"):
         gated_linear(gate, None, weight, bias)
-    with pytest.raises(ValueError, match="activation: is 'relu'; allowed are 'silu'"):
+    with pytest.raises(ValueError, match="activation: got 'relu'; must be one of 'silu'"):
         gated_linear(gate, up, weight, bias, activation="relu")
-    with pytest.raises(ValueError, match="without autocast they must be the same"):
+    with pytest.raises(ValueError, match=r"weight, up: got dtypes torch\.float16, torch\.float32; must be gate\.dtype"):
         gated_linear(gate, up, weight.half(), bias)

@@ -84,5 +84,5 @@ def test_log_probs(low_memory):
 def test_labels_out_of_range_raise():
     (hidden, weight, _), labels = make_inputs()
     labels[3] = 101
-    with pytest.raises(ValueError, match="labels: found 101"):
+    with pytest.raises(ValueError, match="labels: got 101"):
         compiled(linear_cross_entropy)(hidden, weight, labels)

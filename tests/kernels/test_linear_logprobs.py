@@ -174,7 +174,7 @@ def test_without_triton_is_the_definition(monkeypatch):
     [
         ({"temperature": 0.0}, "temperature: got 0.0"),
         ({"softcap": -1.0}, "softcap: got -1.0"),
-        ({"labels": torch.tensor([1, 7, -100])}, "labels: found 7"),
+        ({"labels": torch.tensor([1, 7, -100])}, "labels: got 7"),
         ({"hidden": torch.zeros(3, 4).half()}, "weight: got dtype torch.float32; must be hidden.dtype = torch.float16"),
     ],
     ids=lambda v: "-".join(v) if isinstance(v, dict) else None,

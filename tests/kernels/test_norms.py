@@ -206,19 +206,19 @@ def test_layer_norm_gives_fp32_under_cuda_autocast():
 def test_bad_input_is_named(op):
     x = torch.randn(3, 8, device=DEVICE)
     rest = [x] if op == "add_rms_norm" else []
-    with pytest.raises(TypeError, match=r"^x: dtype is torch.int64"):
+    with pytest.raises(TypeError, match=r"^x: got dtype torch.int64"):
         OPS[op](x.long(), *rest)
-    with pytest.raises(ValueError, match=r"^x: shape is \(3, 0\)"):
+    with pytest.raises(ValueError, match=r"^x: got shape \(3, 0\)"):
         OPS[op](x[:, :0], *rest)
-    with pytest.raises(ValueError, match=r"^weight: shape is \(7,\); allowed is \(8,\)"):
+    with pytest.raises(ValueError, match=r"^weight: got shape \(7,\); must be \(8,\)"):
         OPS[op](x, *rest, torch.randn(7, device=DEVICE))
-    with pytest.raises(ValueError, match=r"^weight: device is meta"):
+    with pytest.raises(ValueError, match=r"^weight: got device meta"):
         OPS[op](x, *rest, torch.randn(8, device="meta"))
-    with pytest.raises(ValueError, match=r"^x: last dimension is 65537"):
+    with pytest.raises(ValueError, match=r"^x: got last dimension 65537"):
         OPS[op](x.new_zeros(1, 65537), *(x.new_zeros(1, 65537) for _ in rest))
-    with pytest.raises(ValueError, match=r"^residual: shape is \(2, 8\)"):
+    with pytest.raises(ValueError, match=r"^residual: got shape \(2, 8\)"):
         add_rms_norm(x, x[:2])
-    with pytest.raises(ValueError, match=r"^bias: shape is \(3, 8\)"):
+    with pytest.raises(ValueError, match=r"^bias: got shape \(3, 8\)"):
         layer_norm(x, None, x)
 
 

@@ -137,22 +137,22 @@ def test_autocast_does_not_change_the_forward():
 
 
 BAD = [
-    (TypeError, "q: dtype", lambda q, k, cos, sin: rope(q.long(), k, cos, sin)),
-    (ValueError, "q: shape", lambda q, k, cos, sin: rope(q[0], k, cos, sin)),
-    (ValueError, "k: shape", lambda q, k, cos, sin: rope(q, k[:, :, :4], cos, sin)),
-    (ValueError, "k: device", lambda q, k, cos, sin: rope(q, k.to("meta"), cos, sin)),
-    (ValueError, "cos: shape", lambda q, k, cos, sin: rope(q, k, cos[:, :4], sin)),
-    (ValueError, "sin: shape", lambda q, k, cos, sin: rope(q, k, cos, sin[..., :8])),
-    (ValueError, "cos: requires a gradient", lambda q, k, cos, sin: rope(q, k, cos.requires_grad_(), sin)),
-    (ValueError, "sin: requires a gradient", lambda q, k, cos, sin: rope(q, k, cos, sin.requires_grad_())),
-    (ValueError, "rotary_dim: is 12 for", lambda q, k, cos, sin: rope(q, k, cos, sin, rotary_dim=12)),
-    (ValueError, "rotary_dim: is 32 for", lambda q, k, cos, sin: rope(q, k, cos, sin, rotary_dim=32)),
-    (ValueError, "rotary_dim: is 7 for", lambda q, k, cos, sin: rope(q, k, cos[..., :7], sin[..., :7])),
-    (ValueError, "deinterleave: is True with interleaved=False", lambda q, k, cos, sin: rope(
+    (TypeError, "q: got dtype", lambda q, k, cos, sin: rope(q.long(), k, cos, sin)),
+    (ValueError, "q: got shape", lambda q, k, cos, sin: rope(q[0], k, cos, sin)),
+    (ValueError, "k: got shape", lambda q, k, cos, sin: rope(q, k[:, :, :4], cos, sin)),
+    (ValueError, "k: got device", lambda q, k, cos, sin: rope(q, k.to("meta"), cos, sin)),
+    (ValueError, "cos: got shape", lambda q, k, cos, sin: rope(q, k, cos[:, :4], sin)),
+    (ValueError, "sin: got shape", lambda q, k, cos, sin: rope(q, k, cos, sin[..., :8])),
+    (ValueError, "cos: got a tensor that requires grad", lambda q, k, cos, sin: rope(q, k, cos.requires_grad_(), sin)),
+    (ValueError, "sin: got a tensor that requires grad", lambda q, k, cos, sin: rope(q, k, cos, sin.requires_grad_())),
+    (ValueError, "rotary_dim: got 12 with", lambda q, k, cos, sin: rope(q, k, cos, sin, rotary_dim=12)),
+    (ValueError, "rotary_dim: got 32 with", lambda q, k, cos, sin: rope(q, k, cos, sin, rotary_dim=32)),
+    (ValueError, "rotary_dim: got 7 with", lambda q, k, cos, sin: rope(q, k, cos[..., :7], sin[..., :7])),
+    (ValueError, "deinterleave: got True with interleaved=False", lambda q, k, cos, sin: rope(
         q, k, cos[..., :8], sin[..., :8], rotary_dim=16, deinterleave=True)),
-    (ValueError, "deinterleave: is True with interleaved=True, tables of width 16 and rotary_dim 16", lambda q, k, cos,
+    (ValueError, "deinterleave: got True with interleaved=True, tables of width 16 and rotary_dim 16", lambda q, k, cos,
         sin: rope(q, k, cos, sin, interleaved=True, deinterleave=True)),
-    (ValueError, "unsqueeze_dim: is 3", lambda q, k, cos, sin: rope(q, k, cos, sin, unsqueeze_dim=3)),
+    (ValueError, "unsqueeze_dim: got 3", lambda q, k, cos, sin: rope(q, k, cos, sin, unsqueeze_dim=3)),
 ]  # fmt: skip
 
 
