@@ -1,13 +1,15 @@
 """TrainerCallbacks that apply the kernels to the Trainer's model."""
 
+import functools
 import logging
 from typing import Any, cast
 
 import transformers.trainer
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .config import LigerConfig
+from .head.per_thread import loss_only
 from .patching import apply_with, patch_state
 from .trl import bridge
 
@@ -31,6 +33,7 @@ class LigerCallback(TrainerCallback):
         self.config = None if config is None else LigerConfig.parse(config)
         self._printed = False
         self._checked = False
+        announce_loss_only_steps()
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Patch the model before it is wrapped for distributed training."""
@@ -88,6 +91,27 @@ def install_default_callback() -> None:
     defaults = cast(list[type[TrainerCallback]], transformers.trainer.DEFAULT_CALLBACKS)
     if FlaggedLigerCallback not in defaults:
         defaults.append(FlaggedLigerCallback)
+
+
+def announce_loss_only_steps() -> None:
+    """Let ``Trainer.prediction_step`` tell the fused loss when nobody will read the logits. Nothing else changes.
+
+    That is so if only the loss is asked for, and the Trainer computes it itself, from the model's output.
+    """
+    original = Trainer.prediction_step
+    if hasattr(original, "_announces_loss_only"):
+        return
+
+    @functools.wraps(original)
+    def prediction_step(self: Trainer, model: Any, inputs: Any, prediction_loss_only: bool, *args: Any, **kwargs: Any):
+        own_loss = type(self).compute_loss is not Trainer.compute_loss or self.compute_loss_func is not None
+        if not prediction_loss_only or own_loss:
+            return original(self, model, inputs, prediction_loss_only, *args, **kwargs)
+        with loss_only():
+            return original(self, model, inputs, prediction_loss_only, *args, **kwargs)
+
+    prediction_step.__dict__["_announces_loss_only"] = True
+    Trainer.prediction_step = prediction_step
 
 
 def _excluded(args: TrainingArguments) -> dict[str, str]:

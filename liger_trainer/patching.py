@@ -1,7 +1,8 @@
 """Plan, apply, revert: the only place that changes a model.
 
 Planning changes nothing, so an error while planning (``strict``, a bad config) leaves the model as it was. Applying
-sets instance attributes and registers hooks, and the model's ``PatchState`` records both. Reverting undoes them.
+sets instance attributes and registers hooks. Reverting undoes them: each attribute holds what it replaced, and the
+model's ``PatchState`` has the hooks. What patching adds holds no module, so a patched model is freed as others are.
 """
 
 import types
@@ -14,46 +15,13 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from .config import LigerConfig
-from .head.fused_head import FusedHead
-from .probing.rebinding import free_attribute, is_marked, is_of_class, mark, rebind
+from .head.fused_head import FusedHead, fused_head_of
+from .probing.rebinding import Bound, bound_methods, free_attribute, rebind
 from .probing.rule import Match, Rule, Skip, errors_skip
 from .report import Applied, LigerReport, Skipped
 from .rules import PER_BATCH, RULES
 
 _STATE = "_liger_state"
-
-
-class _Missing:
-    """Marks an attribute that the instance did not have. A class, because deep copies do not copy classes."""
-
-
-@dataclass
-class Edit:
-    """One instance attribute to set: ``module.<attribute> = value``; ``old`` is its value before that."""
-
-    module: nn.Module
-    attribute: str
-    value: Any
-    old: Any = _Missing
-
-    def place(self) -> str | None:
-        """The attribute that now holds ``value``; accelerate's device hooks move a forward to ``_old_forward``."""
-        return next((a for a in (self.attribute, "_old_forward") if vars(self.module).get(a) is self.value), None)
-
-    def apply(self) -> None:
-        """Set the attribute."""
-        self.old = vars(self.module).get(self.attribute, _Missing)
-        setattr(self.module, self.attribute, self.value)
-
-    def undo(self) -> None:
-        """Restore the old value, unless something else has replaced ours since."""
-        place = self.place()
-        if place is not None and place != self.attribute:
-            setattr(self.module, place, types.MethodType(type(self.module).forward, self.module))
-        elif place is not None and self.old is _Missing:
-            delattr(self.module, place)
-        elif place is not None:
-            setattr(self.module, place, self.old)
 
 
 class CountsCalls(Protocol):
@@ -66,27 +34,25 @@ class CountsCalls(Protocol):
 class PatchState:
     """What was done to one model. It is kept on the model as ``_liger_state``, so deep copies of the model have it.
 
+    It holds no module: each method that was bound says itself how to undo it.
+
     Args:
         config: The options with which the model is patched.
         report: What ``apply_liger`` returned.
-        edits: The instance attributes that were set.
         kinds: The kinds that were applied.
+        fused: The fused loss, if it was applied.
+        bound_methods: How many methods were bound to modules of the model.
         trl_head: Our op in TRL's fused head, if ``trl`` has attached one.
         handles: The hooks that were registered.
-        fused: The fused loss, if it was applied; found in ``edits``.
     """
 
     config: LigerConfig
     report: LigerReport
-    edits: list[Edit]
     kinds: frozenset[str]
+    fused: FusedHead | None
+    bound_methods: int
     trl_head: CountsCalls | None = None
     handles: list[RemovableHandle] = field(default_factory=list)
-    fused: FusedHead | None = field(init=False, default=None)
-
-    def __post_init__(self) -> None:
-        owners = [getattr(edit.value, "__self__", None) for edit in self.edits]
-        self.fused = next((owner for owner in owners if isinstance(owner, FusedHead)), None)
 
 
 def core_model(model: nn.Module) -> nn.Module:
@@ -149,9 +115,10 @@ def apply_with(model: nn.Module, config: LigerConfig, excluded: Mapping[str, str
     if config.strict and missing:
         lines = "\n".join(f"  {s.kind} {s.module} ({s.cls}): {s.reason}" for s in missing)
         raise ValueError(f"strict=True, and these kernels cannot be applied:\n{lines}")
-    state = PatchState(config, plan.report, plan.edits, frozenset(plan.report.counts))
-    for edit in plan.edits:
-        edit.apply()
+    for bound in plan.bound:
+        bound.apply()
+    fused = next(filter(None, map(fused_head_of, plan.bound)), None)
+    state = PatchState(config, plan.report, frozenset(plan.report.counts), fused, len(_all_bound(core)))
     setattr(core, _STATE, state)
     for before, after in plan.hooks:
         add_hooks(core, state, before, after)
@@ -166,18 +133,20 @@ def revert_liger(model: nn.Module) -> None:
         return
     for handle in state.handles:
         handle.remove()
-    for edit in reversed(state.edits):
-        edit.undo()
-    for module in core.modules():  # PEFT's modules_to_save copies modules together with our bound methods
-        for attribute in [name for name, value in vars(module).items() if is_marked(value)]:
-            delattr(module, attribute)
+    for place, bound in _all_bound(model):  # with those that PEFT's modules_to_save has copied
+        bound.undo(place)
     delattr(core, _STATE)
 
 
+def _all_bound(model: nn.Module) -> list[tuple[str, Bound]]:
+    """``(attribute, method)`` of all methods that are bound to modules of ``model``."""
+    return [found for module in model.modules() for found in bound_methods(module)]
+
+
 def _is_stale(core: nn.Module, state: PatchState) -> bool:
-    """Whether something that was applied is gone, or ``lm_head`` is no longer the same module."""
-    # An unpickled model has the class's own methods in our places.
-    if any(edit.place() is None or is_of_class(edit.module, edit.attribute, edit.value) for edit in state.edits):
+    """Whether something that was applied is gone or was copied, or what the fused loss relies on has changed."""
+    bound = _all_bound(core)
+    if len(bound) != state.bound_methods or any(method.is_unpickled() for _, method in bound):
         return True
     return state.fused is not None and not state.fused.is_current()
 
@@ -202,7 +171,7 @@ class _Plan:
         self.config = config
         self.excluded = excluded
         self.report = LigerReport()
-        self.edits: list[Edit] = []
+        self.bound: list[Bound] = []
         self.hooks: list[tuple[Callable | None, Callable | None]] = []
         # Results and forwards that modules share. They are kept for one plan only, because code may change later.
         self._probed: dict[Hashable, Match | str] = {}
@@ -219,18 +188,18 @@ class _Plan:
             try:
                 match = self._probe(rule, module)
                 kind = match.kind
-                edits = _edits(module, match)
+                bound = _bound_by(module, match)
             except Skip as skip:
                 if self.config.wants(kind):
                     self.report.skipped.append(Skipped(kind, where, cls, str(skip)))
                 continue
             if self.config.wants(kind):
                 self.report.applied.append(Applied(kind, where, cls, match.variant))
-                self.edits += edits
+                self.bound += bound
                 self.hooks.append((match.before, match.after))
                 names |= match.names
         if names:
-            self.edits.append(_bound(module, "forward", self._forward(module, names)))
+            self.bound.append(_bound(module, "forward", self._forward(module, names)))
 
     def _probe(self, rule: Rule, module: nn.Module) -> Match:
         if rule.kinds[0] in self.excluded:
@@ -256,8 +225,8 @@ class _Plan:
         return self._forwards[key]
 
 
-def _edits(module: nn.Module, match: Match) -> list[Edit]:
-    """The edits of a match, but for its ``names``.
+def _bound_by(module: nn.Module, match: Match) -> list[Bound]:
+    """The methods of a match, but for its ``names``.
 
     Raises:
         Skip: Something else has replaced a method on the instance.
@@ -265,8 +234,8 @@ def _edits(module: nn.Module, match: Match) -> list[Edit]:
     if match.names:
         free_attribute(module, "forward")
     methods = [_bound(module, attribute, function) for attribute, function in match.methods.items()]
-    return [*methods, *(Edit(*attribute) for attribute in match.attributes)]
+    return [*methods, *(Bound(function, other, attribute) for other, attribute, function in match.attributes)]
 
 
-def _bound(module: nn.Module, attribute: str, function: Callable) -> Edit:
-    return Edit(module, free_attribute(module, attribute), types.MethodType(mark(function), module))
+def _bound(module: nn.Module, attribute: str, function: Callable) -> Bound:
+    return Bound(function, module, free_attribute(module, attribute))

@@ -1,9 +1,13 @@
 """What happens to a patched model afterwards: copies, changes, wrappers, errors, other people's hooks."""
 
 import copy
+import gc
 import pickle
+import weakref
 
+import accelerate
 import pytest
+import torch
 from peft import LoraConfig, get_peft_model
 from tiny_models import assert_same_training, batch, loss_and_gradients, tiny_config, tiny_model
 
@@ -43,6 +47,60 @@ def test_applying_again_after_the_model_changed(change, caplog):
     assert (patch_state(model).fused is None) == (change == "lora on the head")
     if patch_state(model).fused is not None:
         assert patch_state(model).fused.calls_fused == 1
+
+
+def with_labels(model):
+    loss_and_gradients(model, batch())
+    return model
+
+
+def unpickled(model):
+    return pickle.loads(pickle.dumps(model))
+
+
+def unpickled_and_patched(model):
+    model = unpickled(model)
+    apply_liger(model)
+    return model
+
+
+def reverted(model):
+    revert_liger(model)
+    return model
+
+
+@pytest.mark.parametrize(
+    "life", [lambda model: model, with_labels, copy.deepcopy, unpickled, unpickled_and_patched, reverted]
+)
+@pytest.mark.parametrize("model_type", ["llama", "deepseek_v3", "gpt_neox"])
+def test_a_dropped_model_is_freed_at_once(model_type, life):
+    model = tiny_model(model_type)
+    apply_liger(model)
+    gc.collect()
+    gc.disable()
+    try:
+        model = life(model)
+        alive = [weakref.ref(module) for module in model.modules()]
+        del model
+        assert not any(ref() is not None for ref in alive)
+    finally:
+        gc.enable()
+
+
+@torch.no_grad()
+def test_accelerates_hooks_come_and_go():
+    plain, inputs = tiny_model("llama").eval(), batch()
+    model = copy.deepcopy(plain)
+    apply_liger(model)
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    torch.testing.assert_close(model(**inputs).logits, plain(**inputs).logits, rtol=1e-5, atol=1e-5)
+    assert patch_state(model).fused.calls_fused == 1
+    report = patch_state(model).report
+    assert apply_liger(model) is report
+    accelerate.hooks.remove_hook_from_module(model, recurse=True)
+    assert apply_liger(model) is report
+    revert_liger(model)
+    assert torch.equal(model(**inputs).logits, plain(**inputs).logits)
 
 
 def test_revert_leaves_what_others_put_on_top():

@@ -12,6 +12,7 @@ from training import Rows, arguments, assert_same_run, losses, train
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from liger_trainer import LigerCallback, LigerTrainingArguments, apply_liger
+from liger_trainer.head.unbuilt_logits import LossOnlyLogits
 from liger_trainer.patching import patch_state
 
 
@@ -138,16 +139,26 @@ def test_evaluation(with_metrics, tmp_path):
     assert ("eval_accuracy" in metrics[0]) == with_metrics
 
 
-def test_loss_only_evaluation_builds_no_logits(tmp_path, monkeypatch):
-    from liger_trainer.head.lazy_logits import LazyLogits
+@pytest.mark.parametrize("asks", ["loss", "logits", "logits in compute_loss"])
+def test_only_a_loss_only_evaluation_builds_no_logits(asks, tmp_path):
+    class ReadsLogits(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+            loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+            loss = loss + 0 * outputs.logits.mean()
+            return (loss, outputs) if return_outputs else loss
 
-    monkeypatch.setattr(LazyLogits, "materialize", lambda self: pytest.fail("logits were built"))
-    trainer = Trainer(
-        tiny_model("llama"),
-        arguments(tmp_path, use_liger=True, prediction_loss_only=True, bf16=True, use_cpu=True),
-        eval_dataset=Rows(),
-    )
-    assert np.isfinite(trainer.evaluate()["eval_loss"])
+    seen, losses = [], []
+    for flag in (False, True):
+        trainer = (ReadsLogits if asks == "logits in compute_loss" else Trainer)(
+            tiny_model("llama"),
+            arguments(tmp_path, use_liger=flag, bf16=True),
+            eval_dataset=Rows(valid=ragged),
+            compute_metrics=(lambda prediction: {"size": prediction.predictions.size}) if asks == "logits" else None,
+        )
+        trainer.model.register_forward_hook(lambda module, args, out: seen.append(type(out.logits)))
+        losses.append(trainer.evaluate()["eval_loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    assert seen[-1] is (LossOnlyLogits if asks == "loss" else torch.Tensor)
 
 
 def test_label_smoothing_takes_the_ordinary_path_and_says_so(tmp_path, capsys):

@@ -2,11 +2,13 @@
 
 ``model.forward`` is neither replaced nor unwrapped. A forward pre-hook on the causal LM notes the labels.
 ``lm_head.forward`` computes loss and gradients from the hidden states, while sharded engines have its weight gathered.
-The instance's ``loss_function`` returns that loss. Calls without labels, with ``logits_to_keep``, or in evaluation mode
-with gradients enabled take the ordinary path.
+The instance's ``loss_function`` returns that loss. What the probe relied on is checked at each call. Calls for which it
+does not hold take the ordinary path, as do those without labels, with ``logits_to_keep``, or in evaluation mode with
+gradients enabled.
 """
 
 import copy
+import functools
 import inspect
 import logging
 from dataclasses import dataclass
@@ -15,19 +17,24 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.nn.modules import module as torch_module
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from ..kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_with_empty_logits
 from ..kernels.reference import IGNORE_INDEX
-from ..probing.probe import full_shape
-from ..probing.rebinding import mark
+from ..probing.rebinding import Bound, ModuleRef
 from ..probing.rule import Skip
-from .form import HeadForm
-from .lazy_logits import LazyLogits
-from .sharded_weights import check_materialized, gathered
+from .form import HeadForm, loss_arguments
+from .per_thread import PerThread, wants_loss_only
+from .sharded_weights import check_materialized
+from .unbuilt_logits import LossOnlyLogits, UnbuiltLogits, zero_of
 
 logger = logging.getLogger(__name__)
+ENGINES = ("torch.distributed.", "deepspeed.", "accelerate.")  # whose hooks on lm_head gather and free weights
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclass
@@ -50,20 +57,27 @@ class FusedHead:
     """
 
     def __init__(self, model: PreTrainedModel, form: HeadForm, options: dict[str, Any]):
-        self.model = model
+        self.model = ModuleRef(model)
         self.form = form
         self.options = options
-        self.linears = head_linears(model)
         self.original_loss_function = model.loss_function
-        self.call: _Call | None = None
         self.calls_fused = 0
+        self._running = PerThread()  # the ``_Call`` of each thread
         self._parameter_names = list(inspect.signature(type(model).forward).parameters)[1:]
-        self._warned = False
+        self._warned: set[str] = set()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "FusedHead":
+        """A copy of the head alone (PEFT's ``modules_to_save``) shares this; a copied model has its own."""
+        if id(self.model()) not in memo:
+            return self
+        memo[id(self)] = copied = copy.copy(self)
+        vars(copied).update({name: copy.deepcopy(value, memo) for name, value in vars(self).items()})
+        return copied
 
     def is_current(self) -> bool:
-        """Whether the model's output embeddings are still the modules for which this was made."""
-        now = head_linears(self.model)
-        return set(map(id, now)) == set(map(id, self.linears))
+        """Whether the model's output embeddings and settings are still those for which this was made."""
+        model = self.model()
+        return all(self._is_bound_to(head) for head in head_linears(model)) and self.form.holds(model)
 
     def before_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the causal LM: note the labels if the loss of this call can be fused."""
@@ -74,77 +88,95 @@ class FusedHead:
         # TRL's own fused head takes labels but does not call lm_head.
         other_loss = given.get("fused_lm_head") or given.get("ignore_index", IGNORE_INDEX) != IGNORE_INDEX
         if labels is None or not everything or other_loss:
-            self.call = None
+            self._running.slot.value = None
             return
-        self.call = _Call(
+        self._running.slot.value = _Call(
             labels,
             given.get("shift_labels") if self.form.passes_shift_labels else None,
-            _divisor(given.get("num_items_in_batch")) if self.form.passes_num_items else None,
+            given.get("num_items_in_batch") if self.form.passes_num_items else None,
         )
 
     def after_forward(self, module: nn.Module, args: tuple, output: Any) -> None:
         """Forward hook: drop the call, so that it does not outlive the forward."""
-        self.call = None
+        self._running.slot.value = None
 
-    @mark
-    def loss_function(self, logits: Tensor, labels: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The model's ``loss_function``: the loss that ``lm_head`` computed, or the original one if logits are real.
+    def loss_function(self, model: PreTrainedModel, logits: Tensor, labels: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The model's ``loss_function``: the loss that ``lm_head`` computed, or the original one of ``logits``.
 
         Raises:
-            ValueError: The labels are not those that the model was called with.
+            ValueError: The arguments are not those that the model was called with.
         """
-        call = self.call
+        call: _Call | None = self._running.slot.value
         if call is not None and call.loss is not None:
-            if not torch.compiler.is_compiling() and labels is not call.labels and labels.device == call.labels.device:
-                raise ValueError(
-                    f"labels: got other labels than those {type(self.model).__name__} was called with; must be the "
-                    "same, because the fused loss is computed from those. Use liger_config={'fused_loss': False}"
-                )
+            if not torch.compiler.is_compiling():
+                _check_arguments(type(model).__name__, call, labels, loss_arguments(args, kwargs))
             # Sharded engines gather a module's weight for backward through a hook on its outputs. The empty logits are
             # an output of the same autograd node as the loss, and adding their sum, 0, puts them into the graph.
-            return call.loss + logits.sum() if logits.shape[-1] == 0 else call.loss
-        if self.model.training and torch.is_grad_enabled() and not torch.compiler.is_compiling() and not self._warned:
-            self._warned = True
-            logger.warning(
-                "liger_trainer: the fused loss did not act in a training forward of %s, which built the full logits. "
-                "Either lm_head was wrapped or replaced after apply_liger, or forward was called without its hooks, or "
-                "with logits_to_keep or ignore_index. Call apply_liger again on the outermost model.",
-                type(self.model).__name__,
+            return call.loss + zero_of(logits) if logits.shape[-1] == 0 else call.loss
+        if model.training and torch.is_grad_enabled():
+            self._warn(
+                "the fused loss did not act in a training forward of %s, which built the full logits. Either lm_head "
+                "was wrapped, hooked or replaced after apply_liger, or settings of the logits were changed, or forward "
+                "was called without its hooks, or with logits_to_keep or ignore_index. Call apply_liger again on the "
+                "outermost model.",
+                type(model).__name__,
             )
         return self.original_loss_function(logits, labels, *args, **kwargs)
 
     def head_forward(self, head: nn.Linear, hidden: Tensor) -> Tensor:
-        """``lm_head``'s forward: sets the call's loss and returns empty or lazy logits, or projects as usual."""
-        call = self.call
-        if call is None or call.loss is not None or not self._fuses(head, hidden, call):
-            return F.linear(hidden, head.weight, head.bias)
+        """``lm_head``'s forward: sets the call's loss.
+
+        Returns:
+            Unbuilt logits in training and where only the loss is wanted, or else what ``nn.Linear`` returns.
+        """
+        call: _Call | None = self._running.slot.value
+        weight, bias = head.weight, head.bias
+        if call is None or call.loss is not None or not self._fuses(head, hidden, weight, bias, call):
+            return F.linear(hidden, weight, bias)
         # torch.compile would recompile for each value of a counter, so compiled code only sets it to 1.
-        self.calls_fused = 1 if torch.compiler.is_compiling() else self.calls_fused + 1
-        check_materialized("lm_head.weight", head.weight)
+        compiling = torch.compiler.is_compiling()
+        self.calls_fused = 1 if compiling else self.calls_fused + 1
+        check_materialized("lm_head.weight", weight)
         labels = self._shifted(call).to(hidden.device)
         options: dict[str, Any] = {
             "softcap": self.form.softcap,
             "logit_scale": self.form.logit_scale,
-            "num_items": call.num_items,
+            "num_items": _divisor(call.num_items),
             **self.options,
         }
-        if torch.is_grad_enabled():
-            call.loss, _, empty_logits = linear_cross_entropy_with_empty_logits(
-                hidden, head.weight, labels, head.bias, **options
-            )
-            return empty_logits
-        call.loss = cast(Tensor, linear_cross_entropy(hidden, head.weight, labels, head.bias, **options))
-        return _lazy_logits(head, hidden)
+        if torch.is_grad_enabled() or wants_loss_only():
+            call.loss, _, empty = linear_cross_entropy_with_empty_logits(hidden, weight, labels, bias, **options)
+            if compiling:
+                return empty
+            return empty.as_subclass(UnbuiltLogits if torch.is_grad_enabled() else LossOnlyLogits)
+        call.loss = cast(Tensor, linear_cross_entropy(hidden, weight, labels, bias, **options))
+        return F.linear(hidden, weight, bias)
 
-    def _fuses(self, head: nn.Linear, hidden: Tensor, call: _Call) -> bool:
-        """Whether this is the model's head, called on every labelled position, and the loss function is still ours."""
+    def _fuses(self, head: nn.Linear, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: _Call) -> bool:
+        """Whether ``head`` computes all logits of the model by nothing but these tensors, and all is as probed."""
+        model = self.model()
         # In evaluation mode with gradients, the caller may differentiate through the logits, so they must be real.
-        if hidden.shape[:-1] != call.labels.shape or not (self.model.training or not torch.is_grad_enabled()):
+        if hidden.shape[:-1] != call.labels.shape or not (model.training or not torch.is_grad_enabled()):
             return False
-        if torch.compiler.is_compiling():  # comparing bound methods and modules is not reliable there
+        # ``Bound`` is compared by type under torch.compile, which cannot compare bound methods of equal owners.
+        function = vars(model).get("_loss_function")
+        if not isinstance(function, Bound) or foreign_hooks(head) or not self.form.holds(model):
+            return False
+        if torch.compiler.is_compiling():
             return True
-        own_loss = getattr(self.model.loss_function, "__self__", None) is self
-        return own_loss and any(linear is head for linear in head_linears(self.model))
+        if torch._C._are_functorch_transforms_active() or not all(map(is_plain, (hidden, weight, bias))):
+            return False
+        return fused_head_of(function) is self and self._is_bound_to(head) and head in head_linears(model)
+
+    def _is_bound_to(self, head: nn.Module) -> bool:
+        """Whether calling ``head`` runs ``head_forward`` of this, and nothing else but accelerate's device hooks."""
+        forward, moved = (vars(head).get(name) for name in ("forward", "_old_forward"))
+        return fused_head_of(moved if moved is not None and _is_of_engine(forward) else forward) is self
+
+    def _warn(self, message: str, *args: Any) -> None:
+        if not torch.compiler.is_compiling() and message not in self._warned:
+            self._warned.add(message)
+            logger.warning(f"liger_trainer: {message}", *args)
 
     @staticmethod
     def _shifted(call: _Call) -> Tensor:
@@ -159,21 +191,63 @@ def _divisor(num_items: Tensor | int | None) -> Tensor | int | None:
     return 1 if isinstance(num_items, int) and num_items == 0 else num_items
 
 
-class HeadForward:
-    """Binds one Linear to its ``FusedHead``. A class, not a closure, so that deep copies of the model work."""
+def _check_arguments(cls: str, call: _Call, labels: Tensor, given: dict[str, Any]) -> None:
+    """Check that the loss function gets what the model was called with; a device may differ."""
+    expected = {
+        "labels": call.labels,
+        "shift_labels": call.shift_labels,
+        "num_items_in_batch": call.num_items,
+        "ignore_index": IGNORE_INDEX,
+    }
+    for name, value in expected.items():
+        got = labels if name == "labels" else given[name]
+        moved = torch.is_tensor(got) and torch.is_tensor(value) and got.device != value.device
+        if got is not value and not moved and not (name == "ignore_index" and got == value):
+            raise ValueError(
+                f"{name}: got another value in loss_function than {cls} was called with; must be the same, because the "
+                "fused loss is computed from that. Set fused_loss: false in liger_config"
+            )
 
-    def __init__(self, fused: FusedHead, head: nn.Linear):
-        self.fused, self.head = fused, head
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "HeadForward":
-        """A copy of the head alone (PEFT's ``modules_to_save``) keeps the ``FusedHead``; a copied model has its own."""
-        fused = copy.deepcopy(self.fused, memo) if id(self.fused.model) in memo else self.fused
-        return HeadForward(fused, copy.deepcopy(self.head, memo))
+def fused_head_of(value: Any) -> FusedHead | None:
+    """The ``FusedHead`` whose method ``value``, an attribute of a module, is; ``None`` for anything else."""
+    owner = getattr(value.function, "__self__", None) if isinstance(value, Bound) else None
+    return owner if isinstance(owner, FusedHead) else None
 
-    @mark
-    def forward(self, input: Tensor) -> Tensor:
-        """Replaces ``nn.Linear.forward`` on the instance."""
-        return self.fused.head_forward(self.head, input)
+
+def is_plain(tensor: Tensor | None) -> bool:
+    """Whether this is a tensor of torch itself. Quantised and distributed ones do not write where ``out=`` says."""
+    return tensor is None or (type(tensor) in (Tensor, nn.Parameter) and tensor.dtype in DTYPES)
+
+
+def check_weights(model: nn.Module, linear: nn.Module) -> None:
+    """Check that the weights of ``linear`` are plain ones, or will be when FSDP2 has gathered them.
+
+    Raises:
+        Skip: They are not.
+    """
+    sharded = any(isinstance(module, FSDPModule) for module in model.modules())
+    for name, tensor in linear.named_parameters(recurse=False):
+        if not is_plain(tensor) and not (sharded and isinstance(tensor, DTensor)):
+            cls = type(tensor)
+            kind = f"{cls.__name__} of {cls.__module__.partition('.')[0]}" if tensor.dtype in DTYPES else tensor.dtype
+            raise Skip(f"its {name} is a {kind}, not a plain tensor of floating-point numbers")
+
+
+def foreign_hooks(head: nn.Module) -> bool:
+    """Whether something other than an engine looks at ``head``'s output or its gradient, by a hook."""
+    tables = (
+        head._forward_hooks, head._backward_hooks, head._backward_pre_hooks, torch_module._global_forward_hooks,
+        torch_module._global_backward_hooks, torch_module._global_backward_pre_hooks,
+    )  # fmt: skip
+    return any(not _is_of_engine(hook) for table in tables for hook in table.values())
+
+
+def _is_of_engine(hook: Any) -> bool:
+    while isinstance(hook, functools.partial):
+        hook = hook.func
+    module = getattr(hook, "__module__", None) or type(hook).__module__
+    return module.startswith(ENGINES)
 
 
 def check_loss_function(model: PreTrainedModel) -> None:
@@ -183,7 +257,7 @@ def check_loss_function(model: PreTrainedModel) -> None:
         Skip: It is another function.
     """
     function = model.loss_function
-    if function is not ForCausalLMLoss and not isinstance(getattr(function, "__self__", None), FusedHead):
+    if function is not ForCausalLMLoss and fused_head_of(function) is None:
         raise Skip(f"its loss function is {getattr(function, '__name__', repr(function))}, not ForCausalLMLoss")
 
 
@@ -193,22 +267,3 @@ def head_linears(model: PreTrainedModel) -> list[nn.Linear]:
     if hasattr(head, "original_module") and hasattr(head, "modules_to_save"):
         return [head.original_module, *head.modules_to_save.values()]
     return [head]
-
-
-def _lazy_logits(head: nn.Linear, hidden: Tensor) -> LazyLogits:
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    version = head.weight._version
-
-    def compute() -> Tensor:
-        # When a sharded engine gathers or frees the weight, its version changes, too.
-        if head.weight._version != version and type(head.weight) is nn.Parameter and not hasattr(head.weight, "ds_id"):
-            raise RuntimeError(
-                "logits of an evaluation forward are computed when they are read, and lm_head.weight has changed "
-                "since then: read outputs.logits before the weights change"
-            )
-        with gathered(head.weight, head.bias) as (weight, bias):  # lm_head's own call is over by then
-            return F.linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
-
-    shape = (*hidden.shape[:-1], full_shape(head.weight)[0])
-    return LazyLogits(compute, shape, dtype, hidden.device)

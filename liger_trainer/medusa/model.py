@@ -46,7 +46,7 @@ class MedusaOutput(ModelOutput):
 
     Args:
         loss: The training loss, 0-d.
-        logits: The LM's logits in stage 2, ``[B, T, V]``; empty or lazy after ``apply_liger``.
+        logits: The LM's logits in stage 2, ``[B, T, V]``; not built after ``apply_liger``.
         lm_loss: The LM's own loss in stage 2, 0-d and detached.
         head_losses: Each head's cross-entropy before weighting, ``[K]`` and detached.
     """

@@ -1,29 +1,121 @@
-"""Changing one instance's forward: where a method is bound, and copies of a function with other globals.
+"""Changing one instance's forward: binding methods to it, and copies of a function with other globals.
 
-No source is rewritten and no module global changes, so other models keep the original.
+No source is rewritten and no module global changes, so other models keep the original. A bound method refers to its
+module weakly, so a patched model is freed as soon as its last user drops it.
 """
 
+import copy
 import inspect
 import types
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 from torch import nn
 
 from .rule import Skip
 
-_Function = TypeVar("_Function", bound=Callable)
+
+class ModuleRef:
+    """A weak reference to a module. In a deep copy of the module it refers to the copy."""
+
+    __slots__ = ("_ref",)
+
+    def __init__(self, module: nn.Module):
+        self._ref = weakref.ref(module)
+
+    def __call__(self) -> Any:
+        """The module.
+
+        Raises:
+            ReferenceError: It no longer exists.
+        """
+        module = self._ref()
+        if module is None:
+            raise ReferenceError("the module of this method no longer exists")
+        return module
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ModuleRef":
+        return ModuleRef(memo.get(id(self()), self()))
+
+    def __reduce__(self) -> tuple[type["ModuleRef"], tuple[Any]]:
+        return ModuleRef, (self(),)
+
+
+class Missing:
+    """Marks an attribute that the instance did not have. A class, because deep copies do not copy classes."""
+
+
+class Bound:
+    """A function bound to a module, which it does not keep alive: what patching sets as an instance attribute.
+
+    Args:
+        function: Called with the module and the arguments.
+        module: The module.
+        attribute: The instance attribute that holds this.
+        old: What the attribute held before.
+    """
+
+    __slots__ = ("__weakref__", "attribute", "function", "module", "old")
+
+    def __init__(self, function: Callable, module: nn.Module | ModuleRef, attribute: str, old: Any = Missing):
+        self.function = function
+        self.module = module if isinstance(module, ModuleRef) else ModuleRef(module)
+        self.attribute = attribute
+        self.old = old
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the function with the module."""
+        return self.function(self.module(), *args, **kwargs)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(types.MethodType(self.function, self.module()))
+
+    def apply(self) -> None:
+        """Set the attribute."""
+        module = self.module()
+        self.old = vars(module).get(self.attribute, Missing)
+        setattr(module, self.attribute, self)
+
+    def undo(self, place: str) -> None:
+        """Restore what the attribute held. ``place`` is the attribute that holds this now."""
+        module = self.module()
+        if place != self.attribute:  # accelerate's device hooks have moved a forward to ``_old_forward``
+            setattr(module, place, types.MethodType(type(module).forward, module))
+        elif self.old is Missing:
+            delattr(module, place)
+        else:
+            setattr(module, place, self.old)
+
+    def is_unpickled(self) -> bool:
+        """Whether this is the class's own method, as after unpickling."""
+        return self.function is getattr(type(self.module()), self.attribute, None)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Bound":
+        function, old = copy.deepcopy((self.function, self.old), memo)
+        return Bound(function, copy.deepcopy(self.module, memo), self.attribute, old)
+
+    def __reduce__(self) -> tuple[Callable, tuple]:
+        if isinstance(self.function, types.MethodType):
+            return Bound, (self.function, self.module, self.attribute, self.old)
+        return _unpickle, (self.module, self.attribute)  # functions made at run time cannot be pickled
+
+
+def _unpickle(module: ModuleRef, attribute: str) -> Bound:
+    name = "forward" if attribute == "_old_forward" else attribute
+    return Bound(getattr(type(module()), name), module, attribute)
+
+
+def bound_methods(module: nn.Module) -> Iterator[tuple[str, Bound]]:
+    """``(attribute, method)`` for what patching has set on this instance."""
+    return ((name, value) for name, value in [*vars(module).items()] if isinstance(value, Bound))
 
 
 def forward_function(module: nn.Module) -> types.FunctionType | None:
     """The function inside any ``functools.wraps`` layers of the class's forward."""
     function = inspect.unwrap(type(module).forward)
     return function if isinstance(function, types.FunctionType) else None
-
-
-def is_of_class(module: nn.Module, attribute: str, value: Any) -> bool:
-    """Whether ``value`` is what ``module``'s class defines as ``attribute``."""
-    return getattr(value, "__func__", value) is getattr(type(module), attribute, None)
 
 
 def free_attribute(module: nn.Module, attribute: str) -> str:
@@ -35,22 +127,11 @@ def free_attribute(module: nn.Module, attribute: str) -> str:
         Skip: Something else has replaced it on the instance.
     """
     current = vars(module).get(attribute)
-    if current is None or is_of_class(module, attribute, current):
+    if current is None or getattr(current, "__func__", current) is getattr(type(module), attribute, None):
         return attribute
     if attribute == "forward" and "_old_forward" in vars(module):
         return "_old_forward"
     raise Skip(f"its {attribute} was already replaced on the instance")
-
-
-def mark(function: _Function) -> _Function:
-    """``function``, marked as one that patching binds to instances."""
-    function.__dict__["_is_liger"] = True
-    return function
-
-
-def is_marked(value: Any) -> bool:
-    """Whether ``value`` is a bound method of a marked function."""
-    return getattr(getattr(value, "__func__", None), "_is_liger", False)
 
 
 def rebind(function: Callable, replaced: Mapping[str, Any]) -> types.FunctionType:

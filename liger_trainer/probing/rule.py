@@ -35,7 +35,7 @@ class Match:
         variant: The form of the op that agreed, as the report shows it.
         methods: Functions to bind to the module, by the attribute that each replaces.
         names: Globals to replace in the module's ``forward``. Those of several matches become one new forward.
-        attributes: ``(module, attribute, value)`` to set on instances.
+        attributes: ``(module, attribute, function)``: functions to bind to other modules.
         before: Forward pre-hook ``(module, args, kwargs)``.
         after: Forward hook ``(module, args, output)``, called after an error, too.
     """
@@ -44,7 +44,7 @@ class Match:
     variant: str
     methods: Mapping[str, Callable] = field(default_factory=dict)
     names: Mapping[str, Any] = field(default_factory=dict)
-    attributes: tuple[tuple[nn.Module, str, Any], ...] = ()
+    attributes: tuple[tuple[nn.Module, str, Callable], ...] = ()
     before: Callable | None = None
     after: Callable | None = None
 

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from ..config import LigerConfig
 from ..head.form import probe_head
-from ..head.fused_head import FusedHead, HeadForward, check_loss_function, head_linears
+from ..head.fused_head import FusedHead, check_loss_function, check_weights, foreign_hooks, head_linears
 from ..probing.rebinding import free_attribute
 from ..probing.rule import Match, Rule, Skip
 
@@ -34,7 +34,7 @@ def probe(model: nn.Module, config: LigerConfig) -> Match:
     if head is None or not isinstance(model, PreTrainedModel):
         raise Skip("it has no output embeddings")
     linears = head_linears(model)
-    places = [_place(linear) for linear in linears]
+    places = [_place(model, linear) for linear in linears]
     tp_size = getattr(model, "tp_size", None) or 1
     if tp_size > 1:
         raise Skip(f"its weights are tensor-parallel (tp_size {tp_size}), and a vocabulary-sharded head is not fused")
@@ -44,7 +44,7 @@ def probe(model: nn.Module, config: LigerConfig) -> Match:
     check_loss_function(model)
     form = probe_head(model, name, linears[0])
     fused = FusedHead(model, form, config.options_of("fused_loss"))
-    heads = [(linear, place, HeadForward(fused, linear).forward) for linear, place in zip(linears, places, strict=True)]
+    heads = [(linear, place, fused.head_forward) for linear, place in zip(linears, places, strict=True)]
     return Match(
         "fused_loss",
         str(form),
@@ -54,18 +54,19 @@ def probe(model: nn.Module, config: LigerConfig) -> Match:
     )
 
 
-def _place(linear: nn.Module) -> str:
+def _place(model: nn.Module, linear: nn.Module) -> str:
     """The attribute to set on ``linear``, a plain Linear.
 
     Raises:
         Skip: It is not plain, or its forward is taken.
     """
-    if linear._forward_hooks or linear._backward_hooks:
+    if foreign_hooks(linear):
         raise Skip("it has hooks on its output, which the fused loss does not compute")
     if hasattr(linear, "base_layer"):
         raise Skip(f"it carries an adapter ({type(linear).__module__.split('.')[-2]}): ordinary path")
     if type(linear).forward is not nn.Linear.forward:
         raise Skip(f"its forward is that of {type(linear).__qualname__}, not of torch.nn.Linear")
+    check_weights(model, linear)
     return free_attribute(linear, "forward")
 
 

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from ..head.fused_head import is_plain
+from ..head.per_thread import PerThread
 from ..head.sharded_weights import check_materialized, gathered, is_partitioned
 from ..kernels.linear_logprobs import Speculation, linear_logprobs
 from ..patching import add_hooks, core_model, patch_state
@@ -32,17 +34,18 @@ class _Head:
 
     def before_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Activate this head for a forward with ``fused_lm_head=True``."""
-        _Dispatcher.active = self if kwargs.get("fused_lm_head") else None
+        _ACTIVE.slot.value = self if kwargs.get("fused_lm_head") else None
 
     def after_forward(self, module: nn.Module, args: tuple, output: object) -> None:
         """Deactivate this head."""
-        _Dispatcher.active = None
+        _ACTIVE.slot.value = None
+
+
+_ACTIVE = PerThread()  # the ``_Head`` whose model's forward a thread runs
 
 
 class _Dispatcher:
     """Takes the place of TRL's autograd function."""
-
-    active: _Head | None = None
 
     def __init__(self, original: type[torch.autograd.Function]):
         self.original = original
@@ -60,8 +63,8 @@ class _Dispatcher:
         outputs: tuple[str, ...] = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1"),
     ) -> tuple[Tensor | None, ...]:
         """TRL's signature and outputs: log-probs, entropy, log-sum-of-squared-probs, mean logits, is-top-1."""
-        head = self.active
-        if head is None:
+        head: _Head | None = _ACTIVE.slot.value
+        if head is None or not (torch.compiler.is_compiling() or all(map(is_plain, (hidden, weight, bias)))):
             return self.original.apply(
                 hidden, weight, bias, targets, temperature, chunk_size, softcap, logit_scale, outputs
             )

@@ -42,7 +42,7 @@ JOBS = {
             Case("fsdp2", "sft", lora=True),
             Case("fsdp2", "dpo", triton=True),
         ],
-        "checks": [["fsdp2_units", "fsdp2"], ["lazy_logits", "fsdp2"]],
+        "checks": [["fsdp2_units", "fsdp2"], ["evaluation_logits", "fsdp2"]],
     },
     "deepspeed": {
         "cases": [
@@ -59,7 +59,7 @@ JOBS = {
             Case("zero3", "sft", "qwen2", lora=True),
             Case("zero3", "dpo", triton=True),
         ],
-        "checks": [["lazy_logits", "zero3"], ["head_gathered_for_one_call", "zero3"]],
+        "checks": [["evaluation_logits", "zero3"], ["head_gathered_for_one_call", "zero3"]],
     },
 }
 

@@ -1,12 +1,23 @@
 """The fused loss in lm_head: the same loss as transformers, for every way to pass labels."""
 
 import copy
+import functools
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from liger_trainer.kernels.runtime import launch
 from tiny_models import assert_same_training, batch, loss_and_gradients, tiny_model
 
 from liger_trainer import apply_liger
+from liger_trainer.patching import patch_state
+
+
+@pytest.fixture(autouse=True)
+def plain_definitions(monkeypatch):
+    """Run the ops' plain definitions, which are faster on a CPU than interpreted kernels."""
+    monkeypatch.setattr(launch, "INTERPRET", False)
 
 
 @pytest.mark.parametrize(
@@ -63,14 +74,14 @@ def test_what_the_fused_loss_would_get_wrong(labels_from):
         apply_liger(model)
         replace = lambda module, args, kwargs: (args, kwargs | {"labels": kwargs["input_ids"]})  # noqa: E731
         model.register_forward_pre_hook(replace, with_kwargs=True)
-        with pytest.raises(ValueError, match="got other labels than those LlamaForCausalLM was called with"):
+        with pytest.raises(ValueError, match="labels: got another value in loss_function than LlamaForCausalLM was"):
             loss_and_gradients(model, inputs)
 
 
 def test_copying_the_head_alone_does_not_copy_the_model():
     model = tiny_model("llama")
     apply_liger(model)
-    assert copy.deepcopy(model.lm_head).forward.__self__.fused.model is model
+    assert copy.deepcopy(model.lm_head).forward.function.__self__.model() is model
 
 
 def test_an_error_in_forward_leaves_nothing_behind():
@@ -79,3 +90,158 @@ def test_an_error_in_forward_leaves_nothing_behind():
     with pytest.raises(IndexError):
         model(**inputs | {"input_ids": inputs["input_ids"] + 1000})
     assert model.lm_head(torch.randn(2, 11, 64)).shape[-1] == model.config.vocab_size
+
+
+def double(module, args, out):
+    return out * 2
+
+
+def observe(module, args, out):
+    out.argmax(-1)
+
+
+def hook_on_the_head(model):
+    model.lm_head.register_forward_hook(double)
+
+
+def observer_on_the_head(model):
+    model.lm_head.register_forward_hook(observe)
+
+
+def gradient_hook_on_the_head(model):
+    model.lm_head.register_full_backward_pre_hook(lambda module, grads: tuple(g * 2 for g in grads))
+
+
+def forward_wrapped(model):
+    inner = model.lm_head.forward
+    model.lm_head.forward = lambda hidden: inner(hidden) * 2
+
+
+def softcap_changed(model):
+    model.config.final_logit_softcapping = 0.5
+
+
+def softcap_removed(model):
+    model.config.final_logit_softcapping = None
+
+
+def scale_changed(model):
+    model.logit_scale = 3.0
+
+
+def divisor_changed(model):
+    model.config.logits_scaling = 3.0
+
+
+def loss_function_replaced(model):
+    model.loss_function = lambda logits, labels, **kwargs: logits.float().square().mean()
+
+
+def weight_of_a_foreign_type(model):
+    weight = model.lm_head.weight.detach()
+    model.lm_head.weight = torch.nn.Parameter(IgnoresOut(weight), requires_grad=False)
+
+
+CHANGES = [
+    ("llama", hook_on_the_head), ("llama", observer_on_the_head), ("llama", gradient_hook_on_the_head),
+    ("llama", forward_wrapped), ("llama", loss_function_replaced), ("llama", weight_of_a_foreign_type),
+    ("gemma2", softcap_changed), ("gemma2", softcap_removed), ("cohere", scale_changed), ("granite", divisor_changed),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("model_type", "change"), CHANGES)
+def test_what_changes_after_patching_takes_the_ordinary_path(model_type, change, caplog):
+    model, inputs = tiny_model(model_type), batch()
+    patched = copy.deepcopy(model)
+    apply_liger(patched)
+    for each in (model, patched):
+        change(each)
+    assert_same_training(loss_and_gradients(model, inputs), loss_and_gradients(patched, inputs))
+    assert ("the fused loss did not act" in caplog.text) == (change is not loss_function_replaced)
+    with torch.no_grad():
+        theirs, ours = model.eval()(**inputs), patched.eval()(**inputs)
+    torch.testing.assert_close(ours.loss, theirs.loss)
+    torch.testing.assert_close(ours.logits, theirs.logits, rtol=1e-5, atol=1e-5)
+
+
+def test_changed_settings_are_probed_again_by_apply_liger():
+    model, inputs = tiny_model("gemma2"), batch()
+    apply_liger(model)
+    softcap_changed(model)
+    expected = loss_and_gradients(model, inputs)
+    apply_liger(model)
+    assert_same_training(expected, loss_and_gradients(model, inputs))
+    assert patch_state(model).fused.calls_fused == 1
+
+
+def test_settings_that_are_none_of_the_heads_business_may_change():
+    model = tiny_model("gemma2")
+    apply_liger(model)
+    model.config.use_cache = False
+    model.config.pad_token_id = 5
+    loss_and_gradients(model, batch())
+    assert patch_state(model).fused.calls_fused == 1
+
+
+class IgnoresOut(torch.Tensor):
+    """A tensor subclass that computes, but does not write where ``out=`` says, as torchao's do not."""
+
+    @staticmethod
+    def __new__(cls, data):
+        return torch.Tensor._make_subclass(cls, data)
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        kwargs = {k: v for k, v in (kwargs or {}).items() if k != "out"}
+        return super().__torch_function__(function, types, args, kwargs)
+
+
+def test_a_weight_of_a_foreign_type_is_skipped_with_the_reason():
+    model, inputs = tiny_model("llama"), batch()
+    weight_of_a_foreign_type(model)
+    theirs = loss_and_gradients(model, inputs)
+    (skipped,) = apply_liger(model).skipped
+    assert skipped.kind == "fused_loss"
+    assert "its weight is a IgnoresOut of tests, not a plain tensor" in skipped.reason
+    assert_same_training(theirs, loss_and_gradients(model, inputs))
+
+
+def test_hooks_of_engines_are_no_reason_to_stop():
+    model = tiny_model("llama")
+    apply_liger(model)
+    hook = lambda module, args, out: None  # noqa: E731
+    hook.__module__ = "torch.distributed.fsdp._runtime_utils"
+    model.lm_head.register_forward_hook(functools.partial(hook))
+    loss_and_gradients(model, batch())
+    assert patch_state(model).fused.calls_fused == 1
+
+
+def test_two_threads_evaluate_one_model():
+    model = tiny_model("llama").eval()
+    apply_liger(model)
+    batches = [batch(seed=seed) for seed in range(3)]
+    with torch.no_grad():
+        expected = [model(**each).loss for each in batches]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+
+    @torch.no_grad()
+    def evaluate(inputs):
+        return [model(**inputs).loss for _ in range(20)]
+
+    try:
+        with ThreadPoolExecutor(3) as pool:
+            results = list(pool.map(evaluate, batches))
+    finally:
+        sys.setswitchinterval(interval)
+    for losses, loss in zip(results, expected, strict=True):
+        torch.testing.assert_close(torch.stack(losses), loss.expand(20))
+
+
+def test_under_functorch_the_ordinary_path_runs():
+    model, inputs = tiny_model("llama").train(), batch()
+    expected = loss_and_gradients(model, inputs)
+    apply_liger(model, {"rms_norm": False, "rope": False, "glu": False, "attention": False, "padding_mask": False})
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    gradients = torch.func.grad(lambda weights: torch.func.functional_call(model, weights, kwargs=inputs).loss)(weights)
+    assert_same_training(expected, (expected[0], gradients))

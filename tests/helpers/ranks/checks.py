@@ -17,7 +17,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from liger_trainer import apply_liger
 from liger_trainer.head import sharded_weights
-from liger_trainer.head.lazy_logits import LazyLogits
+from liger_trainer.head.unbuilt_logits import LossOnlyLogits
 from liger_trainer.patching import patch_state
 from liger_trainer.training import throughput
 from liger_trainer.trl import bridge as trl
@@ -53,7 +53,7 @@ def _sharded_gradients(model_type, patched, policy, own_unit, reshard_after_forw
     if patched:
         assert patch_state(model).fused.calls_fused == 1
         plain = tiny_model(model_type).to(policy.param_dtype or torch.float32)
-        _check_lazy_logits(model, plain, 1e-4 if policy.param_dtype is None else 3e-2)
+        _check_logits(model, plain, 1e-4 if policy.param_dtype is None else 3e-2)
     return gradients
 
 
@@ -75,26 +75,27 @@ def _assert_close(ours, theirs, tolerance):
         assert error < tolerance, f"{name}: {error:.2e}"
 
 
-def lazy_logits(directory, settings):
-    """After the engine has resharded lm_head: a loss-only evaluation needs no logits, and read ones are right."""
+def evaluation_logits(directory, settings):
+    """A loss-only evaluation builds no logits. Others read the right ones after the engine has resharded lm_head."""
     trainer = build(Case("any"), directory, True, 2, prediction_loss_only=True, **settings)
     trainer.train()
     trainer.compute_metrics = None
-    materialize, LazyLogits.materialize = LazyLogits.materialize, _refuse
+    kinds = []
+    trainer.model.register_forward_hook(lambda module, args, out: kinds.append(type(out.logits)))
     assert trainer.evaluate()["eval_loss"] > 0
-    LazyLogits.materialize = materialize
+    assert set(kinds) == {LossOnlyLogits}
     unset_hf_deepspeed_config()  # or the plain model would be partitioned, too
     plain = tiny_model("llama")
     plain.load_state_dict({name: full(p) for name, p in trainer.model.named_parameters()})
-    _check_lazy_logits(trainer.model_wrapped, plain, 1e-4)
+    _check_logits(trainer.model_wrapped, plain, 1e-4)
 
 
-def _check_lazy_logits(model, plain, tolerance):
+def _check_logits(model, plain, tolerance):
     model.eval()  # DeepSpeed's engine returns None here
     plain.eval()
     with torch.no_grad():
         logits, expected = model(**batch(rows=2)).logits, plain(**batch(rows=2)).logits
-    assert isinstance(logits, LazyLogits)
+    assert type(logits) is torch.Tensor
     error = (logits.float() - expected.float()).norm() / expected.float().norm()
     assert error < tolerance, f"logits: {error:.2e}"
 
@@ -115,18 +116,14 @@ def head_gathered_for_one_call(directory, settings):
     apply_liger(model)
     trl.attach(model)
     with deepspeed.zero.GatheredParameters([head.weight]):
-        trl._Dispatcher.active = patch_state(model).trl_head
+        trl._ACTIVE.slot.value = patch_state(model).trl_head
         log_probs, *_ = trl_utils._ChunkedLogProbFunction.apply(hidden, head.weight, None, targets, 1.0, 8)
-        trl._Dispatcher.active = None
+        trl._ACTIVE.slot.value = None
     assert sharded_weights.is_partitioned(head.weight)
     (ours,) = torch.autograd.grad((log_probs * upstream).sum(), hidden)
     expected = plain(hidden).log_softmax(-1)[torch.arange(7), targets]
     (theirs,) = torch.autograd.grad((expected * upstream).sum(), hidden)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-
-
-def _refuse(self):
-    raise AssertionError("a loss-only evaluation built the logits")
 
 
 class _Clock(TrainerCallback):

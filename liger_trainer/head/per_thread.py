@@ -1,0 +1,41 @@
+"""State of a running forward. Each thread has its own, so that several threads can use one model."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+class _Slot:
+    """Holds one value. torch.compile can trace writes to this, but not to a ``threading.local``."""
+
+    def __init__(self) -> None:
+        self.value: Any = None
+
+
+class PerThread(threading.local):
+    """A value that each thread has for itself, ``None`` until it is set. Copies and pickles start without one."""
+
+    def __init__(self) -> None:
+        self.slot = _Slot()
+
+    def __reduce__(self) -> tuple[type["PerThread"], tuple[()]]:
+        return PerThread, ()
+
+
+_LOSS_ONLY = PerThread()
+
+
+@contextmanager
+def loss_only() -> Iterator[None]:
+    """Say that nobody will read the logits of the forwards that this thread runs in this context."""
+    before, _LOSS_ONLY.slot.value = _LOSS_ONLY.slot.value, True
+    try:
+        yield
+    finally:
+        _LOSS_ONLY.slot.value = before
+
+
+def wants_loss_only() -> bool:
+    """Whether this thread is in ``loss_only``."""
+    return _LOSS_ONLY.slot.value is True
