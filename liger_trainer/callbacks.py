@@ -104,7 +104,7 @@ def announce_loss_only_steps() -> None:
 
     @functools.wraps(original)
     def prediction_step(self: Trainer, model: Any, inputs: Any, prediction_loss_only: bool, *args: Any, **kwargs: Any):
-        own_loss = type(self).compute_loss is not Trainer.compute_loss or self.compute_loss_func is not None
+        own_loss = getattr(self.compute_loss, "__func__", None) is not Trainer.compute_loss or self.compute_loss_func
         if not prediction_loss_only or own_loss:
             return original(self, model, inputs, prediction_loss_only, *args, **kwargs)
         with loss_only():

@@ -17,6 +17,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.modules import module as torch_module
@@ -164,7 +165,8 @@ class FusedHead:
             return False
         if torch.compiler.is_compiling():
             return True
-        if torch._C._are_functorch_transforms_active() or not all(map(is_plain, (hidden, weight, bias))):
+        differentiated_otherwise = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+        if differentiated_otherwise or not all(map(is_plain, (hidden, weight, bias))):
             return False
         return fused_head_of(function) is self and self._is_bound_to(head) and head in head_linears(model)
 

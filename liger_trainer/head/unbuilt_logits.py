@@ -64,4 +64,6 @@ def _passes(function: Callable, args: tuple) -> bool:
         return function != _ARRAY_INTERFACE
     if name in _SCALE:  # by numbers: ``HeadForm`` has no place for a tensor
         return isinstance(args[0], UnbuiltLogits) and not any(map(torch.is_tensor, args[1:]))
+    if name == "__getitem__":  # ``[..., :n]`` leaves out logits that pad the vocabulary; none are left to be read
+        return isinstance(args[1], tuple) and len(args[1]) == 2 and args[1][0] is ... and isinstance(args[1][1], slice)
     return name in _PASS

@@ -245,3 +245,16 @@ def test_under_functorch_the_ordinary_path_runs():
     weights = {name: p.detach() for name, p in model.named_parameters()}
     gradients = torch.func.grad(lambda weights: torch.func.functional_call(model, weights, kwargs=inputs).loss)(weights)
     assert_same_training(expected, (expected[0], gradients))
+
+
+def test_forward_mode_takes_the_ordinary_path():
+    model, inputs = tiny_model("llama").train(), batch()
+    apply_liger(model, {"rms_norm": False, "rope": False, "glu": False, "attention": False, "padding_mask": False})
+    with torch.autograd.forward_ad.dual_level():
+        weight = model.lm_head.weight
+        tangent = torch.ones_like(weight)
+        dual = torch.autograd.forward_ad.make_dual(weight.detach(), tangent)
+        loss = torch.func.functional_call(model, {"lm_head.weight": dual}, kwargs=inputs).loss
+        slope = torch.autograd.forward_ad.unpack_dual(loss).tangent
+    model(**inputs).loss.backward()
+    torch.testing.assert_close(slope, (weight.grad * tangent).sum(), rtol=1e-4, atol=1e-5)

@@ -103,7 +103,8 @@ def test_an_evaluation_forward_compiles_without_a_break():
 
 
 READS = {
-    "argmax": lambda x: x.argmax(-1), "index": lambda x: x[:, -1], "loop": list, "item": lambda x: x.item(),
+    "argmax": lambda x: x.argmax(-1), "index": lambda x: x[:, -1], "shift": lambda x: x[:, :-1],
+    "loop": list, "item": lambda x: x.item(),
     "numpy": np.asarray, "array": lambda x: x.detach().numpy(), "tolist": lambda x: x.tolist(),
     "softmax": lambda x: x.float().softmax(-1), "log_softmax": lambda x: torch.log_softmax(x, -1),
     "sum": lambda x: x.sum(), "mean of all": lambda x: (x * 2).detach().mean(), "compare": lambda x: x == 0,
@@ -130,6 +131,7 @@ def test_reading_logits_that_were_not_built_is_an_error(mode):
         with pytest.raises(RuntimeError, match=message):
             pytest.fail(f"{name} gave {read(logits)}")
     assert message in repr(logits)
-    for passed in (logits.detach(), logits.float(), logits.to("cpu"), logits.bfloat16(), logits / 2, logits.tanh() * 3):
+    scaled = (logits / 2, logits.tanh() * 3, logits[..., :9])
+    for passed in (logits.detach(), logits.float(), logits.to("cpu"), logits.bfloat16(), *scaled):
         assert isinstance(passed, UnbuiltLogits)
         assert passed.shape == (*batch()["labels"].shape, 0)
