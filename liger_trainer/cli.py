@@ -24,7 +24,10 @@ def main(argv: list[str] | None = None) -> None:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    train = commands.add_parser("train", help="run a recipe in this process; for several GPUs use `accelerate launch`")
+    train = commands.add_parser(
+        "train", help="run a recipe in this process; for several GPUs use `accelerate launch`", add_help=False
+    )
+    train.add_argument("-h", "--help", action=_TrainHelp, nargs=0)
     train.add_argument("recipe", help="YAML file, such as recipes/quickstart.yaml")
     train.add_argument("overrides", nargs=argparse.REMAINDER, help="--key value, for any key of a recipe")
     train.set_defaults(run=run_train)
@@ -88,6 +91,16 @@ def main(argv: list[str] | None = None) -> None:
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     sys.exit(args.run(args))
+
+
+class _TrainHelp(argparse.Action):
+    """Prints the keys of a recipe, which need heavy imports."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from .training.train import main as train
+
+        train(["--help"])
+        parser.exit()
 
 
 def run_train(args: argparse.Namespace) -> None:

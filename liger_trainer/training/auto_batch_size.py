@@ -3,7 +3,8 @@
 import os
 
 from .batch_search import search
-from .recipe import RecipeError, peek
+from .recipe import peek
+from .recipe_arguments import RecipeError
 from .trials import Launch, Trial, recipe_batch, run_and_print
 
 

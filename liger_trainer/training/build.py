@@ -26,7 +26,8 @@ from ..kernels.reference import IGNORE_INDEX
 from ..medusa.model import MedusaModel
 from . import data, synthetic
 from .failures import MainProcessError
-from .recipe import EMBEDDED, SYNTHETIC, Recipe, RecipeError, require
+from .recipe import Recipe
+from .recipe_arguments import EMBEDDED, SYNTHETIC, RecipeError, require
 from .throughput import ThroughputCallback
 
 DEFAULT_VOCAB_SIZE = 8192
@@ -60,7 +61,17 @@ def model_config(recipe: Recipe) -> PreTrainedConfig:
     """The transformers config of the recipe's model."""
     if recipe.run.model_config is not None:
         return config_of(recipe.shape)
-    return AutoConfig.from_pretrained(recipe.model_name, revision=recipe.model.model_revision)
+    return _pretrained(AutoConfig, "model_name_or_path", recipe.model_name, revision=recipe.model.model_revision)
+
+
+def _pretrained(auto: Any, key: str, name: str, **options: Any) -> Any:
+    """``auto.from_pretrained(name)``. If there is no such thing, the error names the recipe's ``key``."""
+    try:
+        return auto.from_pretrained(name, **options)
+    except OSError as error:
+        if error.errno is not None:  # of the operating system, such as a full disk
+            raise
+        raise RecipeError(f"{key}: got {name!r}: {' '.join(str(error).split())}") from error
 
 
 def config_of(shape: dict[str, Any]) -> Any:
@@ -107,7 +118,7 @@ def build_tokenizer(recipe: Recipe, dataset: Dataset) -> PreTrainedTokenizerBase
         return synthetic.padding_tokenizer(model_config(recipe), with_mask=not even)
     source = recipe.run.tokenizer or recipe.model.model_name_or_path
     if source is not None:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = _pretrained(AutoTokenizer, "tokenizer" if recipe.run.tokenizer else "model_name_or_path", source)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
@@ -127,7 +138,9 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTraine
     run, model = recipe.run, recipe.model
     options: dict[str, Any] = {"dtype": model.dtype, "attn_implementation": model.attn_implementation}
     if run.model_config is None:
-        return AutoModelForCausalLM.from_pretrained(
+        return _pretrained(
+            AutoModelForCausalLM,
+            "model_name_or_path",
             recipe.model_name,
             revision=model.model_revision,
             quantization_config=get_quantization_config(model),
@@ -163,6 +176,10 @@ def build_trainer(recipe: Recipe) -> Trainer:
     as_chat = tokenizer.chat_template and run.response_marker is None
     if "prompt" in dataset.column_names and as_chat and isinstance(dataset[0]["prompt"], str):
         dataset = dataset.map(data.as_messages, desc="Applying the chat form")
+    first = dataset[0]
+    if "messages" in first or isinstance(first.get("prompt"), list):
+        named = run.tokenizer or recipe.model.model_name_or_path
+        require(bool(tokenizer.chat_template), "tokenizer", named, "one with a chat template: the dataset has messages")
     if run.trainer == "trainer" and run.dataset != SYNTHETIC:
         dataset = dataset.map(
             data.encode,
@@ -170,6 +187,8 @@ def build_trainer(recipe: Recipe) -> Trainer:
             remove_columns=dataset.column_names,
             desc="Tokenizing",
         ).filter(has_loss, desc="Dropping examples cut before their answer")
+        if len(dataset) == 0:
+            raise _too_short(recipe)
     held_out, examples = run.eval_examples, len(dataset)
     require(held_out < examples, "eval_examples", held_out, f"fewer than the {examples} examples")
     splits = {"train": dataset, "test": None}
@@ -180,6 +199,8 @@ def build_trainer(recipe: Recipe) -> Trainer:
         from trl.trainer.sft_trainer import SFTTrainer
 
         trainer = SFTTrainer(model, peft_config=peft_config, processing_class=tokenizer, **common)
+        if len(cast(Dataset, trainer.train_dataset)) == 0:
+            raise _too_short(recipe)
     else:
         if peft_config is not None:
             from peft import get_peft_model
@@ -200,6 +221,10 @@ def build_trainer(recipe: Recipe) -> Trainer:
         trainer = Trainer(model, data_collator=collator, processing_class=saved, **common)
     trainer.callback_handler.callbacks.insert(0, ThroughputCallback())  # first, so that the reporters see its keys
     return trainer
+
+
+def _too_short(recipe: Recipe) -> RecipeError:
+    return RecipeError(f"max_length: got {recipe.max_length}; must be larger: every example is cut before its answer")
 
 
 def has_loss(example: dict[str, Any]) -> bool:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .recipe import RecipeError, require
+from .recipe_arguments import RecipeError, require
 
 FOLDER = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
 

@@ -1,6 +1,7 @@
 """Training data: a corpus of instructions from docstrings, dataset loading, a BPE tokenizer, prompt masking."""
 
 import ast
+import json
 import sys
 import sysconfig
 import warnings
@@ -9,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, ReadInstruction, load_dataset
+from datasets.exceptions import DatasetGenerationError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from ..kernels.reference import IGNORE_INDEX
-from .recipe import READERS, RecipeError, require
+from .recipe_arguments import READERS, RecipeError, require
 
 # Beside the standard library, packages that add pairs if they are installed.
 PACKAGES = ("numpy", "pandas", "torch", "datasets", "accelerate", "trl", "transformers")
@@ -97,15 +99,43 @@ def load(source: str, config: str | None = None, split: str = "train") -> Datase
         split: split or slice, such as ``train[:1%]``.
 
     Raises:
-        RecipeError: the file does not exist or has another format.
+        RecipeError: the file does not exist, is empty, broken or has another format, or there is no such split.
     """
     path = Path(source)
     if path.suffix in READERS:
         if not path.is_file():
             raise RecipeError(f"dataset: no such file: {source!r}")
-        return load_dataset(READERS[path.suffix], data_files=str(path), split=split)
-    require(not path.exists(), "dataset", source, f"a name on the hub, or a file of the formats {', '.join(READERS)}")
-    return load_dataset(source, config, split=split)
+        if path.stat().st_size == 0:
+            raise RecipeError(f"dataset: {source!r} is empty")
+        arguments: dict[str, Any] = {"path": READERS[path.suffix], "data_files": source}
+    else:
+        allowed = f"a name on the hub, or a file of the formats {', '.join(READERS)}"
+        require(not path.exists(), "dataset", source, allowed)
+        arguments = {"path": source, "name": config}
+    try:
+        dataset = load_dataset(**arguments, split=split)
+    except ValueError as error:
+        raise RecipeError(f"dataset: {source!r} with dataset_split {split!r}: {error}") from error
+    except DatasetGenerationError as error:
+        if not isinstance(error.__cause__, ValueError | TypeError):  # such as a full disk
+            raise
+        raise RecipeError(f"dataset: {source!r} cannot be read: {_broken_line(path) or error.__cause__}") from error
+    if len(dataset) == 0:
+        raise RecipeError(f"dataset: {source!r} with dataset_split {split!r} has no rows")
+    return dataset
+
+
+def _broken_line(path: Path) -> str | None:
+    """The first line of a ``.jsonl`` file that is not JSON."""
+    if path.suffix == ".jsonl":
+        with path.open(encoding="utf-8", errors="replace") as lines:
+            for number, line in enumerate(lines, start=1):
+                try:
+                    if line.strip():
+                        json.loads(line)
+                except json.JSONDecodeError as error:
+                    return f"line {number}: {error.msg} at column {error.colno}"
+    return None
 
 
 def in_memory(pairs: list[dict[str, str]], split: str) -> Dataset:
@@ -129,7 +159,8 @@ def select_columns(
     If no column is named, these standard names are tried in this order.
 
     Raises:
-        RecipeError: a named column is missing, only one of a pair is named, both forms are, or no form is found.
+        RecipeError: a named column is missing, only one of a pair is named, both forms are, no form is found, or a
+            value is null.
     """
     if (prompt_column is None) != (completion_column is None):
         raise RecipeError(
@@ -155,6 +186,11 @@ def select_columns(
         )
     if missing := [name for name in names if name not in columns]:
         raise RecipeError(f"dataset has no column {missing[0]!r}: its columns are {columns}")
+    for name in names:
+        values = dataset.data.column(name)
+        if values.null_count:
+            row = values.is_null().index(True).as_py() + 1
+            raise RecipeError(f"dataset: row {row} has null in column {name!r}; must be text or messages")
     dataset = dataset.select_columns(list(names))
     return dataset.rename_columns({old: new for old, new in names.items() if old != new})
 

@@ -17,13 +17,14 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 from transformers import Trainer, TrainingArguments
 
 from ..config import LigerConfig
 from .checkpoints import find_checkpoints
-from .recipe import RecipeError
+from .recipe_arguments import RecipeError
 from .throughput import GIB
 
 # Exit statuses, also listed in docs/troubleshooting.md.
@@ -67,12 +68,11 @@ def exit_status(error: BaseException) -> int:
 
 
 class FailureGuard:
-    """Context of a run: an exception inside it, or SIGTERM to a launched process, ends the process with a message.
+    """Context of a run: an exception inside it, or SIGTERM, ends the process with a message.
 
     The message is that of a ``RecipeError``, or says what happened where and how to resume. In a run of several
     processes, the first process of a machine to fail prints it. That process exits without waiting for others and
-    without tearing down the process group; the launcher then ends the rest. In a run of one process,
-    ``KeyboardInterrupt`` and ``SystemExit`` pass through.
+    without tearing down the process group; the launcher then ends the rest. ``SystemExit`` passes through.
 
     torch's ``record`` decorator is not enough: it reports exceptions alone, from every process, and leaves the exit to
     Python, whose teardown may hang. Only its error file is used, through which the launcher shows the cause.
@@ -83,20 +83,31 @@ class FailureGuard:
         self.trainer: Trainer | None = None
         self.args: TrainingArguments | None = None
         self._ending = threading.Lock()
+        self._handler: Any = None  # of SIGTERM, before this run
 
     def __enter__(self) -> "FailureGuard":
         return self
 
     def watch(self, args: TrainingArguments) -> None:
-        """Report the checkpoints of ``args`` from now on and, in a launched process, answer SIGTERM with a message."""
+        """Report the checkpoints of ``args`` from now on, and answer SIGTERM with a message."""
         self.args = args
-        if self.launched and not args.enable_jit_checkpoint:  # which saves on SIGTERM by itself
+        if args.enable_jit_checkpoint:  # saves on SIGTERM by itself
+            return
+        if self.launched:
             _on_sigterm(lambda: self._end(STOPPED))
+        elif threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
+            handler = signal.signal(signal.SIGTERM, lambda number, frame: self._end(STOPPED))
+            self._handler = handler or signal.SIG_DFL
+            os.register_at_fork(after_in_child=self._restore_sigterm)  # data loader workers end without a message
+
+    def _restore_sigterm(self) -> None:
+        if self._handler is not None:
+            signal.signal(signal.SIGTERM, self._handler)
+            self._handler = None
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._restore_sigterm()
         if error is None or isinstance(error, SystemExit):
-            return
-        if isinstance(error, KeyboardInterrupt) and not self.launched:
             return
         if self.launched and is_lost_peer(error) and not is_out_of_memory(error):
             time.sleep(LAUNCHER_SECONDS)  # meanwhile SIGTERM ends the process, with the better message
@@ -136,10 +147,12 @@ class FailureGuard:
             headline, lines = self._headline("out of memory"), out_of_memory_lines(error, self.args)
         elif status == STOPPED:
             headline = self._headline("stopped")
-            lines = [
-                "the launcher ended this process (SIGTERM): another process of the run was killed or has failed, or "
-                "the job was cancelled; the launcher names the process that ended first"
-            ]
+            lines = ["SIGTERM ended this process"]
+            if self.launched:
+                lines = [
+                    "the launcher ended this process (SIGTERM): another process of the run was killed or has failed, "
+                    "or the job was cancelled; the launcher names the process that ended first"
+                ]
         elif status == INTERRUPTED:
             headline = self._headline("interrupted")
         else:

@@ -11,7 +11,7 @@ from pathlib import Path
 from ..environment import environment
 from .batch_search import expected_batch, search
 from .failures import ERROR, SUCCESS, WRONG_RECIPE
-from .recipe import RecipeError, require
+from .recipe_arguments import RecipeError, require
 from .trials import Launch, Outcome, Trial, TrialError, check_launch, recipe_batch, run_and_print
 
 

@@ -11,7 +11,8 @@ import torch
 
 from .build import DEFAULT_VOCAB_SIZE, build_trainer
 from .failures import ERROR, OUT_OF_MEMORY, STOPPED, SUCCESS, WRONG_RECIPE, exit_status, is_lost_peer
-from .recipe import SYNTHETIC, Recipe, as_flags, parse_recipe
+from .recipe import Recipe, as_flags, parse_recipe
+from .recipe_arguments import SYNTHETIC
 from .throughput import GIB, peak_memory
 
 STEPS = 3  # the first creates the optimizer's state; the others hold it together with activations and gradients

@@ -2,154 +2,36 @@
 
 import json
 import os
-from collections.abc import Collection
-from dataclasses import dataclass, field
+import re
+from argparse import ArgumentTypeError
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import torch
 import yaml
-from transformers import CONFIG_MAPPING, HfArgumentParser, TrainingArguments
+from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import string_to_bool
 from trl.trainer.model_config import ModelConfig
 
 from .. import arguments
 from ..config import nearest
 from ..medusa.model import MedusaConfig
+from .recipe_arguments import (
+    SYNTHETIC,
+    MedusaArguments,
+    RecipeArguments,
+    RecipeError,
+    TokenArguments,
+    require,
+    require_one_of,
+)  # fmt: skip
 
 TRAINERS = {"trainer": "LigerTrainingArguments", "sft": "LigerSFTConfig"}
-EMBEDDED, SYNTHETIC = "embedded", "synthetic"  # datasets that are made here
-READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-SYNTHETIC_LENGTHS = ("full", "ragged", "alpaca")
-
-
-class RecipeError(ValueError):
-    """A recipe, override or launch that cannot run. The message names the key, its value and what is allowed.
-
-    It ends a run with that message alone (``failures``). Any other ``ValueError`` keeps its traceback.
-    """
-
-
-def require(met: bool, name: str, value: object, allowed: str) -> None:
-    """Raise ``RecipeError`` unless ``met``: ``name`` got ``value``, but must be ``allowed``."""
-    if not met:
-        raise RecipeError(f"{name}: got {value!r}; must be {allowed}")
-
-
-def require_one_of(value: str, name: str, allowed: Collection[str]) -> None:
-    """Raise ``RecipeError`` unless ``value`` is one of ``allowed``; it names the nearest one."""
-    require(value in allowed, name, value, f"one of {', '.join(allowed)}{nearest(value, allowed)}")
-
-
-def _key(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
-
-
-@dataclass
-class RecipeArguments:
-    """The keys of a recipe beyond the Trainer's arguments and TRL's ``ModelConfig``.
-
-    Raises:
-        RecipeError: ``model_config`` is not a JSON object with a known ``model_type``, ``synthetic_lengths`` is
-            unknown, or a number is out of range.
-    """
-
-    trainer: str = _key("trainer", "transformers' Trainer (trainer) or TRL's SFT (sft).")
-    model_config: dict[str, Any] | str | None = _key(  # noqa: RUF009  it makes a field
-        None,
-        "Config of a model with random weights, such as {model_type: llama, hidden_size: 256}. If "
-        "model_name_or_path is given as well, this is the shape of that model, used with offline: true.",
-    )
-    offline: bool = _key(
-        False,
-        "Train random weights of model_config's shape on synthetic rows instead of the hub's model and data. Speed "
-        "and memory stay the same.",
-    )
-    tokenizer: str | None = _key(
-        None,
-        "Hub name or path. Default: the model's own tokenizer; with model_config, one that is trained on the dataset.",
-    )
-    dataset: str = _key(EMBEDDED, "Hub name, path of a .json, .jsonl or .parquet file, 'embedded', or 'synthetic'.")
-    dataset_config: str | None = _key(None, "Configuration of a dataset on the hub.")
-    dataset_split: str = _key("train", "Split or slice, such as 'train[:1000]'.")
-    text_column: str | None = _key(None, "Column of texts; every token has loss.")
-    prompt_column: str | None = _key(None, "Column of prompts, which have no loss.")
-    completion_column: str | None = _key(None, "Column of answers, which have loss.")
-    response_marker: str | None = _key(
-        None,
-        "Text that ends the prompt within a text column, such as '### Response:'. Everything up to it has no loss.",
-    )
-    synthetic_lengths: str = _key(
-        "full",
-        "Lengths of synthetic rows: max_length (full), alternately max_length and one token less (ragged), or "
-        "distributed like Alpaca's (alpaca).",
-    )
-    synthetic_examples: int = _key(4096, "Number of synthetic rows.")
-    auto_batch_size: bool = _key(
-        False,
-        "Find the largest per_device_train_batch_size that fits, and reduce gradient accumulation so that a step "
-        "keeps its number of rows. For one process; for several, use liger-trainer fit.",
-    )
-    eval_examples: int = _key(0, "Number of examples held out for evaluation.")
-    sample_prompt: str | None = _key(None, "Question to answer after training.")
-    sample_tokens: int = _key(64, "Maximum length of that answer in tokens.")
-
-    def __post_init__(self) -> None:
-        config = self.model_config
-        if isinstance(config, str):
-            try:
-                config = json.loads(config)
-            except json.JSONDecodeError as error:
-                raise RecipeError(f"model_config: got {config!r}; must be a JSON object: {error}") from error
-        if config is not None:
-            require(isinstance(config, dict), "model_config", config, "a JSON object")
-            kind = config.get("model_type")
-            allowed = f"a model type of transformers, such as llama{nearest(str(kind), list(CONFIG_MAPPING))}"
-            require(kind in CONFIG_MAPPING, "model_config: model_type", kind, allowed)
-        self.model_config = config
-        if self.offline:
-            require(config is not None, "model_config", None, "the shape of the model, as offline is true")
-            if self.dataset != EMBEDDED and Path(self.dataset).suffix not in READERS:
-                self.dataset = SYNTHETIC
-        require_one_of(self.synthetic_lengths, "synthetic_lengths", SYNTHETIC_LENGTHS)
-        for name, least in (("synthetic_examples", 1), ("eval_examples", 0), ("sample_tokens", 1)):
-            require(getattr(self, name) >= least, name, getattr(self, name), f"at least {least}")
-
-
-@dataclass
-class TokenArguments:
-    """Keys that TRL's ``SFTConfig`` has and ``TrainingArguments`` lacks."""
-
-    max_length: int = _key(1024, "Maximum tokens of an example; the rest is cut off.")
-    pad_to_multiple_of: int = _key(
-        8,
-        "Pad batches to a multiple of this length. A larger multiple gives fewer distinct lengths. cuDNN's "
-        "attention takes some 0.1 s on an H200 to plan for each new length.",
-    )
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            require(value >= 1, name, value, "at least 1")
-
-
-@dataclass
-class MedusaArguments:
-    """Medusa heads, for ``trainer: trainer``: the fields of ``MedusaConfig`` with a prefix."""
-
-    medusa_heads: int = _key(0, "Number of Medusa heads to train; 0 for none.")
-    medusa_layers: int = _key(1, "Number of residual blocks per head.")
-    medusa_stage: int = _key(1, "1: train the heads on the frozen model. 2: train both.")
-    medusa_coefficient: float = _key(0.2, "Weight of the sum of the heads' losses.")
-    medusa_decay: float = _key(0.8, "Each head's loss weighs this times the previous one's.")
-
-    def config(self) -> MedusaConfig | None:
-        """The heads to make, if any."""
-        if self.medusa_heads == 0:
-            return None
-        try:
-            return MedusaConfig(**{name.removeprefix("medusa_"): value for name, value in vars(self).items()})
-        except ValueError as error:  # its message begins with the field's name
-            raise RecipeError(f"medusa_{error}") from error
+# Names that other tools use, which are spelled too differently to be found as the nearest key.
+ALIASES = {
+    "lr": "learning_rate", "epochs": "num_train_epochs", "batch_size": "per_device_train_batch_size",
+    "seq_length": "max_length", "max_seq_length": "max_length", "model": "model_name_or_path",
+}  # fmt: skip
 
 
 class Recipe(NamedTuple):
@@ -187,7 +69,13 @@ class _Parser(HfArgumentParser):
     """
 
     def error(self, message: str) -> NoReturn:
-        raise RecipeError(message)
+        raise RecipeError(re.sub(r"^argument --(\w+)\S*:", r"\1:", message))
+
+
+def argument_classes(trainer: str) -> list[Any]:
+    """The dataclasses whose fields are the keys of a recipe with this ``trainer``."""
+    classes = [RecipeArguments, ModelConfig, getattr(arguments, TRAINERS[trainer]), MedusaArguments]
+    return [*classes, TokenArguments] if trainer == "trainer" else classes
 
 
 def parse_recipe(argv: list[str]) -> Recipe:
@@ -207,18 +95,17 @@ def parse_recipe(argv: list[str]) -> Recipe:
     given = {**content, **overrides}
     trainer = str(given.get("trainer") or "trainer")
     require_one_of(trainer, "trainer", TRAINERS)
-    classes = [RecipeArguments, ModelConfig, getattr(arguments, TRAINERS[trainer]), MedusaArguments]
-    if trainer == "trainer":
-        classes.append(TokenArguments)
-    parser = _Parser(classes, allow_abbrev=False, prog=f"liger-trainer train {argv[0]}")
+    parser = _Parser(argument_classes(trainer), allow_abbrev=False, prog=f"liger-trainer train {argv[0]}")
     options = parser._option_string_actions
     options["--bf16"].type = _bool_or_auto
     if _launched_in_bf16():
         options["--bf16"].default = True
+    valid = {action.dest for action in parser._actions}
     for key in given:
         if f"--{key}" not in options:
             source = "command line" if key in overrides else argv[0]
-            raise RecipeError(f"{source}: unknown key {key!r}{nearest(key, {a.dest for a in parser._actions})}")
+            hint = f" (did you mean {ALIASES[key]!r}?)" if f"--{ALIASES.get(key)}" in options else nearest(key, valid)
+            raise RecipeError(f"{source}: unknown key {key!r}{hint}")
     try:
         run, model, training, medusa, *tokens, rest = parser.parse_args_into_dataclasses(
             as_flags(given), return_remaining_strings=True, look_for_args_file=False
@@ -317,6 +204,9 @@ def _check(recipe: Recipe) -> None:
     run, model = recipe.run, recipe.model
     if run.model_config is None and model.model_name_or_path is None:
         raise RecipeError("give model_name_or_path, or model_config for random weights; got neither")
+    for name, value in (("model_name_or_path", model.model_name_or_path), ("tokenizer", run.tokenizer)):
+        if value is not None and value.startswith(("/", "./", "../", "~")):
+            require(Path(value).exists(), name, value, "a name on the hub or an existing folder")
     if run.dataset == SYNTHETIC:
         require(
             run.sample_prompt is None,
@@ -364,4 +254,7 @@ def _bool_or_auto(value: str | bool) -> bool:
     if value == "auto":
         supported = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
         return supported or _launched_in_bf16()
-    return string_to_bool(value)
+    try:
+        return string_to_bool(value)
+    except ArgumentTypeError as error:
+        raise ArgumentTypeError(f"got {value!r}; must be true, false or auto") from error

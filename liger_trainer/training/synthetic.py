@@ -25,7 +25,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
 from ..kernels.reference import IGNORE_INDEX
-from .recipe import SYNTHETIC, SYNTHETIC_LENGTHS, RecipeError, require_one_of
+from .recipe_arguments import SYNTHETIC, SYNTHETIC_LENGTHS, RecipeError, require_one_of
 
 # Cumulative shares, and the numbers of tokens of Alpaca's prompts and answers at these quantiles.
 SHARES = (0.0, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1.0)

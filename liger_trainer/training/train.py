@@ -11,7 +11,9 @@ from .auto_batch_size import with_largest_batch
 from .build import build_trainer, from_main_process
 from .checkpoints import resume_path
 from .failures import FailureGuard
-from .recipe import Recipe, RecipeError, parse_recipe
+from .recipe import Recipe, parse_recipe
+from .recipe_arguments import RecipeError
+from .recipe_keys import USAGE, keys_text
 from .trials import TrialError
 
 
@@ -63,9 +65,12 @@ def summary(recipe: Recipe, trainer: Trainer) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Train by a recipe, save the model and print a summary. ``failures`` has the exit statuses."""
     argv = sys.argv[1:] if argv is None else argv
+    if {"-h", "--help"} & set(argv):
+        print(keys_text("sft" if "sft" in argv else "trainer"))
+        return
     with FailureGuard() as guard:
         if not argv or argv[0].startswith("-"):
-            raise RecipeError("no recipe given; usage: liger-trainer train RECIPE.yaml [--key value ...]")
+            raise RecipeError(f"no recipe given; usage: {USAGE}")
         try:
             argv = with_largest_batch(argv)  # before this process takes memory of the device
         except TrialError as error:

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .failures import ERROR, OUT_OF_MEMORY, SUCCESS, WRONG_RECIPE
-from .recipe import RecipeError, peek, read_mapping, require
+from .recipe import peek, read_mapping
+from .recipe_arguments import RecipeError, require
 
 LOG_CHARACTERS = 6000
 GRACE_SECONDS = 40  # time a trial gets to shut down after SIGTERM; torch's launcher gives its own processes 30

@@ -21,6 +21,7 @@ from liger_trainer import LigerTrainingArguments
 from liger_trainer.training import build, failures, train
 from liger_trainer.training.checkpoints import find_checkpoints, resume_path
 from liger_trainer.training.failures import (
+    INTERRUPTED,
     OUT_OF_MEMORY,
     STOPPED,
     WRONG_RECIPE,
@@ -30,7 +31,8 @@ from liger_trainer.training.failures import (
     is_out_of_memory,
     out_of_memory_lines,
 )
-from liger_trainer.training.recipe import RecipeError, _check, parse_recipe
+from liger_trainer.training.recipe import _check, parse_recipe
+from liger_trainer.training.recipe_arguments import RecipeError
 
 ENVIRONMENT = {**CPU_ENVIRONMENT, "TRITON_INTERPRET": "0"}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
@@ -153,8 +155,9 @@ def test_one_process_fails_with_a_message_and_a_status(recipe, tmp_path, monkeyp
     assert "ZeroDivisionError: why\nliger-trainer: stopped by ZeroDivisionError, step 7 of 9" in capsys.readouterr().err
 
     Broken.error = KeyboardInterrupt()
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit, match=str(INTERRUPTED)):
         train.main([recipe])
+    assert "liger-trainer: interrupted, step 7 of 9\n  no complete checkpoint in" in capsys.readouterr().err
 
     with pytest.raises(SystemExit, match=str(WRONG_RECIPE)):
         train.main([recipe, "--resume_from_checkpoint", "true"])

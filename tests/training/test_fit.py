@@ -16,7 +16,8 @@ from tiny_recipes import write_recipe
 from liger_trainer.cli import main
 from liger_trainer.training import auto_batch_size, failures, fit, fit_trial, train, trials
 from liger_trainer.training.fit_trial import STEPS, trial_recipe
-from liger_trainer.training.recipe import RecipeError, peek
+from liger_trainer.training.recipe import peek
+from liger_trainer.training.recipe_arguments import RecipeError
 
 TESTS = Path(__file__).parents[1]
 # A big vocabulary: most of the memory is logits.

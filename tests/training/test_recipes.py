@@ -12,7 +12,8 @@ import torch
 import yaml
 
 from liger_trainer.cli import main
-from liger_trainer.training.recipe import RecipeError, parse_recipe, peek
+from liger_trainer.training.recipe import parse_recipe, peek
+from liger_trainer.training.recipe_arguments import RecipeError
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "recipes").glob("**/*.yaml"))
@@ -87,7 +88,7 @@ def test_keys_may_be_spelled_with_dashes(tmp_path):
         ({"max_steps": [1, 2]}, [], "'2' belongs to no key"),
         ({"trainer": "stf"}, [], r"trainer: got 'stf'; must be one of trainer, sft \(did you mean 'sft'\?\)"),
         ({"model_config": None}, [], "give model_name_or_path, or model_config for random weights; got neither"),
-        ({"model_config": {"hidden_size": 8}}, [], "model_config: model_type: got None; must be a model type"),
+        ({"model_config": {"hidden_size": 8}}, [], "model_config: model_type: got 'None'; must be a model type"),
         ({}, ["--model_config", '{"model_type": "lama"}'], "got 'lama'.*did you mean 'llama'"),
         ({}, ["--model_config", "5"], "model_config: got 5; must be a JSON object"),
         ({"model_config": "{"}, [], "model_config: got '{'; must be a JSON object"),
