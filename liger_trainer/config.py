@@ -24,6 +24,12 @@ def _option_of(kind: str, default: Any) -> Any:
     return dataclasses.field(default=default, metadata={"option_of": kind})
 
 
+# Options of liger-kernel, and what does the same here.
+_OTHER_NAMES = {
+    "swiglu": "glu", "geglu": "glu", "cross_entropy": "fused_loss", "fused_linear_cross_entropy": "fused_loss",
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class LigerConfig:
     """Which kernels to apply and how.
@@ -98,7 +104,8 @@ class LigerConfig:
         valid = [field.name for field in dataclasses.fields(cls)]
         for key in value:
             if key not in valid:
-                hint = nearest(str(key), valid)
+                other = _OTHER_NAMES.get(str(key))
+                hint = f" (here it is {other!r})" if other else nearest(str(key), valid)
                 raise ValueError(f"liger_config: got unknown key {key!r}{hint}; must be one of {', '.join(valid)}")
         return cls(**value)
 

@@ -56,6 +56,11 @@ def folder(tmp_path_factory):
         ("--model_name_or_path none --model_config null", "model_name_or_path: got 'none'"),
         ("--lr 1", "command line: unknown key 'lr' (did you mean 'learning_rate'?)"),
         ("--bf16 maybe", "bf16: got 'maybe'; must be true, false or auto"),
+        ('--liger_config {"swiglu":true}', "liger_config: got unknown key 'swiglu' (here it is 'glu')"),
+        (
+            '--liger_config {"cross_entropy":true}',
+            "liger_config: got unknown key 'cross_entropy' (here it is 'fused_loss')",
+        ),
         ("--max_steps many", "max_steps: invalid int value: 'many'"),
     ],
 )
@@ -99,6 +104,7 @@ def test_fields_that_only_some_configs_have_are_known():
         {"model_type": "gpt2", "hidden_size": 32, "n_head": 2},
         {"model_type": "llama", "rope_theta": 1e4, "torch_dtype": "float32", "architectures": ["LlamaForCausalLM"]},
         {"model_type": "mixtral", "num_experts": 4},
+        {"model_type": "qwen2", "head_dim": 64},
     ):
         assert RecipeArguments(model_config=json.dumps(fields)).model_config == fields
 
