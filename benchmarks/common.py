@@ -19,7 +19,7 @@ from benchmarks.workers import ROOT
 from liger_trainer.environment import versions
 
 RESULTS = ROOT / "benchmarks" / "results"
-INFINITE = 1e9  # stands for an infinite error, which JSON cannot say
+INFINITE = 1e9  # stands for an infinite error, which JSON cannot express
 PACKAGES = (
     "torch", "triton", "transformers", "trl", "accelerate", "deepspeed", "peft", "liger-trainer", "liger-kernel",
     "cut-cross-entropy",
@@ -27,12 +27,12 @@ PACKAGES = (
 
 
 def software() -> dict:
-    """Python and the versions of the packages that matter; ``None`` where one is not installed."""
+    """Python and the versions of the packages that matter; ``None`` if one is not installed."""
     return {"python": platform.python_version(), "packages": versions(PACKAGES)}
 
 
 def current_commit(explicit: str | None = None) -> str:
-    """The measured commit: given, ``$LIGER_COMMIT``, or git's, with ``+uncommitted`` where the tree differs."""
+    """The measured commit: ``explicit``, ``$LIGER_COMMIT``, or git's, with ``+uncommitted`` if the tree differs."""
 
     def git(*words: str) -> str | None:
         done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False)
@@ -66,15 +66,15 @@ def slug(device_name: str) -> str:
 class ResultFile:
     """``{"runs": [provenance], "results": [row]}`` on disk, rewritten after every row, so that a kill loses nothing.
 
-    Rows with the same values of ``keys`` replace each other, also across runs: ``row["run"]`` is the index of the
-    provenance it was measured under. Where a row has a list of ``rounds``, each of these has its own ``run`` as well.
-    In memory, ``run`` is the provenance itself.
+    Rows with the same values of ``keys`` replace each other, also across runs: ``row["run"]`` is the index of the row's
+    provenance. If a row has a list of ``rounds``, each round has its own ``run``. In memory, ``run`` is the provenance
+    itself.
 
     Args:
-        path: the file; rows that are in it stay.
-        keys: what tells rows apart.
-        provenance: of the run that begins now.
-        about: further entries of the file, about all of its rows.
+        path: the file; its existing rows are kept.
+        keys: the keys that identify a row.
+        provenance: provenance of the present run.
+        about: further entries of the file that describe all rows.
     """
 
     def __init__(self, path: Path, keys: Sequence[str], provenance: dict, about: dict | None = None):
@@ -83,16 +83,16 @@ class ResultFile:
         self.rows = [_with_runs(row, data["runs"].__getitem__) for row in data["results"]]
 
     def add(self, row: dict, revise: Callable[[list[dict]], list[dict]] = lambda rows: rows) -> None:
-        """Add or replace one row and write the file. The row, and a round of it without a ``run``, is of this run.
+        """Add or replace one row and write the file. Without a ``run``, a round gets this one.
 
-        ``revise`` takes all rows and returns them with changes; their runs stay.
+        ``revise`` gets all rows and returns them with changes; it must not change their runs.
         """
         row = row | {"run": self.provenance}
         if "rounds" in row:
             row["rounds"] = [{"run": self.provenance} | each for each in row["rounds"]]
         others = [r for r in self.rows if any(r.get(key) != row.get(key) for key in self.keys)]
         self.rows = revise([*others, row])
-        runs = []  # those that a row is of
+        runs = []  # only the runs that some row refers to
         for part in (part for each in self.rows for part in (each, *each.get("rounds", []))):
             if part["run"] not in runs:
                 runs.append(part["run"])
@@ -104,7 +104,7 @@ class ResultFile:
 
 
 def _with_runs(row: dict, run_of: Callable) -> dict:
-    """``row`` with ``run_of(run)`` in the place of its run and of those of its rounds."""
+    """``row`` with ``run_of(run)`` in place of its own ``run`` and of each round's."""
     row = row | {"run": run_of(row["run"])}
     if "rounds" in row:
         row["rounds"] = [each | {"run": run_of(each["run"])} for each in row["rounds"]]
@@ -126,7 +126,7 @@ class Progress:
 
 
 def format_number(value: object) -> str:
-    """Three significant digits for floats, ``-`` for nothing."""
+    """Three significant digits for floats, ``-`` for None."""
     if value is None:
         return "-"
     if not isinstance(value, float):
@@ -135,7 +135,7 @@ def format_number(value: object) -> str:
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Rows as a Markdown table that is aligned as text, too; the first column is left-aligned."""
+    """Rows as a Markdown table that is also aligned as plain text; the first column is left-aligned."""
     cells = [list(header), *([format_number(value) for value in row] for row in rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     lines = []
@@ -147,12 +147,12 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def names(allowed: Sequence[str]) -> Callable[[str], list[str]]:
-    """An argparse type: comma-separated names out of ``allowed``."""
+    """An argparse type: comma-separated names, each one of ``allowed``."""
 
     def parse(text: str) -> list[str]:
         chosen = [name.strip() for name in text.split(",") if name.strip()]
         if not chosen or not set(chosen) <= set(allowed):
-            raise argparse.ArgumentTypeError(f"got {text!r}; must be of {', '.join(allowed)}")
+            raise argparse.ArgumentTypeError(f"got {text!r}; must be one or more of {', '.join(allowed)}")
         return chosen
 
     return parse
@@ -166,5 +166,5 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
 
 
 def output_folder(args: argparse.Namespace) -> Path:
-    """What these options say; a smoke run must not touch the checkout's results."""
+    """The folder that these options choose; a smoke run must not touch the checkout's results."""
     return args.out or (Path(tempfile.mkdtemp(prefix="liger-bench-")) if args.smoke else RESULTS)

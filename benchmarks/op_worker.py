@@ -21,11 +21,11 @@ from benchmarks.peers import NotMeasured, op_call
 from benchmarks.workers import emit
 from liger_trainer.environment import nvidia_driver
 
-# The check is coarse on purpose: it keeps a wrong kernel from winning; the tests judge precision.
+# The check is coarse on purpose: it keeps a wrong kernel from winning; the tests check precision.
 TOLERANCE = {"bfloat16": 0.05, "float16": 0.05, "float32": 2e-3}
 WARMUP_MS, REP_MS, MIN_REPS, MAX_REPS = 25, 100, 7, 200
 FLUSH_BYTES = 1 << 28  # several times any L2 cache
-CLOCK_HZ = 2e9  # about an H100's, to turn a time into the cycles that the device is told to wait
+CLOCK_HZ = 2e9  # about an H100's; converts a time into the cycles for which the device waits
 MAX_LEAD_MS = 5.0  # a call that waits for the device itself cannot be queued ahead
 MIB = 1 << 20
 
@@ -33,7 +33,7 @@ MIB = 1 << 20
 def messages(job: dict) -> Iterator[dict]:
     """Facts about the device, then a row for each of ``job["shapes"]``.
 
-    The job also has ``arm``, ``device``, and ``host``: whether host times are measured.
+    The job also has ``arm``, ``device`` and ``host``, which says whether host times are measured.
     """
     device = job["device"]
     yield describe_device(device)
@@ -97,7 +97,7 @@ def check(case: cases.Case, call: Callable[[], Any]) -> dict:
 
 
 def floors(case: cases.Case, device: str, copy_speed: float) -> dict:
-    """Time below which the op cannot be, by pass: bytes over copy speed, or the matrix multiplications alone."""
+    """Lower bound of the op's time, per pass: bytes over copy speed, or the matrix multiplications alone."""
     moved = cases.bytes_moved(case)
     if moved is not None:
         return {f"floor_{name}_ms": size / copy_speed for name, size in moved.items()} | {"copy_tb_s": copy_speed / 1e9}

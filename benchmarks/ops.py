@@ -1,4 +1,4 @@
-"""The table of ops, one entry each: inputs, measured shapes, the bytes it must move, and the variants that are checked.
+"""The table of ops: each entry has inputs, measured shapes, the bytes that must move, and the variants to check.
 
 ``bench kernels`` measures the shapes; ``sanitize.py`` and the tests' offline compilation run the variants.
 """
@@ -96,9 +96,9 @@ class Variant:
     """One call of an op on a small shape, to be compared with the op's definition.
 
     Args:
-        note: what is special.
-        spec: sizes that differ from those of the op's other variants.
-        leaves: the arguments that get gradients; by default those of the op.
+        note: what is special about this variant.
+        spec: sizes that differ from the op's other variants.
+        leaves: the arguments that get gradients; by default the op's ``leaves``.
         without: arguments that are None.
         options: keyword arguments of the op and of its definition; a function makes a value from the labels.
         ours: keyword arguments of the op alone, in the same form.
@@ -125,13 +125,13 @@ class Op:
         leaves: the arguments that get gradients.
         moved: bytes that must move in forward and in backward, from the bytes of each argument: each input is read
             once, each output written once, row statistics do not count. None: matrix multiplications are the floor.
-        shapes: what is measured, by set. ``float32``, ``frozen weight`` and ``30% ignored`` (labels) may follow.
-        sizes: the names of the numbers in a shape.
+        shapes: the measured shapes, by set. ``float32``, ``frozen weight`` and ``30% ignored`` (labels) may follow.
+        sizes: names of the numbers in a shape.
         options: keyword arguments of the op and of its definition in measured calls.
-        variants: what is checked.
-        small: the shape of the variants, where ``rows`` and ``cols`` stand for numbers; with 5 and 48 also that of the
-            set "smoke", unless ``shapes`` has one.
-        definition: where ``reference`` has none of the op's name.
+        variants: the calls that are checked.
+        small: the shape of the variants, where ``rows`` and ``cols`` stand for numbers; with 5 and 48, also the set
+            "smoke" unless ``shapes`` has one.
+        definition: the definition, if ``reference`` has none with the op's name.
     """
 
     inputs: Callable[[Draw], Inputs]
@@ -168,7 +168,7 @@ def speculation(labels: Tensor) -> object:
 
 CAPPED = {"softcap": 5.0, "label_smoothing": 0.1, "num_items": items}
 # Shapes "today" are layers of Llama-3.2-1B, Qwen2.5-1.5B, Llama-3-8B, Gemma-7B and GPT-OSS-20B (8192 tokens, four
-# experts each). Shapes "paper" are those of Hsu et al., arXiv 2410.10989, section 4, and of its authors' scripts.
+# experts each). Shapes "paper" are from Hsu et al., arXiv 2410.10989, section 4, and its authors' scripts.
 OPS: dict[str, Op] = {
     "rms_norm": Op(
         plain(x="rows cols", weight="cols"), "x weight",

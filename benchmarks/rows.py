@@ -1,4 +1,4 @@
-"""Rows of the training benchmark's result file: made from rounds, judged, and compared with each other."""
+"""Rows of the training benchmark's result file: made from rounds, checked, and compared with each other."""
 
 import statistics
 from collections import Counter
@@ -8,8 +8,8 @@ from benchmarks.common import format_number
 KEYS = ("point", "launch", "processes", "arm")
 # Equal in all rounds of a row.
 SETTINGS = ("recipe", "overrides", "config_file", "environment", "warmup", "steps", "window")
-SAME_RUN = ("commit", "device", "packages")  # of the provenance of a round that need not be measured again
-SAME = ("first_loss", "last_loss", "first_grad_norm", "last_grad_norm")  # in all arms, if they compute the same
+SAME_RUN = ("commit", "device", "packages")  # if these are equal, a round need not be measured again
+SAME = ("first_loss", "last_loss", "first_grad_norm", "last_grad_norm")  # equal in all arms if they compute the same
 MEMORY = ("peak_allocated_gib", "peak_reserved_gib", "static_gib", "gradients_gib", "above_static_gib")
 MEDIANS = ("tokens_per_s", "padded_tokens_per_s", "step_ms", *MEMORY, *SAME)
 # How far an arm's first gradient norm may be from HF's. bf16 sums differ by some tenths of a percent; a gradient that
@@ -23,7 +23,7 @@ def key_of(job: dict) -> tuple:
 
 
 def place_of(row: dict) -> tuple:
-    """The part of its key that an arm's row shares with those of the other arms."""
+    """The part of a row's key that is the same for all arms."""
     return row["point"], row["launch"], row["processes"]
 
 
@@ -33,14 +33,14 @@ def same_settings(a: dict, b: dict) -> bool:
 
 
 def kept_rounds(job: dict, row: dict | None, run: dict, keep_old: bool = False) -> list[dict]:
-    """The rounds of ``job``'s row that are not measured again: of the same settings, commit, device and packages.
+    """The rounds of ``job``'s row to keep: measured with the same settings, commit, device and packages.
 
-    What failed is tried again, and a tree with uncommitted changes is never the same as another one.
+    Rounds with an error are measured again, and so are rounds of a tree with uncommitted changes.
 
     Args:
         job: one of the suite's.
-        row: what the result file has for it.
-        run: the provenance of the run that begins now.
+        row: its row in the result file.
+        run: the provenance of the present run.
         keep_old: also keep rounds of other commits and packages.
     """
     if row is None or not same_settings(row, job):
@@ -72,7 +72,7 @@ def combine(job: dict, rounds: list[dict]) -> dict:
 
 
 def judge(row: dict, hf: dict | None) -> dict:
-    """``row``, ``inexact`` where its first gradient norm is not that of ``hf``, the row of HF at the same place.
+    """``row``, marked ``inexact`` if its first gradient norm differs from that of ``hf``, HF's row at the same place.
 
     The loss cannot show a wrong backward: within so few steps it hardly depends on the weights' changes.
     """
@@ -84,7 +84,7 @@ def judge(row: dict, hf: dict | None) -> dict:
         return row
     if abs(ours - theirs) <= GRAD_NORM_TOLERANCE * theirs:
         return row
-    return row | {"status": "inexact", "note": f"first gradient norm {ours:.4g}, that of HF {theirs:.4g}"}
+    return row | {"status": "inexact", "note": f"first gradient norm {ours:.4g}, HF's {theirs:.4g}"}
 
 
 def has_failed(row: dict) -> bool:
@@ -95,7 +95,7 @@ def has_failed(row: dict) -> bool:
 
 
 def counts_text(row: dict) -> str:
-    """The number of rounds, by status where they did not all go well."""
+    """The number of rounds; by status unless all are ok."""
     counts = Counter(round_["status"] for round_ in row["rounds"])
     if set(counts) == {"ok"}:
         return str(counts["ok"])
@@ -114,10 +114,10 @@ def describe(round_: dict) -> str:
 
 
 def change(row: dict, base: dict | None, metric: str) -> float | None:
-    """``row``'s metric over that of ``base``, minus one; None where one of them has none or both are the same row.
+    """Relative change of ``metric`` from ``base`` to ``row``; None if either lacks it or both are the same row.
 
-    The median over the rounds that both have, so that a machine that was slower in one round changes nothing; the
-    change of the rows' medians where they have none in common.
+    It is the median over the rounds that both have, so that one slow round changes nothing. If they have no round in
+    common, it compares the rows' medians.
     """
     if base is None or base is row or not row.get(metric) or not base.get(metric):
         return None
@@ -126,7 +126,7 @@ def change(row: dict, base: dict | None, metric: str) -> float | None:
 
 
 def changes_by_round(row: dict, base: dict, metric: str) -> list[float]:
-    """``change`` of each round that the two rows have side by side: the first of one run with the first of it, ..."""
+    """``change`` per pair of rounds: the first rounds of one run with each other, then the second ones, and so on."""
     runs = [round_.get("run") for round_ in row["rounds"]]
     pairs = []
     for run in (run for i, run in enumerate(runs) if run not in runs[:i]):
@@ -141,7 +141,7 @@ def percent(value: float | None) -> str | None:
 
 
 def percent_and_range(row: dict, base: dict | None, metric: str) -> str | None:
-    """``change``, and the smallest and the largest one of a round."""
+    """``change``, with the smallest and the largest change of a round."""
     value = percent(change(row, base, metric))
     rounds = [] if value is None else changes_by_round(row, base, metric)
     return f"{value} ({100 * min(rounds):+.1f} to {100 * max(rounds):+.1f})" if len(rounds) > 1 else value

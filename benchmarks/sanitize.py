@@ -3,8 +3,8 @@
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 python benchmarks/sanitize.py
     compute-sanitizer --tool racecheck --error-exitcode 1 python benchmarks/sanitize.py
 
-The results are compared with the plain definitions, so that a kernel that did not run does not pass. What is run are
-the variants of the ops' table (``ops.py``).
+The results are compared with the plain definitions, so that a kernel that did not run does not pass. The
+variants in the table of ops (``ops.py``) are run.
 """
 
 import sys
@@ -33,7 +33,7 @@ def variants(rows: int, cols: int) -> Iterator[tuple[str, Callable, Callable, li
 
 
 def run(function: Callable, leaves: list[Tensor]) -> tuple[list[Tensor], list[Tensor], tuple, tuple]:
-    """Outputs with and without gradients enabled, and the gradients of a backward pass and of a second one."""
+    """Outputs with and without gradients enabled, and the gradients of two backward passes."""
     with torch.no_grad():
         alone = function()
     out = function()

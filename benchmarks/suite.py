@@ -2,22 +2,22 @@
 
 ::
 
-    title: ...                       # heads the plot and the table
+    title: ...                       # title of the plot
     figure: ...                      # the paper's figure or table, or another reason to measure
     x: {key: max_length, label: ...} # an override's key, num_processes, or name (then the points are categories)
     arms: [hf, ours, ...]            # of peers.py
     rounds: 3                        # interleaved; a row holds their medians
     warmup: 2                        # steps that are not timed
     steps: 4                         # timed steps
-    window: 2                        # steps between two readings of the clock; divides warmup and steps
+    window: 2                        # steps per clock reading; divides warmup and steps
     launch: [{name: ..., config_file: configs/single.yaml, num_processes: 1}, ...]
     overrides: {...}                 # of the recipe, for all points
     environment: {...}               # variables of every run
     points: [{name: ..., recipe: ..., overrides: {...}, vary: {max_length: [1024, 2048]}, steps: 2}, ...]
     smoke: {overrides: {...}, model: {...}, vary: {max_length: [16, 32]}}
 
-``vary`` makes one point of each value of its one key, named like "Llama-3-8B at sequence length 1024". A point may have
-its own ``warmup``, ``steps`` and ``window``: where a step takes long, few are enough. With ``--smoke`` every recipe's
+``vary`` makes one point per value of its only key, named like "Llama-3-8B at sequence length 1024". A point may have
+its own ``warmup``, ``steps`` and ``window``: if a step takes long, few are enough. With ``--smoke`` every recipe's
 ``model_config`` is shrunk (``SMOKE_MODEL``, then the suite's ``model``), ``SMOKE_OVERRIDES`` and the suite's
 ``overrides`` apply, and ``vary`` there replaces the values of that key.
 """
@@ -57,13 +57,13 @@ class Suite:
     """A parsed suite.
 
     Args:
-        about: what tables and plots need of it.
-        points: recipes with their overrides and numbers of steps, in the form that rows have. ``group`` is shared by
-            the points that ``vary`` made of one entry.
-        launches: how the ranks of a run are started, in the form that rows have.
+        about: the settings that tables and plots need.
+        points: recipes with their overrides and numbers of steps, under the keys of result rows. The points that
+            ``vary`` made of one entry share a ``group``.
+        launches: how the ranks of a run are started, under the keys of result rows.
         arms: names of peers.
-        rounds: how often everything is measured.
-        environment: variables of every run.
+        rounds: how many times everything is measured.
+        environment: environment variables of every run.
     """
 
     about: dict
@@ -78,9 +78,9 @@ class Suite:
         return [[p["point"], launch["launch"], launch["processes"]] for p in self.points for launch in self.launches]
 
     def jobs(self) -> list[dict]:
-        """All jobs in order: a round over all points and launches, then the next; its arms follow each other.
+        """All jobs in order: round by round, and within a round point by point, launch by launch, arm by arm.
 
-        So the arms are interleaved (A B C A B C), and a run that is cut short has every point once before any twice.
+        So the arms are interleaved (A B C A B C), and a run that is cut short measures no point twice before all once.
         """
         x = {"num_processes": "processes"}.get(self.about["x"]["key"], "x")
         return [
@@ -107,8 +107,8 @@ def load(path: Path, smoke: bool = False) -> Suite:
         smoke: tiny models on the CPU.
 
     Raises:
-        ValueError: no such file; a key that does not exist (names the nearest) or is missing; a value that is not
-            allowed.
+        ValueError: the file does not exist; a key is unknown (the message names the nearest) or missing; a value is
+            not allowed.
     """
     if not path.is_file():
         known = sorted(file.stem for file in SUITES.glob("*.yaml"))
@@ -123,7 +123,7 @@ def load(path: Path, smoke: bool = False) -> Suite:
     _check_counts({"rounds": rounds}, str(path))
     _require(isinstance(environment, dict), f"{path}: environment", environment, "a mapping of names to values")
     points = [point for entry in content["points"] for point in _points(entry, content, smoke, f"{path}: points")]
-    if smoke:  # ``vary`` there makes the same points of all entries of one name
+    if smoke:  # with smoke's ``vary``, entries with the same name make the same points
         points = list({point["point"]: point for point in points}.values())
     launches = []
     for entry in content["launch"]:
@@ -154,7 +154,7 @@ def _check_counts(counts: dict[str, Any], where: str) -> None:
 def _check_keys(mapping: Any, allowed: Iterable[str], where: str, required: Iterable[str] = ()) -> None:
     _require(isinstance(mapping, dict), where, mapping, f"a mapping of {', '.join(allowed)}")
     for key in mapping:
-        _require(key in allowed, where, key, f"of {', '.join(allowed)}{nearest(str(key), allowed)}")
+        _require(key in allowed, where, key, f"one of {', '.join(allowed)}{nearest(str(key), allowed)}")
     for key in required:
         _require(mapping.get(key) is not None, f"{where}: {key}", None, "given")
 
@@ -183,7 +183,8 @@ def _points(entry: dict, content: dict, smoke: bool, where: str) -> list[dict]:
             made.append((f"{name} at {label} {value}", {**overrides, varied: value}))
     made = made or [(name, overrides)]
     for _, chosen in made:
-        _require(key in (*chosen, *NOT_OVERRIDES), f"{where}: x", key, f"of its overrides or vary: {', '.join(chosen)}")
+        expected = f"one of its overrides or vary: {', '.join(chosen)}"
+        _require(key in (*chosen, *NOT_OVERRIDES), f"{where}: x", key, expected)
     shared = {"group": name, "recipe": recipe, **times}
     return [{"point": point, **shared, "overrides": chosen, "x": chosen.get(key)} for point, chosen in made]
 

@@ -35,7 +35,7 @@ def op_arms(rows: list[dict]) -> list[str]:
 
 
 def pivot(rows: list[dict], metric: str, floor: str | None = None) -> str:
-    """One line a shape, one column an arm; in brackets the multiple of the floor. ``~``: failed the accuracy check."""
+    """One line per shape, one column per arm; in brackets the multiple of the floor. ``~``: inaccurate."""
     from benchmarks.ops import MEASURED  # needs torch
 
     def cell(row: dict | None) -> str:
@@ -129,7 +129,7 @@ class Training:
         return {place_of(row): row for row in self.good if row["arm"] == arm}
 
     def full(self) -> str:
-        """One line a place and arm: medians over the rounds, their spread, and changes against HF by round."""
+        """One line per place and arm: medians over the rounds, their spread, and changes against HF by round."""
         padding = any(row.get("padded_tokens_per_s") != row.get("tokens_per_s") for row in self.rows)
         scaling = self.x == "num_processes"
         header = [*self.columns.values(), "arm", "tokens/s", "vs HF", "spread", *(["with padding"] if padding else [])]
@@ -154,14 +154,14 @@ class Training:
         return self.with_notes(text_table(header, lines), f"absent: {', '.join(absent)}" if absent else "")
 
     def efficiency(self, row: dict) -> str:
-        """Tokens per second and process over those of the same arm on the fewest processes that it ran on."""
+        """Tokens per second and process, relative to the same arm on the fewest processes it ran on."""
         same = [r for r in self.rows if r["status"] in ("ok", "inexact")
                 and all(r[key] == row[key] for key in ("group", "launch", "arm"))]  # fmt: skip
         fewest = min(same, key=lambda r: r["processes"])
         return f"{row['tokens_per_s'] / row['processes'] / (fewest['tokens_per_s'] / fewest['processes']):.1%}"
 
     def brief(self) -> str:
-        """One line a place, one column an arm: tokens per second, and peak memory in GiB in brackets."""
+        """One line per place, one column per arm: tokens per second, and peak memory in GiB in brackets."""
         arms, lines = self.arms(self.rows), {}
         for row in self.all:
             cell = f"{rate(row)} ({gib(row['peak_allocated_gib']) or '-'})" if "tokens_per_s" in row else None
@@ -171,7 +171,7 @@ class Training:
         return self.with_notes(text_table([*self.columns.values(), *labels(arms)], table))
 
     def gains(self) -> str:
-        """Our tokens per second against each other arm's: a line a place. Empty where ours or all others lack."""
+        """Our tokens per second against each other arm's, one line per place. Empty without ours or any other."""
         arms = [arm for arm in self.arms(self.good) if not arm.startswith("ours")]
         lines = [
             [*self.at(row), *(percent_and_range(row, self.by_place(arm).get(place), "tokens_per_s") for arm in arms)]
@@ -181,7 +181,7 @@ class Training:
         return text_table(header, lines) if lines and arms else ""
 
     def growth(self) -> str:
-        """Each arm's numbers at its smallest x and at its largest. Empty where x is no quantity."""
+        """Each arm's numbers at its smallest and largest x. Empty if x is not a quantity."""
         if self.x in ("name", "num_processes"):
             return ""
         columns = {key: heading for key, heading in self.columns.items() if key != "x"}
@@ -205,9 +205,8 @@ class Training:
     def average(self) -> str:
         """Mean changes of each arm against HF, and of ours against liger-kernel, a launch at a time.
 
-        They are over the places where every arm that ran at all has a result, so that all lines are of the same places.
-        Empty where no two arms have one in common. Launches are apart because what counts as state differs between
-        engines.
+        The means are over the places where every arm that ran at all has a result, so that all lines cover the same
+        places. Empty if no two arms share a place. Launches are separate because engines differ in what is state.
         """
         several = len({launch for _, launch, _ in self.about["places"]}) > 1
         lines = []
@@ -229,9 +228,9 @@ class Training:
         return text_table(header, lines) if lines else ""
 
     def with_notes(self, table: str, absent: str = "") -> str:
-        """The table, what its mark means where a row has it, and what of the suite has no row.
+        """The table, the meaning of its mark if a row has it, and the parts of the suite that have no row.
 
-        That are arms without any row, places without any row, and arms that lack at the other places.
+        These are arms without any row, places without any row, and arms that are missing at the other places.
         """
         arms, places = self.about.get("arms", []), [tuple(place) for place in self.about["places"]]
         measured = {(place_of(row), row["arm"]) for row in self.all}
@@ -256,7 +255,7 @@ def gib(value: float | None) -> str | None:
 
 
 def rate(row: dict) -> str:
-    """Tokens per second, marked where the row is inexact."""
+    """Tokens per second, marked if the row is inexact."""
     return format_number(row["tokens_per_s"]) + ("~" if row["status"] == "inexact" else "")
 
 

@@ -6,10 +6,10 @@
 
 A suite (benchmarks/suites; benchmarks/suite.py describes the format) names recipes, what varies, arms and launches.
 Rounds are interleaved; a row of the result file OUT/train-SUITE-DEVICE.json holds the medians of its rounds and the
-rounds themselves. Started again, it goes on where it ended: rounds in the file are not repeated if they were measured
-with the same settings, commit, device and packages.
+rounds themselves. A second start resumes: rounds in the file are not repeated if they were measured with the same
+settings, commit, device and packages.
 
-Exit statuses: 1 where our own arm failed; 3 where something was left out, because the device budget was spent or a
+Exit statuses: 1 if our own arm failed; 3 if something was left out, because the device budget was spent or a
 launch has more processes than there are devices.
 """
 
@@ -44,13 +44,15 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("suite", type=Path, help="YAML file, or the name of one in benchmarks/suites")
     parser.add_argument("--smoke", action="store_true", help="tiny models on the CPU, one round")
     parser.add_argument("--arms", type=common.names(TRAIN_ARMS), help="these arms instead of the suite's")
-    parser.add_argument("--points", metavar="A,B", help="only points of these names, or with these words in their name")
-    parser.add_argument("--launches", metavar="A,B", help="only launches of these names, or with these words")
+    parser.add_argument("--points", metavar="A,B", help="only points with these names, or these words in their names")
+    parser.add_argument("--launches", metavar="A,B", help="only launches with these names, or these words in them")
     parser.add_argument("--rounds", type=int, metavar="N", help="number of rounds, instead of the suite's")
-    parser.add_argument("--device-budget", type=float, metavar="SECONDS", help="start no run that would end later")
-    parser.add_argument("--timeout", type=float, default=600, metavar="SECONDS", help="of one run, against hangs")
+    parser.add_argument(
+        "--device-budget", type=float, metavar="SECONDS", help="start no run that may end after this time"
+    )
+    parser.add_argument("--timeout", type=float, default=600, metavar="SECONDS", help="limit of one run")
     parser.add_argument("--profile", choices=TRAIN_ARMS, metavar="ARM", help=f"profile {PROFILED_STEPS} steps")
-    parser.add_argument("--again", action="store_true", help="repeat rounds that are in the result file")
+    parser.add_argument("--again", action="store_true", help="repeat rounds that are already in the result file")
     parser.add_argument("--keep-old", action="store_true", help="also keep rounds of other commits and packages")
     common.add_output_options(parser)
     args = parser.parse_args(argv)
@@ -74,14 +76,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def matching(entries: tuple[dict, ...], kind: str, words: str | None) -> tuple[dict, ...]:
-    """Those of ``entries`` whose name is, or else has in it, one of the comma-separated ``words``."""
+    """The entries named by the comma-separated ``words``; a word that names none selects every name it is part of."""
     if words is None:
         return entries
     found, names = set(), {entry[kind]: entry[kind].lower() for entry in entries}
     for word in (word.strip().lower() for word in words.split(",")):
         hits = {n for n, low in names.items() if low == word} or {n for n, low in names.items() if word and word in low}
         if not hits:
-            raise ValueError(f"--{kind}s: got {word!r}; must be in one of {', '.join(names)}")
+            raise ValueError(f"--{kind}s: got {word!r}; must be part of one of {', '.join(names)}")
         found |= hits
     return tuple(entry for entry in entries if entry[kind] in found)
 
@@ -90,7 +92,7 @@ def hello(device: str) -> dict:
     """Facts about the device, from a process that sees it.
 
     Raises:
-        RuntimeError: it cannot be reached, with what the process wrote.
+        RuntimeError: the device cannot be reached; the message has the process's output.
     """
     first, *rest = workers.run([sys.executable, "-m", WORKER, "--hello", device], timeout=120)
     if not rest:
@@ -99,7 +101,7 @@ def hello(device: str) -> dict:
 
 
 def environment(job: dict) -> dict[str, str]:
-    """The launcher's: as many visible devices as ranks, or the Trainer of a single rank would spread over all."""
+    """The launcher's variables: as many visible devices as ranks, or a single rank's Trainer would use all devices."""
     fixed = {"TORCH_CPP_LOG_LEVEL": "ERROR"}
     if job["overrides"].get("offline"):
         fixed["HF_HUB_OFFLINE"] = "1"
@@ -112,9 +114,9 @@ def environment(job: dict) -> dict[str, str]:
 
 
 def launch(job: dict, timeout: float, module: str = WORKER) -> dict:
-    """Train ``job``; its round with ``seconds``, or one that says how it failed.
+    """Train ``job`` and return its round, with ``seconds``; a failed round says how it failed.
 
-    Where ranks fail, the round is that of the first to do so, whatever the others say.
+    If several ranks fail, the round is the first one's.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -136,7 +138,7 @@ def launch(job: dict, timeout: float, module: str = WORKER) -> dict:
 
 
 def missing_packages(job: dict) -> list[str]:
-    """Packages that the job's arm and its launch need and that are not installed."""
+    """Packages that the job's arm or launch needs and that are not installed."""
     engine = yaml.safe_load((workers.ROOT / job["config_file"]).read_text())["distributed_type"]
     lacks_deepspeed = engine == "DEEPSPEED" and importlib.util.find_spec("deepspeed") is None
     return [*PEERS[job["arm"]].missing(), *(["deepspeed"] if lacks_deepspeed else [])]
@@ -146,7 +148,7 @@ class Run:
     """One run of a suite against its result file.
 
     Args:
-        args: as ``parse_args`` makes them.
+        args: the result of ``parse_args``.
         about_device: a worker's facts about its device, how many there are, and its packages.
     """
 
@@ -169,18 +171,18 @@ class Run:
             key: rows.kept_rounds(job, known.get(key), run, args.keep_old)
             for key, job in ((rows.key_of(job), job) for job in self.jobs)
         }
-        self.seconds: dict[tuple, float] = {}  # that the last run at a place took
+        self.seconds: dict[tuple, float] = {}  # duration of the last run at each place
         self.end = time.monotonic() + (24 * 3600 if args.device_budget is None else args.device_budget)
         if done := sum(map(self.is_done, self.jobs)):
             print(f"{done} of {len(self.jobs)} rounds are in {path} (--again repeats them)")
 
     def is_done(self, job: dict) -> bool:
-        """Whether there is a round for ``job``, or a further one would be the same: out of memory, absent."""
+        """Whether ``job`` has its round, or another round would only repeat a failure."""
         rounds = self.rounds[rows.key_of(job)]
         return job["round"] < len(rounds) or rows.is_settled(rounds)
 
     def record(self, job: dict, round_: dict) -> None:
-        """Add a round to its row, judge the rows of its place against HF's, and write the file."""
+        """Add a round to its row, compare the rows at its place with HF's, and write the file."""
         key, place = rows.key_of(job), rows.place_of(job)
         self.rounds[key].append(round_)
 

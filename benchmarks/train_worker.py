@@ -36,7 +36,7 @@ def flags(overrides: dict) -> list[str]:
 
 
 def overrides_of(job: dict, folder: str) -> dict:
-    """All overrides of a job: the suite's, those of the measurement, the arm's."""
+    """All overrides of a job: the suite's, the measurement's, the arm's."""
     measured = {
         "max_steps": job["warmup"] + job["steps"],
         "logging_strategy": "steps",
@@ -51,7 +51,7 @@ def overrides_of(job: dict, folder: str) -> dict:
 
 
 class Memory(TrainerCallback):
-    """Memory of this rank: peaks of the steps after the first, and what stays when gradients are freed (CUDA).
+    """CUDA memory of this rank: the peaks after the first step, and what is left once gradients are freed.
 
     Creating and sharding the model, and creating the optimizer's state, happen before the second step and are left out.
     """
@@ -60,7 +60,7 @@ class Memory(TrainerCallback):
         self.device, self.on_gpu, self.steps, self.static = device, device == "cuda", steps, 0
 
     def on_train_begin(self, *_: Any, **kwargs: Any) -> None:
-        """Release what creating and sharding the model has left in the cache, or it would count as reserved."""
+        """Release cached memory left by creating and sharding the model, or it would count as reserved."""
         release_memory(self.device)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -85,7 +85,7 @@ def gradient_bytes(trainer: Trainer) -> int:
     """This rank's gradients of all trained parameters.
 
     Under DeepSpeed: its shard in ZeRO-1 and ZeRO-2, which free it after the step; 0 in ZeRO-3, whose gradient buffers
-    are never freed and so are part of what stays.
+    are never freed and so count as static.
     """
     stage = trainer.model_wrapped.zero_optimization_stage() if trainer.is_deepspeed_enabled else 0
     if stage == 3:
@@ -112,7 +112,7 @@ def train(job: dict) -> dict:
         trainer = build_trainer(recipe)
         evidence = peer.prepare(trainer)
         trainer.remove_callback(PrinterCallback)
-        trainer.remove_callback(ThroughputCallback)  # in its place one with the job's warm-up
+        trainer.remove_callback(ThroughputCallback)  # replaced by one with the job's warm-up
         meter, memory = ThroughputCallback(warmup), Memory(args.device.type, warmup + steps)
         trainer.add_callback(meter)
         trainer.add_callback(memory)
@@ -153,10 +153,10 @@ def first_and_last(log_history: list[dict]) -> dict[str, float | None]:
 
 
 def shown(arm: str, evidence: dict) -> dict:
-    """``evidence`` that ``arm`` was active.
+    """Return ``evidence``, whose values must all be true if ``arm`` was active.
 
     Raises:
-        RuntimeError: there is some that it was not, so that the numbers are those of another arm.
+        RuntimeError: the arm was not active, so the numbers belong to another arm.
     """
     if not all(evidence.values()):
         raise RuntimeError(f"arm {arm} was not active in this run: {evidence}")
@@ -175,7 +175,7 @@ def main(job: dict) -> NoReturn:
     if os.environ.get("RANK", "0") == "0":
         emit({"kind": "row", **row})
     if torch.distributed.is_initialized():
-        with contextlib.suppress(RuntimeError):  # a rank that is through it may be gone before this one is
+        with contextlib.suppress(RuntimeError):  # another rank may pass the barrier and exit first
             torch.distributed.barrier()
     end(0)
 

@@ -1,4 +1,4 @@
-"""Start a worker process, take the messages it sends as JSON, and stop it with all it started. Imports no torch."""
+"""Start a worker process, read its JSON messages, and stop it and all its child processes. Imports no torch."""
 
 import contextlib
 import json
@@ -12,9 +12,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-MESSAGES = "LIGER_BENCH_MESSAGES"  # names the file to which a worker, in all its processes, appends its messages
-POLL_S = 0.1
-KILL_S = 10  # for what is killed to be gone
+MESSAGES = "LIGER_BENCH_MESSAGES"  # variable: path of the file to which a worker's processes append messages
+POLL_S = 0.1  # seconds between two looks at the messages
+KILL_S = 10  # seconds to wait for killed processes to disappear
 
 
 def emit(message: dict) -> None:
@@ -27,8 +27,8 @@ def run(command: Sequence[str], timeout: float, environment: Mapping[str, str] |
     """Run ``command`` in the checkout and yield its messages as they come.
 
     The last one is ``{"kind": "exit", "code": int | None, "log": str}``: the exit status, None for a worker that was
-    still running after ``timeout`` seconds, and the end of what it printed. When this generator ends, however it does,
-    no process that the worker started is left.
+    still running after ``timeout`` seconds, and the end of what it printed. When this generator ends, for any
+    reason, no process that the worker started is left.
     """
     with tempfile.TemporaryDirectory() as folder:
         messages, log = Path(folder) / "messages", Path(folder) / "log"
@@ -53,7 +53,7 @@ def run(command: Sequence[str], timeout: float, environment: Mapping[str, str] |
 
 
 def _stop(process: subprocess.Popen, mark: bytes) -> None:
-    """Kill the worker and all that has its environment: ranks, and data loaders, which hold the device open."""
+    """Kill the worker and every process with its environment: ranks, and data loaders, which keep the device open."""
     process.kill()
     process.wait()
     end = time.monotonic() + KILL_S
@@ -72,6 +72,6 @@ def _processes_with(mark: bytes) -> Iterator[int]:
 
 
 def end_on_signals() -> None:
-    """Make SIGTERM and SIGHUP ordinary exits, in which running workers are stopped, too."""
+    """Turn SIGTERM and SIGHUP into ordinary exits, so that running workers are stopped as well."""
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, _: sys.exit(128 + number))

@@ -76,7 +76,7 @@ def _loss_grad_rows_kernel(
     )  # fmt: skip
 
 
-# ``debug`` keeps the assert; it would also add checks for overflow, which the launch turns off. The interpreter has no
+# ``debug`` keeps the assert; it would also add overflow checks, which the launch disables. The interpreter has no
 # asserts; labels on the CPU are checked before.
 @triton.jit(debug=True)
 def _reduce_kernel(
@@ -288,13 +288,13 @@ def cross_entropy(
         logits: ``[..., V]``.
         labels: ``[...]`` (int64 or int32).
         ignore_index: label of the positions that do not count.
-        label_smoothing: weight of the mean over the vocabulary in the place of the label.
+        label_smoothing: share of the loss that goes to the mean over the vocabulary instead of the label.
         z_loss: factor of ``logsumexp^2``, added per token.
         softcap: logits become ``softcap * tanh(logits * logit_scale / softcap)`` first, unless ``None``.
         logit_scale: factor of the logits.
         reduction: ``"mean"`` over labels that are not ignored, ``"sum"``, or ``"none"`` (0 where ignored).
-        num_items: a number, or a one-element tensor on any device, that replaces the count of the mean. It divides the
-            sum, too.
+        num_items: a number, or a one-element tensor on any device, that replaces the count of the mean. It also
+            divides the sum.
         token_weights: ``[...]`` constants that multiply the token losses.
 
     Returns:

@@ -31,8 +31,8 @@ def layer_norm(
         bias: ``[N]`` of any of these dtypes, or None.
         eps: added to the variance.
         weight_offset: added to the weight; 1.0 for Nemotron.
-        out_dtype: floating-point dtype of the result; by default that of torch's own layer_norm: ``x.dtype``, or fp32
-            under CUDA autocast.
+        out_dtype: floating-point dtype of the result; by default torch's own choice: ``x.dtype``, or fp32 under CUDA
+            autocast.
 
     Returns:
         ``[..., N]`` in ``out_dtype``.

@@ -153,7 +153,7 @@ def linear_cross_entropy_with_empty_logits(
 
     Loss and empty logits leave one autograd node. So a hook that a sharded engine hangs on a module's output logits
     runs before the gradients of this op, provided that the differentiated loss is ``loss + logits.sum()``. Arguments
-    and errors are those of ``linear_cross_entropy``.
+    and errors are the same as in ``linear_cross_entropy``.
     """
     out = linear_cross_entropy(hidden, weight, labels, bias, return_stats=return_stats, **options)
     loss, stats = out if isinstance(out, tuple) else (out, None)

@@ -41,7 +41,7 @@ from .runtime.launch import use_triton
 class Speculation:
     """Whether forward computes gradients ahead of backward; one per model, shared by its calls of ``linear_logprobs``.
 
-    ``active`` turns False for good when an upstream gradient was not the same for all tokens.
+    ``active`` becomes False, and stays so, when an upstream gradient was not the same for all tokens.
     """
 
     active: bool = True
@@ -132,10 +132,10 @@ def linear_logprobs(
         weight: ``[V, H]``. ``hidden``, ``weight`` and ``bias`` have one dtype, or any under autocast.
         labels: ``[...]`` (int64 or int32), not shifted. Positions with ``ignore_index`` cost nothing.
         bias: ``[V]``.
-        ignore_index, softcap, logit_scale: those of ``cross_entropy``.
+        ignore_index, softcap, logit_scale: as in ``cross_entropy``.
         temperature: divides the transformed logits.
         speculation: if active, forward also computes the gradients of the mean log-probability, and backward uses them
-            if they turn out to be the right ones.
+            if they are the right ones.
         **memory: the fields of ``linear_loss.options.MemoryOptions``, such as ``low_memory``.
 
     Returns:

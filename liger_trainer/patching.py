@@ -58,8 +58,8 @@ class PatchState:
 def core_model(model: nn.Module) -> nn.Module:
     """The transformers model in ``model``, which may be itself or a PEFT, DDP, compile or Medusa wrapper.
 
-    A transformers model whose class has ``wraps_causal_lm`` holds another one, and that is the one to patch. Without
-    any, ``model`` itself.
+    A transformers model whose class has ``wraps_causal_lm`` wraps another one; the inner one is returned. ``model``
+    itself if it has no transformers model.
     """
     found = (m for m in model.modules() if isinstance(m, PreTrainedModel) and not hasattr(m, "wraps_causal_lm"))
     return next(found, model)

@@ -1,4 +1,4 @@
-"""Settings of every test: Triton's interpreter where there is no GPU, no network, poisoned uninitialised memory."""
+"""Settings of every test: Triton's interpreter if there is no GPU, no network, poisoned uninitialised memory."""
 
 import os
 

@@ -143,7 +143,7 @@ def test_what_cannot_be_replaced_is_reported_and_strict_raises():
     model, inputs = tiny_model("llama"), batch()
     model.model.norm = Opaque()
     theirs = loss_and_gradients(model, inputs)
-    with pytest.raises(ValueError, match=r"strict=True.*\n.*rms_norm model.norm \(Opaque\).*no RMS norm"):
+    with pytest.raises(ValueError, match=r"strict=True.*\n.*rms_norm model.norm \(Opaque\).*not an RMS norm"):
         apply_liger(model, LigerConfig(strict=True))
     assert not any("forward" in vars(m) for m in model.modules())
     report = apply_liger(model)

@@ -10,7 +10,7 @@ from ..runtime.checks import check_device, check_floating
 
 REDUCTIONS = ("none", "mean", "sum")
 LOW_MEMORY_MIB = 64  # at most this much for the logits with low_memory
-NO_STATS, LABEL_STATS, ALL_STATS = 0, 1, 2  # none; those of ``TokenStats``; those of ``TokenLogProbs``
+NO_STATS, LABEL_STATS, ALL_STATS = 0, 1, 2  # none; the fields of TokenStats; the fields of TokenLogProbs
 Params = tuple[Tensor, Tensor, Tensor | None]  # hidden [N, H], weight [V, H], bias [V]
 Gradients = list[Tensor | None]  # of hidden, weight and bias
 Wanted = tuple[bool, bool, bool]  # which of hidden, weight and bias need a gradient
@@ -107,7 +107,7 @@ class HeadOptions:
 
     @property
     def sums_over_tokens(self) -> bool:
-        """Whether a wanted gradient is a sum over all tokens, as those of weight and bias are."""
+        """Whether a wanted gradient is a sum over all tokens: weight or bias."""
         return self.wanted[1] or self.wanted[2]
 
     @property

@@ -1,4 +1,4 @@
-"""Triton kernels on rows of logits: per-row loss and statistics, and logits turned into their gradient.
+"""Triton kernels on rows of logits: per-row loss and statistics, and logits overwritten by their gradient.
 
 Formulas, with z = transform(x), p = softmax(z), t = z[label] and lse = logsumexp(z):
     loss        = (1 - eps) * (lse - t) + eps * (lse - mean(z)) + z_loss * lse^2

@@ -34,7 +34,7 @@ class RowCoefficients(NamedTuple):
     d: Tensor
 
     def select(self, span: slice) -> "RowCoefficients":
-        """Those of the rows ``span``."""
+        """The coefficients of the rows in ``span``."""
         b = None if self.b is None else self.b[span]
         return RowCoefficients(self.a[span], b, self.c[span], self.d[span])
 
@@ -43,7 +43,7 @@ def row_coefficients(
     row_grad: Tensor, lse: Tensor, vocab_size: int, options: HeadOptions, entropy_grad: Tensor | None = None,
     entropy: Tensor | None = None,
 ) -> RowCoefficients:  # fmt: skip
-    """For ``sum(row_grad * loss) + sum(entropy_grad * entropy)``; zeros for a row without a gradient."""
+    """Coefficients of ``sum(row_grad * loss) + sum(entropy_grad * entropy)``; zeros for rows without a gradient."""
     a = row_grad * (1.0 + 2.0 * options.z_loss * lse)
     b, c = None, row_grad * (1.0 - options.label_smoothing)
     if entropy_grad is not None and entropy is not None:
@@ -81,11 +81,11 @@ def loss_rows(
         loss: written, fp32 ``[n]``.
         lse: written unless ``None``, fp32 ``[n]``.
         transform: from ``logits`` to z.
-        ignore_index, label_smoothing, z_loss: those of ``cross_entropy``.
+        ignore_index, label_smoothing, z_loss: as in ``cross_entropy``.
         token_weights: ``[n]``, multiplied into loss and gradient.
         stats: fp32 ``[5, n]``, of which ``LABEL_STATS`` writes the first three rows, and ``ALL_STATS`` all.
         level: ``NO_STATS``, ``LABEL_STATS`` or ``ALL_STATS``.
-        grad_scale: the gradient is that of ``loss * grad_scale / num_items``.
+        grad_scale: write the gradient of ``loss * grad_scale / num_items``.
         num_items: one element, or ``None`` for 1.
     """
     num_rows, num_cols = logits.shape

@@ -1,7 +1,7 @@
 """The vocabulary projection in token chunks: the logits of some tokens at a time, each computed once.
 
 All GEMMs are cuBLAS through torch. A chunk's logits live in one reused buffer and become its dlogits there; gradients
-of weight and bias are summed in fp32 over the chunks and rounded once. vocab_chunks.py cuts the logits the other way.
+of weight and bias are summed in fp32 over the chunks and rounded once. vocab_chunks.py cuts the logits by vocabulary.
 """
 
 from collections.abc import Iterator
@@ -16,10 +16,10 @@ from .gradients import WeightSum, bytes_over_gradient, gradient_dtype, in_gradie
 from .options import NOTHING_WANTED, Gradients, HeadOptions, Params, Wanted
 from .rows import NUM_STATS, RowCoefficients, dlogits_rows, empty_rows, loss_rows
 
-ROW_ALIGNMENT = 16  # elements: rows of the logits buffer start on 32 bytes whatever the vocabulary
+ROW_ALIGNMENT = 16  # elements: rows of the logits buffer are 32-byte aligned for every vocabulary
 CHUNK_ALIGNMENT = 128  # tokens: a GEMM tile
 # Many large chunks are multiples of this: GEMMs of 1408 or 1664 tokens take 5 to 10 % longer per token than those of
-# 1536 (benchmarks/NOTES.md), which outweighs a last chunk of another size.
+# 1536 (benchmarks/NOTES.md), which costs more than a last chunk of another size.
 LARGE_CHUNK_ALIGNMENT, MANY_CHUNKS = 512, 4
 
 
@@ -106,13 +106,13 @@ class PerToken(NamedTuple):
 class TokenChunks:
     """``hidden @ weight.T + bias`` for the valid rows, one chunk at a time, in the GEMMs' dtype.
 
-    A chunk takes the budget. But all rows are one chunk where that takes no more memory than a chunk of the budget and
-    the sum of the weight's gradient, which a single chunk does not need: it saves memory and the sum's traffic.
+    A chunk fills the budget. A single chunk, however, needs no fp32 sum of the weight's gradient, and no memory traffic
+    for it. So all rows are one chunk if that takes no more memory than a chunk of the budget plus the sum.
 
     Args:
         params: hidden, weight and bias.
         rows: the rows to compute.
-        options: those of the op.
+        options: the op's options.
         wanted: which of hidden, weight and bias get a gradient while the chunks are there.
     """
 

@@ -1,7 +1,7 @@
 """The vocabulary projection in vocabulary chunks: all tokens at once, some thousand columns of logits at a time.
 
 There are two passes. The first goes through the chunks and collects each row's statistics, among them lse. The second
-computes each chunk's logits again, turns them into dlogits with the lse now known, and has
+computes each chunk's logits again, overwrites them with dlogits using the lse now known, and gets
 ``dweight[chunk] = dlogits.T @ x`` in one GEMM over all tokens, rounded once into its place: no sum over chunks, no fp32
 copy of dweight. The price is a fourth GEMM, and dhidden, which is summed over the chunks in fp32. This is the better
 way wherever the logits must be computed twice anyway.

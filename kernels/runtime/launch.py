@@ -160,7 +160,7 @@ def cdiv(a: int, b: int) -> int:
 
 @cache
 def _sm_count(device: int) -> int:
-    # 2 under the interpreter, so that persistent loops take turns
+    # 2 under the interpreter, so that tests cover persistent loops of several programs
     return torch.cuda.get_device_properties(device).multi_processor_count if device >= 0 else 2
 
 

@@ -8,7 +8,7 @@ to its ``autograd.Function``
   shape, dtype and strides from shapes alone;
 - ``fake_bwd(...)``, the same for the host function ``bwd``, registered together by ``opaque_op(name, bwd, fake_bwd)``;
 - ``save(ctx, inputs, output)``, which keeps tensors with ``ctx.save_for_backward`` and settings on ``ctx``, and marks
-  every output that is no result (a saved statistic) as non-differentiable;
+  every output that is only saved (a statistic) as non-differentiable;
 - ``differentiate(ctx, *grads)``, which calls the backward operator and returns the gradients of the first inputs. It is
   traced: it may only call operators.
 
@@ -61,8 +61,8 @@ def opaque_op(
     Args:
         name: The operator's name.
         run: The host function.
-        fake: Returns empty tensors like those of ``run``.
-        differentiate: Returns gradients of the first inputs; those of inputs that need none are dropped.
+        fake: Returns empty tensors like the outputs of ``run``.
+        differentiate: Returns gradients of the first inputs; the ones that are not needed are dropped.
         save: Keeps what ``differentiate`` needs.
         waits: ``run`` reads a number off the device, which a CUDA graph cannot hold. The compiler then makes graphs of
             what comes before and after.

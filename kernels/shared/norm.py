@@ -3,7 +3,7 @@
 With ``z = x``, or ``x + residual``, or in LayerNorm ``z - mean(z)``: ``n = z * rstd`` with
 ``rstd = 1 / sqrt(mean(z^2) + eps)``, and ``y = n * scale + bias`` with ``scale = weight_offset + weight``.
 Backward, with ``g = dy * scale``: ``dx = rstd * (g - n * mean(g * n))``, in LayerNorm also ``- rstd * mean(g)``;
-``dweight = sum over rows of dy * n`` and ``dbias = sum over rows of dy``. The residual's gradient is dx, too.
+``dweight = sum over rows of dy * n`` and ``dbias = sum over rows of dy``. The residual's gradient is also dx.
 Saved: x (or the sum with the residual), the weight, and the statistics (fp32, one or two numbers per row).
 """
 
@@ -70,7 +70,7 @@ def _norm_fwd_kernel(
         # Normalise the sum as the next layer reads it: rounded.
         x = (x.to(tl.float32) + residual.to(tl.float32)).to(x_dtype)
         tl.store(total_ptr + out_offsets, x, mask=mask)
-    # Before the reductions, so that the latency of these loads hides behind that of x.
+    # Issue these loads before the reductions, so that their latency overlaps with loading x.
     if weight_ptr is not None:
         scale = _load_scale(weight_ptr, weight_offset, cols, num_cols, SCALE_IN_FP32)
     if bias_ptr is not None:
@@ -119,7 +119,7 @@ def _norm_bwd_kernel(
 ):
     cols = tl.arange(0, BLOCK_COLS)
     col_mask = cols < num_cols
-    KEEP_SCALE: tl.constexpr = BLOCK_COLS < 16384  # in wider rows it would push others out of the registers
+    KEEP_SCALE: tl.constexpr = BLOCK_COLS < 16384  # in wider rows the scale would not fit in the registers
     if weight_ptr is not None and KEEP_SCALE:
         scale = _load_scale(weight_ptr, weight_offset, cols, num_cols, SCALE_IN_FP32)
     if dw_partial_ptr is not None:

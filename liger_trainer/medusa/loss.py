@@ -96,7 +96,7 @@ class _Gate(torch.autograd.Function):
 def open_gate(hidden: Tensor, shared: HiddenGradient) -> Tensor:
     """Make the empty tensor that each head's loss depends on, in place of ``hidden``.
 
-    The upstream gradients of all heads' losses must be equal, as those of a sum are.
+    All heads' losses must get the same upstream gradient, as the terms of a sum do.
     """
     return _Gate.apply(hidden, shared)
 

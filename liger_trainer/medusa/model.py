@@ -78,7 +78,7 @@ class MedusaModel(PreTrainedModel):
             with a logit scale or soft-cap, because it does not receive them.
 
     Raises:
-        ValueError: ``config`` is not that of a Medusa model, or ``lm`` has no output embeddings, has a bias there, or
+        ValueError: ``config`` has no Medusa settings, or ``lm`` has no output embeddings, has a bias there, or
             has no separate backbone. ``forward``, ``from_causal_lm`` and ``from_pretrained`` also raise it if the LM
             does more to its logits than scale and soft-cap them.
     """

@@ -37,7 +37,7 @@ class Match:
         names: Globals to replace in the module's ``forward``. Those of several matches become one new forward.
         attributes: ``(module, attribute, function)``: functions to bind to other modules.
         before: Forward pre-hook ``(module, args, kwargs)``.
-        after: Forward hook ``(module, args, output)``, called after an error, too.
+        after: Forward hook ``(module, args, output)``, also called after an error.
     """
 
     kind: str

@@ -65,7 +65,7 @@ def _place(model: nn.Module, linear: nn.Module) -> str:
     if hasattr(linear, "base_layer"):
         raise Skip(f"it carries an adapter ({type(linear).__module__.split('.')[-2]}): ordinary path")
     if type(linear).forward is not nn.Linear.forward:
-        raise Skip(f"its forward is that of {type(linear).__qualname__}, not of torch.nn.Linear")
+        raise Skip(f"its forward is {type(linear).__qualname__}'s, not torch.nn.Linear's")
     check_weights(model, linear)
     return free_attribute(linear, "forward")
 

@@ -89,7 +89,7 @@ def probe(module: nn.Module, config: LigerConfig) -> Match:
             if max(errors) <= 1 and (best is None or sum(errors) < best[0]):
                 best = sum(errors), kind, variant, eps, options
     if best is None:
-        raise Skip("its forward is no RMS norm or layer norm of the known forms")
+        raise Skip("its forward is not an RMS norm or layer norm of a known form")
     _, kind, variant, eps, options = best
     if kind == "rms_norm":
         forward = _rms_norm_forward(original, has_weight, eps, options)
@@ -117,7 +117,7 @@ def _samples(module: nn.Module, original: Callable) -> Iterator[_Sample]:
             with torch.no_grad():
                 out = original(copied, x)
         except RuntimeError:
-            if x_dtype != dtype:  # torch's own layer_norm refuses mixed dtypes
+            if x_dtype != dtype:  # torch's own layer_norm rejects mixed dtypes
                 continue
             raise
         parameters = [p for p in map(copied._parameters.get, ("weight", "bias")) if p is not None]

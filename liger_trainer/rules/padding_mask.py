@@ -4,9 +4,9 @@ With a mask, SDPA computes the whole square of scores instead of the causal half
 values for each query head. In causal attention no token sees the tokens after it. So if padding is on the right and has
 no labels, loss and gradients are the same without the mask. Hidden states at padding change, but nothing reads them.
 
-A forward pre-hook reads mask and labels of each training batch, for which the host waits once. Without a mask
-transformers does not read it again, but reads the positions if there is no cache. Masks stay where values cannot be
-read: in a compiled or traced forward and in a captured graph.
+A forward pre-hook reads mask and labels of each training batch, for which the host waits once. transformers then skips
+its own check of the mask; without a cache it checks the positions instead. Masks stay where values cannot be read: in a
+compiled or traced forward and in a captured graph.
 """
 
 from typing import Any, cast
@@ -41,7 +41,7 @@ def matches(model: nn.Module) -> bool:
 def probe(model: nn.Module, config: LigerConfig) -> Match:
     """The pre-hook that drops masks, for a model in which nothing else depends on them."""
     if not isinstance(model, PreTrainedModel):
-        raise Skip("it is no model of transformers, so it is not known what else it does with a mask")
+        raise Skip("it is not a transformers model, so it is not known what else it does with a mask")
     for module in model.modules():
         if not isinstance(module, nn.Linear) and not _is_known(type(module)):
             raise Skip(f"it is not known what {type(module).__name__} does with a mask")
@@ -88,7 +88,7 @@ def _check_settings(model: PreTrainedModel) -> None:
     if any(getattr(config, "output_router_logits", False) for config in configs):
         raise Skip("its router's loss uses the mask to skip padding")
     if any(getattr(config, name, False) for config in configs for name in HIDDEN_STATES):
-        raise Skip("it returns its hidden states, including those of padding")
+        raise Skip("it returns its hidden states, including the padding's")
     check_loss_function(model)
 
 

@@ -172,7 +172,7 @@ def _probe_function(original: Callable) -> Form:
         if error <= 1 and (best is None or error < best[0]):
             best = error, form
     if best is None:
-        raise Skip("it is no rotation of halves or of neighbouring pairs by cos and sin")
+        raise Skip("it is not a rotation of halves or of neighbouring pairs by cos and sin")
     return best[1]
 
 

@@ -26,7 +26,7 @@ class Checkpoints(NamedTuple):
 
 
 def find_checkpoints(output_dir: str | None) -> Checkpoints:
-    """The checkpoints in ``output_dir``; none if there is no such folder."""
+    """The checkpoints in ``output_dir``; none if the folder does not exist."""
     found = Checkpoints([], [])
     folder = Path(output_dir or "")
     if output_dir and folder.is_dir():

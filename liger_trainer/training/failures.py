@@ -70,7 +70,7 @@ def exit_status(error: BaseException) -> int:
 class FailureGuard:
     """Context of a run: an exception inside it, or SIGTERM, ends the process with a message.
 
-    The message is that of a ``RecipeError``, or says what happened where and how to resume. In a run of several
+    The message is the ``RecipeError``'s own, or says what happened where and how to resume. In a run of several
     processes, the first process of a machine to fail prints it. That process exits without waiting for others and
     without tearing down the process group; the launcher then ends the rest. ``SystemExit`` passes through.
 
@@ -110,7 +110,7 @@ class FailureGuard:
         if error is None or isinstance(error, SystemExit):
             return
         if self.launched and is_lost_peer(error) and not is_out_of_memory(error):
-            time.sleep(LAUNCHER_SECONDS)  # meanwhile SIGTERM ends the process, with the better message
+            time.sleep(LAUNCHER_SECONDS)  # SIGTERM usually arrives first, and its message is better
         self._end(exit_status(error), error)
 
     def _end(self, status: int, error: BaseException | None = None) -> None:
@@ -118,7 +118,7 @@ class FailureGuard:
         if not self.launched:
             print(self._report(status, error)[1], file=sys.stderr)
             sys.exit(status)
-        # The main thread and the one that answers SIGTERM may both get here. The first ends the process.
+        # The main thread and the SIGTERM thread may both get here. The first to arrive ends the process.
         self._ending.acquire()
         try:
             if not _claim():
@@ -129,7 +129,7 @@ class FailureGuard:
             try:
                 print(message, file=sys.stderr, flush=True)
             finally:
-                if status != STOPPED:  # then the launcher knows the cause better
+                if status != STOPPED:  # after SIGTERM the launcher already knows the cause
                     _tell_launcher(headline)
         except Exception:
             with suppress(Exception):  # stderr may be what failed
@@ -261,7 +261,7 @@ def _on_sigterm(act: Callable[[], object]) -> None:
 
     def tell(number: int, frame: object) -> None:  # without a Python handler the interpreter writes nothing
         with suppress(BlockingIOError):  # the pipe is full, so the thread has something to read
-            os.write(writer, bytes([number]))  # again, as asyncio for instance may have replaced the wakeup fd
+            os.write(writer, bytes([number]))  # asyncio, for example, may have replaced the wakeup fd
 
     signal.signal(signal.SIGTERM, tell)
 

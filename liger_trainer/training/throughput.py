@@ -215,7 +215,7 @@ class Interval:
         return combined
 
     def entries(self, args: TrainingArguments, flops: "FlopCount") -> dict[str, float]:
-        """Log entries; only those of memory if no step was measured."""
+        """Log entries; only the memory entries if no step was measured."""
         memory = {f"peak_memory_{name}_gib": gib for name, gib in self.peak_gib.items()}
         if not self.steps:
             return memory

@@ -65,7 +65,7 @@ def test_shapes_are_selected_by_set_and_op():
     assert len(set(keys)) == len(keys), "two shapes share a name: their rows would replace each other"
     assert {op for op, _ in keys} == OPS
     assert {s["op"] for s in cases.select(["small"], ["cross_entropy", "rope"])} == {"cross_entropy", "rope"}
-    with pytest.raises(argparse.ArgumentTypeError, match=r"got 'norms'; must be of rms_norm"):
+    with pytest.raises(argparse.ArgumentTypeError, match=r"got 'norms'; must be one or more of rms_norm"):
         common.names(cases.MEASURED)("norms")
 
 

@@ -31,7 +31,7 @@ def first_job(name, arm):
         ({"arm": ["hf"]}, r"got 'arm'; .*\(did you mean 'arms'\?\)"),
         ({"arms": ["hf", "our"]}, r"arms: got 'our'; .*\(did you mean 'ours'\?\)"),
         ({"x": {"key": "name"}}, "x: label: got None; must be given"),
-        ({"x": {"key": "max_length", "label": "l"}}, "'max_length'; must be of its overrides or vary"),
+        ({"x": {"key": "max_length", "label": "l"}}, "'max_length'; must be one of its overrides or vary"),
         ({"steps": 3, "window": 2}, "warmup and steps are multiples of window"),
         ({"points": [{"name": "a", "recipe": LLAMA, "steps": 4}]}, "'a': got .* warmup and steps are"),
         ({"environment": ["A=1"]}, r"environment: got \['A=1'\]; must be a mapping of names to values"),
@@ -43,7 +43,7 @@ def first_job(name, arm):
         ({"points": 2 * [{"name": "a", "recipe": LLAMA}]}, "'a', .* must be unique"),
     ],
 )
-def test_a_bad_suite_is_refused(change, message, tmp_path):
+def test_a_bad_suite_is_rejected(change, message, tmp_path):
     content = yaml.safe_load((ROOT / "benchmarks" / "suites" / "step_1b.yaml").read_text())
     path = tmp_path / "bad.yaml"
     path.write_text(yaml.safe_dump(content | change))
@@ -81,7 +81,7 @@ def test_what_the_command_line_selects(capsys):
     for bad, message in (
         (["paper"], "got 'paper'"),
         (["step_1b", "--points", "gpt"], "--points: got 'gpt'"),
-        (["step_1b", "--arms", "us"], "must be of hf, ours"),
+        (["step_1b", "--arms", "us"], "must be one or more of hf, ours"),
         (["step_1b", "--points", ","], "--points: got ''"),
         (["step_1b", "--rounds", "0"], "got 0; must be at least 1"),
     ):

@@ -133,7 +133,7 @@ def test_losses_of_sequence_shards_add_up(model_type, tmp_path):
     assert_same_tensors(*gradients, model_type)
 
 
-def test_a_weight_that_is_not_materialised_is_refused(monkeypatch):
+def test_a_weight_that_is_not_materialised_is_rejected(monkeypatch):
     model = tiny_model("llama").train()
     apply_liger(model)
     model.lm_head.weight.data = torch.empty(0)  # as ZeRO-3 leaves it outside lm_head's call
@@ -149,7 +149,7 @@ def test_a_vocabulary_sharded_head_is_not_fused():
     assert "tensor-parallel (tp_size 2)" in skipped.reason
 
 
-def test_a_sharded_weight_is_refused(tmp_path):
+def test_a_sharded_weight_is_rejected(tmp_path):
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         sharded = distribute_tensor(torch.ones(4, 2), init_device_mesh("cpu", (1,)), [Shard(0)])

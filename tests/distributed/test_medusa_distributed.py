@@ -23,7 +23,7 @@ JOB = [
 
 
 def test_two_ranks_train_as_one_process_does(tmp_path, monkeypatch):
-    """Sharded engines gather each head for its own call; losses, gradients and weights are those of plain heads.
+    """Sharded engines gather each head for its own call; losses, gradients and weights match plain heads.
 
     In bf16, FSDP2 casts what goes in and out of each head, which has to leave the divisor of its loss alone. Where it
     checkpoints activations, each head runs again in backward.

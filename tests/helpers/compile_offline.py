@@ -1,7 +1,7 @@
 """Compiles for an H100, without one, every kernel that the variants in ``benchmarks/ops.py`` launch.
 
-The interpreter runs kernels as Python and takes much that Triton's compiler refuses. Nothing is launched here: the ops
-run on CPU tensors, and where they would launch, the kernel is compiled for the arguments they pass. Exit status 1 where
+The interpreter runs kernels as Python and accepts much that Triton's compiler rejects. Nothing is launched here: ops
+run on CPU tensors, and where they would launch, the kernel is compiled for the arguments they pass. Exit status 1 if
 one fails, a kernel of the package was never launched or always with the same value of a switch, or a kernel at the
 speed of memory has no variant that reads and writes 16 bytes at a time. Needs ``TRITON_INTERPRET=0``.
 """

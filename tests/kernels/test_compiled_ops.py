@@ -42,8 +42,8 @@ def model(t, labels, num_items):
     x, (cos, sin) = t["x"], t["tables"]
     h, total = add_rms_norm.add_rms_norm(rms_norm.rms_norm(x, t["norm"]), x, t["norm"], scale_in_fp32=True)
     q = h.view(*h.shape[:2], -1, HEAD).transpose(1, 2)
-    turned, k = rope.rope(q, 2 * q[:, :1], cos, sin)
-    h = (turned + k + rope.rope(q, None, cos, sin)).transpose(1, 2).reshape(x.shape) + total
+    rotated, k = rope.rope(q, 2 * q[:, :1], cos, sin)
+    h = (rotated + k + rope.rope(q, None, cos, sin)).transpose(1, 2).reshape(x.shape) + total
     h = layer_norm.layer_norm(h, t["norm"], t["bias"]) + layer_norm.layer_norm(h, None, t["bias"])
     h = swiglu.swiglu(h @ t["up"], h) + geglu.geglu(torch.cat((h, x), -1), approximate="none")
     h = h + gated_linear.gated_linear(h @ t["up"], x, t["up"], t["bias"])

@@ -161,7 +161,7 @@ def test_unknown_argument_is_named(launcher, name):
     assert not kernel.ordinary
 
 
-def test_parameters_of_unknown_kind_are_refused():
+def test_parameters_of_unknown_kind_are_rejected():
     def kernel(x_ptr, num_cols: int):
         pass
 
@@ -276,7 +276,7 @@ def test_direct_call_is_the_one_triton_makes(tmp_path):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run there")
 def test_every_kernel_compiles_for_an_h100(tmp_path):
-    """The interpreter takes much that Triton's compiler refuses, and CI has no GPU."""
+    """The interpreter accepts much that Triton's compiler rejects, and CI has no GPU."""
     environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     script = str(Path(__file__).parents[1] / "helpers" / "compile_offline.py")
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)

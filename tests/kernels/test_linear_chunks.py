@@ -1,6 +1,6 @@
 """The parts of the vocabulary projection by themselves: sizes of chunks, and the weight's fp32 sum.
 
-All tokens are one chunk, whatever the budget, where that takes no more memory than several and a sum over them.
+Whatever the budget, all tokens are one chunk if that takes no more memory than several chunks and their sum.
 """
 
 import pytest

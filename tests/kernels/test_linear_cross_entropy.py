@@ -147,7 +147,7 @@ def test_backward_twice(dtype, options):
         torch.autograd.grad(loss, params, upstream)
 
 
-def test_second_order_is_refused():
+def test_second_order_is_rejected():
     params, labels = make_inputs()
     loss = linear_cross_entropy(params[0], params[1], labels)
     (grad,) = torch.autograd.grad(loss.square(), params[0], create_graph=True)

@@ -60,9 +60,9 @@ def expected(model, inputs):
 
 
 def medusa_model_in_fp64(model):
-    twin = MedusaModel(model.config, tiny_model(model.config.text_config.model_type))
-    twin.load_state_dict(model.state_dict())
-    return twin.double().train()
+    double = MedusaModel(model.config, tiny_model(model.config.text_config.model_type))
+    double.load_state_dict(model.state_dict())
+    return double.double().train()
 
 
 @pytest.mark.parametrize(
@@ -200,7 +200,7 @@ def peak_bytes(heads, hidden, labels, head_loss):
 
 @pytest.mark.parametrize("wanted", ["hidden", "heads", "nothing"])
 def test_memory_does_not_grow_with_the_number_of_heads(wanted):
-    """Above the parameters' gradients; that of plain losses does, so the measurement sees what it has to."""
+    """Memory above the parameters' gradients. With plain losses it does grow, so the measurement can tell."""
     torch.manual_seed(0)
     hidden = torch.randn(4, 64, 32, requires_grad=wanted == "hidden")
     labels = torch.randint(0, 1500, (4, 64))

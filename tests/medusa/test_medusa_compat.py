@@ -57,7 +57,7 @@ def test_heads_that_run_again_in_backward(stage, patched, early_stop):
 
 
 @pytest.mark.parametrize("patched", [False, True])
-def test_reentrant_checkpointing_of_heads_is_refused(patched):
+def test_reentrant_checkpointing_of_heads_is_rejected(patched):
     model = checkpointed(medusa_model(heads=2, stage=2, patched=patched), checkpoint_impl=CheckpointImpl.REENTRANT)
     with pytest.raises(ValueError, match=r"use_reentrant=True: a Medusa head .* with use_reentrant=False"):
         model(**inputs_of("ragged"))

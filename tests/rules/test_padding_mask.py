@@ -162,7 +162,7 @@ def test_what_is_not_known_to_be_causal_keeps_its_masks():
     partly = sdpa_model()
     partly.model.layers[1].self_attn.is_causal = False
     assert masks_stay(partly) == not_causal
-    assert masks_stay(torch.nn.Linear(2, 2)).startswith("it is no model of transformers")
+    assert masks_stay(torch.nn.Linear(2, 2)).startswith("it is not a transformers model")
     reward = AutoModelForSequenceClassification.from_config(tiny_config("llama"))
     assert masks_stay(reward).startswith("it has no output embeddings")
     assert masks_stay(sdpa_model(is_causal=False), {"padding_mask": False}) is None, "it is not asked for"

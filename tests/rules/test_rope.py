@@ -75,8 +75,8 @@ def test_matched(function):
     [
         (reads_positions, "its position_ids change the result"),
         (either_layout, "it takes both layouts"),
-        (uneven_dtypes, "it is no rotation"),
-        (lambda q, k, cos, sin: (q + cos[:, None], k), "it is no rotation"),
+        (uneven_dtypes, "it is not a rotation"),
+        (lambda q, k, cos, sin: (q + cos[:, None], k), "it is not a rotation"),
         (lambda q, cos, sin, mask: q, "mask"),
     ],
     ids=["positions", "layouts", "dtypes", "sum", "arguments"],

@@ -55,7 +55,7 @@ def test_in_memory_slices(split, numbers):
 
 
 @pytest.mark.parametrize("split", ["test", "train[", "train+train"])
-def test_in_memory_refuses_other_splits(split):
+def test_in_memory_rejects_other_splits(split):
     with pytest.raises(ValueError, match="dataset_split"):
         data.in_memory([{"prompt": "a", "completion": "b"}], split)
 
@@ -136,7 +136,7 @@ def test_encode(tokenizer, form):
         assert cut == {key: values[:length] for key, values in encoded.items()}
 
 
-def test_encode_refuses_what_it_cannot_mask(tokenizer):
+def test_encode_rejects_what_it_cannot_mask(tokenizer):
     with pytest.raises(ValueError, match="needs trainer: sft"):
         data.encode({"messages": []}, tokenizer, 10)
     odd = copy.deepcopy(tokenizer)

@@ -117,7 +117,7 @@ def test_a_wrong_recipe_is_named_once(recipe):
     assert f"exitcode  : {WRONG_RECIPE}" in summary
 
 
-def test_more_processes_than_gpus_are_refused(recipe, monkeypatch):
+def test_more_processes_than_gpus_are_rejected(recipe, monkeypatch):
     parsed = parse_recipe([recipe])
     training = SimpleNamespace(world_size=3, device=torch.device("cuda:0"))
     monkeypatch.setenv("WORLD_SIZE", "3")

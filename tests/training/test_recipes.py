@@ -177,10 +177,10 @@ def test_report_of_a_recipe_needs_no_hub_where_it_names_the_shape(tmp_path, monk
     shape = yaml.safe_load(Path(QUICKSTART).read_text())["model_config"]
     both = write(tmp_path, model_name_or_path="some/model", model_config=shape, use_liger=True)
 
-    def refuse(*args, **kwargs):
+    def fail(*args, **kwargs):
         raise OSError("asked the hub")
 
-    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", refuse)
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", fail)
     for recipe in (QUICKSTART, both):
         with pytest.raises(SystemExit) as exit_:
             main(["report", recipe])

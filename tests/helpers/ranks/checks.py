@@ -84,7 +84,7 @@ def evaluation_logits(directory, settings):
     trainer.model.register_forward_hook(lambda module, args, out: kinds.append(type(out.logits)))
     assert trainer.evaluate()["eval_loss"] > 0
     assert set(kinds) == {LossOnlyLogits}
-    unset_hf_deepspeed_config()  # or the plain model would be partitioned, too
+    unset_hf_deepspeed_config()  # or the plain model would also be partitioned
     plain = tiny_model("llama")
     plain.load_state_dict({name: full(p) for name, p in trainer.model.named_parameters()})
     _check_logits(trainer.model_wrapped, plain, 1e-4)
