@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from .arguments.trainer import LigerSeq2SeqTrainingArguments as LigerSeq2SeqTrainingArguments
     from .arguments.trainer import LigerTrainingArguments as LigerTrainingArguments
     from .arguments.trl import *  # noqa: F403
     from .auto import AutoLigerModelForCausalLM as AutoLigerModelForCausalLM

@@ -6,12 +6,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .trainer import LigerSeq2SeqTrainingArguments as LigerSeq2SeqTrainingArguments
     from .trainer import LigerTrainingArguments as LigerTrainingArguments
     from .trl import *  # noqa: F403
 else:
-    # The names come from the source of trl.py, because importing that module imports TRL.
-    _TRL = re.findall(r"(?m)^class (\w+)", Path(__file__).with_name("trl.py").read_text(encoding="utf-8"))
-    _MODULES = {"LigerTrainingArguments": "trainer"} | dict.fromkeys(_TRL, "trl")
+    # The names come from the sources, because importing trl.py imports TRL.
+    _MODULES = {
+        name: file
+        for file in ("trainer", "trl")
+        for name in re.findall(r"(?m)^class (\w+)", Path(__file__).with_name(f"{file}.py").read_text(encoding="utf-8"))
+    }
     __all__ = list(_MODULES)
 
     def __getattr__(name: str) -> Any:

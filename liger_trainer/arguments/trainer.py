@@ -1,8 +1,8 @@
-"""The argument class for transformers' ``Trainer``."""
+"""The argument classes for transformers' ``Trainer`` and ``Seq2SeqTrainer``."""
 
 from dataclasses import dataclass
 
-from transformers import TrainingArguments
+from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
 from .mixin import LigerArgumentsMixin
 
@@ -10,3 +10,8 @@ from .mixin import LigerArgumentsMixin
 @dataclass
 class LigerTrainingArguments(LigerArgumentsMixin, TrainingArguments):
     """``transformers.TrainingArguments`` with ``use_liger`` and ``liger_config``."""
+
+
+@dataclass
+class LigerSeq2SeqTrainingArguments(LigerArgumentsMixin, Seq2SeqTrainingArguments):
+    """``transformers.Seq2SeqTrainingArguments`` with ``use_liger`` and ``liger_config``."""
