@@ -3,10 +3,13 @@
 from collections.abc import Callable
 from typing import Any
 
-from transformers import AutoModelForCausalLM, PreTrainedModel
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from .config import LigerConfig
 from .patching import apply_liger
+from .report import LigerReport
 
 
 class AutoLigerModelForCausalLM:
@@ -40,3 +43,29 @@ def _patched(
     made = make(*args, **kwargs)
     apply_liger(made[0] if isinstance(made, tuple) else made, config)
     return made
+
+
+def report_of(name: str) -> LigerReport:
+    """What ``apply_liger`` does to the model with this hub name or path, which is built without weights.
+
+    Raises:
+        OSError: There is no such model.
+        ValueError: Its class is not in transformers.
+    """
+    config = AutoConfig.from_pretrained(name)
+    with torch.device("meta"):
+        model = _model_class(name, config)._from_config(config)
+    return apply_liger(model)
+
+
+def _model_class(name: str, config: PreTrainedConfig) -> Any:
+    """The class that ``config.architectures`` names, or else the first Auto class's for this kind of config."""
+    if config.architectures:
+        cls = getattr(transformers, config.architectures[0], None)
+        if cls is None:
+            raise ValueError(f"model: got {name!r} of class {config.architectures[0]}; must be one of transformers")
+        return cls
+    auto_classes = ("CausalLM", "ImageTextToText", "Seq2SeqLM", "MaskedLM")
+    mappings = [getattr(transformers, f"AutoModelFor{task}")._model_mapping for task in auto_classes]
+    mappings.append(transformers.AutoModel._model_mapping)
+    return next(mapping[type(config)] for mapping in mappings if type(config) in mapping)

@@ -10,7 +10,8 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from .config import LigerConfig
 from .head.per_thread import loss_only
-from .patching import apply_with, patch_state
+from .patching import PatchState, patch_state
+from .report import LigerReport
 from .trl import bridge
 
 logger = logging.getLogger(__name__)
@@ -36,30 +37,61 @@ class LigerCallback(TrainerCallback):
         announce_loss_only_steps()
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Patch the model before it is wrapped for distributed training."""
+        """Patch the model before it is wrapped for distributed training, and the reference models that follow it."""
         self._apply(args, state, kwargs["model"])
+        bridge.patch_references(args, functools.partial(self._apply, args, state) if self.acts(args) else None)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Patch a model that ``model_init`` has just made."""
+        bridge.patch_references(args, None)
         self._apply(args, state, kwargs["model"])
+        patched = self._patched(args, kwargs["model"])
+        if patched is not None:
+            patched.report.ran = dict.fromkeys(patched.acted, 0)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Forget what has acted outside of the step, as in evaluation."""
+        patched = self._patched(args, kwargs["model"])
+        if patched is not None:
+            patched.forget_acted()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """After the first step, warn if the fused loss was applied but not used."""
-        if self._checked:
+        """Count what acted in the step. After the first one, warn if the fused loss was applied but not used."""
+        patched = self._patched(args, kwargs["model"])
+        if patched is None:
             return
-        self._checked = True
-        patched = patch_state(kwargs["model"])
-        heads = [] if patched is None else [h for h in (patched.fused, patched.trl_head) if h is not None]
-        if heads and not any(head.calls_fused for head in heads):
+        patched.count_step()
+        if not self._checked and patched.report.ran.get("fused_loss") == 0:
             logger.warning(
                 "liger_trainer: the fused loss was not used in the first step, so the full logits are built. Either "
                 "the Trainer did not pass labels to the model (compute_loss_func, or a compute_loss of its own?), or "
                 "lm_head was replaced or wrapped after apply_liger."
             )
+        self._checked = True
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Log in how many steps each kind acted."""
+        patched = self._patched(args, kwargs["model"])
+        if patched is not None and state.is_world_process_zero:
+            ran = ", ".join(f"{kind} in {steps}" for kind, steps in patched.report.ran.items())
+            logger.warning("liger_trainer: of %d steps, these acted: %s", state.global_step, ran or "none")
+
+    def acts(self, args: TrainingArguments) -> bool:
+        """Whether this callback does anything for a Trainer with ``args``."""
+        return True
+
+    def _patched(self, args: TrainingArguments, model: nn.Module) -> PatchState | None:
+        return patch_state(model) if self.acts(args) else None
 
     def _apply(self, args: TrainingArguments, state: TrainerState, model: nn.Module) -> None:
+        if not self.acts(args):
+            return
         if args.n_gpu > 1:
             raise ValueError(
                 f"use_liger: got {args.n_gpu} GPUs in one process; must be one GPU per process. The Trainer would use "
@@ -70,9 +102,7 @@ class LigerCallback(TrainerCallback):
         config = self.config or LigerConfig.parse(getattr(args, "liger_config", None))
         if patched is not None and self.config is None and getattr(args, "liger_config", None) is None:
             config = patched.config  # the user has patched the model with options, which stay
-        report = apply_with(model, config, _excluded(args))
-        if config.fused_loss and bridge.has_fused_head(args):
-            bridge.attach(model)
+        report = apply_for(args, model, config)
         if not self._printed and state.is_world_process_zero:
             print(report, flush=True)
         self._printed = True
@@ -81,9 +111,9 @@ class LigerCallback(TrainerCallback):
 class FlaggedLigerCallback(LigerCallback):
     """A ``LigerCallback`` that acts only if the arguments say ``use_liger=True``."""
 
-    def _apply(self, args: TrainingArguments, state: TrainerState, model: nn.Module) -> None:
-        if getattr(args, "use_liger", False):
-            super()._apply(args, state, model)
+    def acts(self, args: TrainingArguments) -> bool:
+        """Whether the arguments say so."""
+        return getattr(args, "use_liger", False)
 
 
 def install_default_callback() -> None:
@@ -114,8 +144,9 @@ def announce_loss_only_steps() -> None:
     Trainer.prediction_step = prediction_step
 
 
-def _excluded(args: TrainingArguments) -> dict[str, str]:
-    """Kinds that cannot be used with ``args``, and why."""
-    if args.label_smoothing_factor > 0:
-        return {"fused_loss": "label_smoothing_factor is set: the Trainer computes the smoothed loss from the logits"}
-    return {}
+def apply_for(args: TrainingArguments, model: nn.Module, config: LigerConfig | None = None) -> LigerReport:
+    """``apply_liger`` for the Trainer of ``args``, whose ``liger_config`` is used if ``config`` is ``None``."""
+    smoothed = "label_smoothing_factor is set: the Trainer computes the smoothed loss from the logits"
+    reasons = {"fused_loss": smoothed} if args.label_smoothing_factor > 0 else {}
+    config = config or LigerConfig.parse(getattr(args, "liger_config", None))
+    return bridge.apply_for(args, model, config, reasons)

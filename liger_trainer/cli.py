@@ -5,14 +5,9 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
 
+from . import __version__
 from .environment import environment
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
-
-    from .arguments import LigerTrainingArguments
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -22,6 +17,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="liger-trainer", description="Triton kernels for LLM training as a Hugging Face Trainer plugin."
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     train = commands.add_parser(
@@ -71,6 +67,7 @@ def main(argv: list[str] | None = None) -> None:
 
     report = commands.add_parser("report", help="print what would be patched in a model; needs no weights")
     report.add_argument("model", help="hub name, local path, or recipe (.yaml)")
+    report.add_argument("overrides", nargs=argparse.REMAINDER, help="--key value, for any key of a recipe")
     report.set_defaults(run=run_report)
 
     bench = commands.add_parser("bench", help="measure ops or training (in a checkout)")
@@ -117,42 +114,24 @@ def run_fit(args: argparse.Namespace) -> int:
     return fit(args)
 
 
-def run_report(args: argparse.Namespace) -> None:
-    """Print what ``apply_liger`` does to a model that is built from its config on the meta device."""
+def run_report(args: argparse.Namespace) -> int:
+    """Print what a run of a recipe, or ``apply_liger``, does to a model that is built without weights."""
     try:
-        config, liger_config = model_config(args.model)
+        if Path(args.model).suffix in (".yaml", ".yml"):
+            from .training.build import planned_report
+
+            report = planned_report([args.model, *args.overrides])
+            print("use_liger is false: nothing is patched" if report is None else report)
+        elif args.overrides:
+            raise ValueError(f"overrides: got {args.overrides[0]!r} for a model; must follow a recipe")
+        else:
+            from .auto import report_of
+
+            print(report_of(args.model))
     except (OSError, TypeError, ValueError) as error:
-        sys.exit(f"liger-trainer: error: {error}")
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from .patching import apply_liger
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    print(apply_liger(model, liger_config))
-
-
-def model_config(source: str) -> "tuple[PreTrainedConfig, dict[str, Any] | str | None]":
-    """Find the transformers config of a model, and the ``liger_config`` to apply to it.
-
-    Args:
-        source: Hub name or local path of a model, or a recipe ending in ``.yaml`` or ``.yml``. A recipe with a
-            ``model_config`` needs no hub.
-    """
-    from transformers import AutoConfig
-
-    if Path(source).suffix not in (".yaml", ".yml"):
-        return AutoConfig.from_pretrained(source), None
-    from .training.recipe import parse_recipe, peek
-
-    recipe = parse_recipe([source])
-    liger_config = cast("LigerTrainingArguments", recipe.training).liger_config
-    shape = peek([source], "model_config")  # parse_recipe drops it if the recipe also names a model
-    if shape is not None:
-        return AutoConfig.for_model(**json.loads(shape)), liger_config
-    assert recipe.model.model_name_or_path is not None, "parse_recipe accepts no recipe with neither"
-    return AutoConfig.from_pretrained(recipe.model.model_name_or_path), liger_config
+        print(f"liger-trainer: error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 def run_benchmark(subject: str, rest: list[str]) -> int:

@@ -5,6 +5,7 @@ sets instance attributes and registers hooks. Reverting undoes them: each attrib
 model's ``PatchState`` has the hooks. What patching adds holds no module, so a patched model is freed as others are.
 """
 
+import itertools
 import types
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -14,10 +15,10 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from .config import LigerConfig
+from .config import KINDS, LigerConfig
 from .head.fused_head import FusedHead, fused_head_of
 from .probing.rebinding import Bound, bound_methods, free_attribute, rebind
-from .probing.rule import Match, Rule, Skip, errors_skip
+from .probing.rule import Acted, Match, Rule, Skip, errors_skip
 from .report import Applied, LigerReport, Skipped
 from .rules import PER_BATCH, RULES
 
@@ -39,20 +40,31 @@ class PatchState:
     Args:
         config: The options with which the model is patched.
         report: What ``apply_liger`` returned.
-        kinds: The kinds that were applied.
+        acted: Of each kind that was applied, whether it has done its work since the last ``count_step``.
         fused: The fused loss, if it was applied.
         bound_methods: How many methods were bound to modules of the model.
-        trl_head: Our op in TRL's fused head, if ``trl`` has attached one.
+        trl_head: Our op in TRL's fused head, if ``trl`` has put it there.
         handles: The hooks that were registered.
     """
 
     config: LigerConfig
     report: LigerReport
-    kinds: frozenset[str]
+    acted: dict[str, list[Acted]]
     fused: FusedHead | None
     bound_methods: int
     trl_head: CountsCalls | None = None
     handles: list[RemovableHandle] = field(default_factory=list)
+
+    def forget_acted(self) -> None:
+        """Forget what has acted until now."""
+        for acted in itertools.chain(*self.acted.values()):
+            acted.on = False
+
+    def count_step(self) -> None:
+        """Count the kinds that have acted into ``report.ran``."""
+        for kind, flags in self.acted.items():
+            self.report.ran[kind] = self.report.ran.get(kind, 0) + any(acted.on or acted.compiled for acted in flags)
+        self.forget_acted()
 
 
 def core_model(model: nn.Module) -> nn.Module:
@@ -91,11 +103,11 @@ def apply_liger(model: nn.Module, config: LigerConfig | dict | str | None = None
     return apply_with(model, LigerConfig.parse(config))
 
 
-def apply_with(model: nn.Module, config: LigerConfig, excluded: Mapping[str, str] | None = None) -> LigerReport:
-    """``apply_liger`` for a caller that knows kinds which cannot be used: ``excluded`` has the reason of each."""
+def apply_with(model: nn.Module, config: LigerConfig, known: Mapping[str, Match | str] | None = None) -> LigerReport:
+    """``apply_liger`` for a caller that knows about some kinds: ``known`` has a match to use, or a reason to skip."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}; must be a torch.nn.Module")
-    excluded = excluded or {}
+    known = known or {}
     core = core_model(model)
     state = patch_state(core)
     if state is not None:
@@ -104,13 +116,16 @@ def apply_with(model: nn.Module, config: LigerConfig, excluded: Mapping[str, str
                 f"config: got {config}; must be the current one: model is already patched with {state.config}. "
                 "Call revert_liger(model) first to apply another one"
             )
-        if not _is_stale(core, state) and not excluded.keys() & state.kinds:
+        if not _is_stale(core, state) and not any(isinstance(known.get(kind), str) for kind in state.acted):
             return state.report
         revert_liger(model)  # it was resized, wrapped or unpickled since then, so plan again
-    plan = _Plan(config, excluded)
+    plan = _Plan(config, known)
     for name, module in model.named_modules():
         plan.add(name, module, [rule for rule in RULES if not rule.whole_model])
+    around = (m for m in model.modules() if m is not core)
+    plan.no_hooks = next((type(m).__name__ for m in around if _calls_forward_of(m, core)), None)
     plan.add("", core, [rule for rule in RULES if rule.whole_model])
+    plan.report.none_here += [k for k in KINDS if config.wants(k) and k not in plan.report.kinds()]
     missing = [s for s in plan.report.skipped if s.kind not in PER_BATCH]
     if config.strict and missing:
         lines = "\n".join(f"  {s.kind} {s.module} ({s.cls}): {s.reason}" for s in missing)
@@ -118,7 +133,7 @@ def apply_with(model: nn.Module, config: LigerConfig, excluded: Mapping[str, str
     for bound in plan.bound:
         bound.apply()
     fused = next(filter(None, map(fused_head_of, plan.bound)), None)
-    state = PatchState(config, plan.report, frozenset(plan.report.counts), fused, len(_all_bound(core)))
+    state = PatchState(config, plan.report, plan.acted, fused, len(_all_bound(core)))
     setattr(core, _STATE, state)
     for before, after in plan.hooks:
         add_hooks(core, state, before, after)
@@ -143,6 +158,11 @@ def _all_bound(model: nn.Module) -> list[tuple[str, Bound]]:
     return [found for module in model.modules() for found in bound_methods(module)]
 
 
+def _calls_forward_of(module: nn.Module, core: nn.Module) -> bool:
+    """Whether ``module``'s forward is ``core``'s, as in PEFT's AdaptionPromptModel, which then calls no hooks."""
+    return getattr(vars(module).get("forward"), "__self__", None) is core
+
+
 def _is_stale(core: nn.Module, state: PatchState) -> bool:
     """Whether something that was applied is gone or was copied, or what the fused loss relies on has changed."""
     bound = _all_bound(core)
@@ -164,12 +184,14 @@ class _Plan:
 
     Args:
         config: Says which kinds are wanted.
-        excluded: Kinds that the caller cannot use, and why.
+        known: Matches, or reasons to skip, that replace the result of the rules of a kind.
     """
 
-    def __init__(self, config: LigerConfig, excluded: Mapping[str, str]):
+    def __init__(self, config: LigerConfig, known: Mapping[str, Match | str]):
         self.config = config
-        self.excluded = excluded
+        self.known = known
+        self.no_hooks: str | None = None  # the class that calls the causal LM's forward without its hooks
+        self.acted: dict[str, list[Acted]] = {}
         self.report = LigerReport()
         self.bound: list[Bound] = []
         self.hooks: list[tuple[Callable | None, Callable | None]] = []
@@ -189,6 +211,8 @@ class _Plan:
                 match = self._probe(rule, module)
                 kind = match.kind
                 bound = _bound_by(module, match)
+                if match.before is not None and self.no_hooks is not None:
+                    raise Skip(f"{self.no_hooks} calls its forward without its hooks")
             except Skip as skip:
                 if self.config.wants(kind):
                     self.report.skipped.append(Skipped(kind, where, cls, str(skip)))
@@ -197,21 +221,22 @@ class _Plan:
                 self.report.applied.append(Applied(kind, where, cls, match.variant))
                 self.bound += bound
                 self.hooks.append((match.before, match.after))
+                self.acted.setdefault(kind, []).append(match.acted)
                 names |= match.names
         if names:
             self.bound.append(_bound(module, "forward", self._forward(module, names)))
 
     def _probe(self, rule: Rule, module: nn.Module) -> Match:
-        if rule.kinds[0] in self.excluded:
-            raise Skip(self.excluded[rule.kinds[0]])
-        key = (rule, rule.key(module))
-        if key not in self._probed:
-            try:
-                with errors_skip():
-                    self._probed[key] = rule.probe(module, self.config)
-            except Skip as skip:
-                self._probed[key] = str(skip)
-        found = self._probed[key]
+        found = self.known.get(rule.kinds[0])
+        if found is None:
+            key = (rule, rule.key(module))
+            if key not in self._probed:
+                try:
+                    with errors_skip():
+                        self._probed[key] = rule.probe(module, self.config)
+                except Skip as skip:
+                    self._probed[key] = str(skip)
+            found = self._probed[key]
         if isinstance(found, str):
             raise Skip(found)
         return found

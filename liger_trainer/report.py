@@ -1,9 +1,15 @@
 """What patching did: records for programs, and a table for people."""
 
+import dataclasses
+import html
+import textwrap
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from io import StringIO
+from typing import Any
+
+COLUMNS = ("kind", "count", "module", "class", "applied as / why not")
+WIDTH = 120
 
 
 @dataclass(frozen=True)
@@ -35,33 +41,61 @@ class Skipped:
 
 @dataclass
 class LigerReport:
-    """The result of ``apply_liger``. ``str(report)`` is a table."""
+    """The result of ``apply_liger``. ``str(report)`` is a table, and so is a report in a notebook.
+
+    Args:
+        applied: What was replaced.
+        skipped: What was requested and not replaced.
+        none_here: Kinds that were requested and of which the model has none.
+        ran: After training with the Trainer, in how many of its steps each applied kind did its work. Counted in the
+            kernels' own forwards.
+    """
 
     applied: list[Applied] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
+    none_here: list[str] = field(default_factory=list)
+    ran: dict[str, int] = field(default_factory=dict)
 
     @property
     def counts(self) -> dict[str, int]:
         """Number of replacements by kind."""
         return dict(Counter(record.kind for record in self.applied))
 
-    def __str__(self) -> str:
-        from rich import box
-        from rich.console import Console
-        from rich.table import Table
+    def kinds(self) -> set[str]:
+        """The kinds of which there is a replacement or a candidate."""
+        return {record.kind for record in (*self.applied, *self.skipped)}
 
-        table = Table(box=box.SIMPLE_HEAD, title="liger_trainer", title_justify="left", pad_edge=False)
-        for column in ("kind", "count", "module", "class", "applied as / why not"):
-            table.add_column(column, justify="right" if column == "count" else "left", overflow="fold")
-        for row in _grouped(self.applied, "variant"):
-            table.add_row(*row)
-        for kind, count, module, cls, reason in _grouped(self.skipped, "reason"):
-            table.add_row(kind, count, module, cls, f"skipped: {reason}")
-        if not table.row_count:
-            table.add_row("-", "0", "-", "-", "nothing to replace was found")
-        out = StringIO()
-        Console(file=out, width=120, color_system=None).print(table)
-        return "\n".join(line.rstrip() for line in out.getvalue().strip("\n").splitlines())
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain dicts and lists, for JSON."""
+        return {**dataclasses.asdict(self), "counts": self.counts}
+
+    def _rows(self) -> Iterator[tuple[str, ...]]:
+        yield from _grouped(self.applied, "variant")
+        for *cells, reason in _grouped(self.skipped, "reason"):
+            yield *cells, f"skipped: {reason}"
+        for kind in self.none_here:
+            yield kind, "0", "", "", "none here"
+
+    def __str__(self) -> str:
+        rows = [COLUMNS, *self._rows()]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS) - 1)]
+        wrap = textwrap.TextWrapper(
+            width=max(40, WIDTH - sum(widths) - 2 * len(widths)), break_long_words=False, break_on_hyphens=False
+        )
+        lines = []
+        for *cells, last in rows:
+            cells = [f"{cell:{'>' if i == 1 else '<'}{widths[i]}}" for i, cell in enumerate(cells)]
+            for text in wrap.wrap(last):
+                lines.append("  ".join([*cells, text]))
+                cells = [" " * w for w in widths]
+        lines.insert(1, "─" * max(map(len, lines)))
+        return "\n".join(["liger_trainer", *lines])
+
+    def _repr_html_(self) -> str:
+        """The table as Jupyter shows it."""
+        rows = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in self._rows()]
+        head = "".join(f"<th>{column}</th>" for column in COLUMNS)
+        return f"<table><tr>{head}</tr>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>"
 
 
 def _grouped(records: Sequence[Applied | Skipped], text: str) -> Iterator[tuple[str, str, str, str, str]]:

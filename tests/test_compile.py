@@ -8,6 +8,7 @@ from liger_trainer.kernels.runtime import launch
 from tiny_models import batch, tiny_model
 
 from liger_trainer import apply_liger
+from liger_trainer.patching import patch_state
 
 ON_GPU = torch.cuda.is_available()
 
@@ -24,7 +25,7 @@ def test_training_is_one_graph(model_type, checkpointing, monkeypatch):
     model = copy.deepcopy(plain)
     if checkpointing is not None:
         model.activation_checkpointing_enable({"use_reentrant": checkpointing})
-    apply_liger(model, {"strict": True})
+    apply_liger(model, {"strict": True, "attention": model.config._attn_implementation == "sdpa"})
     # Reentrant checkpointing is an autograd.Function that calls back into Python: it breaks the graph by itself.
     compiled = torch.compile(model, fullgraph=not checkpointing, backend="inductor" if ON_GPU else "aot_eager")
     for seed in range(3):
@@ -41,6 +42,9 @@ def test_training_is_one_graph(model_type, checkpointing, monkeypatch):
             error = (actual.grad - expected.grad).norm() / expected.grad.norm().clamp(min=1e-12)
             assert error < (1e-4 if ON_GPU else 1e-5), f"{name}: {error:.1e}"
     assert out.logits.shape[-1] == 0  # the fused loss acted
+    state = patch_state(model)
+    state.count_step()
+    assert {kind for kind, steps in state.report.ran.items() if steps} >= {"rms_norm", "rope", "glu", "fused_loss"}
     if not checkpointing:
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
         assert not torch._dynamo.utils.counters["graph_break"]
@@ -55,7 +59,7 @@ def test_training_in_cuda_graphs(model_type):
     torch._dynamo.utils.counters.clear()
     plain = tiny_model(model_type, use_cache=False).cuda().train()
     model = copy.deepcopy(plain)
-    apply_liger(model, {"strict": True})
+    apply_liger(model, {"strict": True, "attention": model.config._attn_implementation == "sdpa"})
     compiled = torch.compile(model, fullgraph=True, mode="reduce-overhead")
     for seed in range(5):  # warm-up, recording, replay
         inputs = {k: v.cuda() for k, v in batch(seed=seed).items()}

@@ -27,7 +27,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from ..kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_with_empty_logits
 from ..kernels.reference import IGNORE_INDEX
 from ..probing.rebinding import Bound, ModuleRef
-from ..probing.rule import Skip
+from ..probing.rule import Acted, Skip
 from .form import HeadForm, loss_arguments
 from .per_thread import PerThread, wants_loss_only
 from .sharded_weights import check_materialized
@@ -64,6 +64,7 @@ class FusedHead:
         self.original_loss_function = model.loss_function
         self.calls_fused = 0
         self._running = PerThread()  # the ``_Call`` of each thread
+        self.acted = Acted()
         self._parameter_names = list(inspect.signature(type(model).forward).parameters)[1:]
         self._warned: set[str] = set()
 
@@ -137,6 +138,7 @@ class FusedHead:
         # torch.compile would recompile for each value of a counter, so compiled code only sets it to 1.
         compiling = torch.compiler.is_compiling()
         self.calls_fused = 1 if compiling else self.calls_fused + 1
+        self.acted.note()
         check_materialized("lm_head.weight", weight)
         labels = self._shifted(call).to(hidden.device)
         options: dict[str, Any] = {

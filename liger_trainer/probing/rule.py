@@ -1,14 +1,22 @@
 """What a rule is, and what its probe gives: a match, or a skip with the reason."""
 
+import traceback
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
 from torch import nn
 
 from ..config import LigerConfig
 from .probe import settings_key
+
+# Files in which a model's own code is not: ours, torch's, and those beside transformers' models.
+_PACKAGES = tuple(str(Path(file).parents[depth]) for file, depth in ((__file__, 1), (torch.__file__, 0)))
+_BASES = Path(transformers.__file__).parent
 
 
 class Skip(Exception):
@@ -17,13 +25,50 @@ class Skip(Exception):
 
 @contextmanager
 def errors_skip() -> Iterator[None]:
-    """Turn any error into a ``Skip``: code that we did not write may fail on a probe's inputs in any way."""
+    """Turn any error into a ``Skip``: code that we did not write may fail on a probe's inputs in any way.
+
+    The reason names the model's line, because the error itself may be about the stub that the line was given.
+    """
     try:
         yield
     except Skip:
         raise
     except Exception as error:
-        raise Skip(f"its forward failed on a probe: {type(error).__name__}: {error}") from error
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if _is_of_model(f.filename)]
+        if not frames:
+            raise Skip(f"its forward cannot be run on random numbers: {type(error).__name__}") from error
+        where = f"{Path(frames[-1].filename).name}, line {frames[-1].lineno}"
+        line = f": `{frames[-1].line}`" if frames[-1].line else ""
+        raise Skip(f"its forward does more than the known forms, in {where}{line}") from error
+
+
+def _is_of_model(file: str) -> bool:
+    return not file.startswith(_PACKAGES) and Path(file).parent not in (_BASES, _BASES / "utils")
+
+
+class Acted:
+    """Whether a match has done its work: since the last reset (``on``), or in compiled code (``compiled``).
+
+    Compiled code cannot note anything while it runs, for instance under activation checkpointing.
+    """
+
+    def __init__(self) -> None:
+        self.on = self.compiled = False
+
+    def note(self) -> None:
+        """Note that it does its work now."""
+        if torch.compiler.is_compiling():
+            self._note_compiled()
+        else:
+            self.on = True
+
+    @torch.compiler.assume_constant_result  # so that it runs once, during tracing
+    def _note_compiled(self) -> None:
+        self.compiled = True
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Acted":
+        """Itself: the functions that set it are not copied with a model either."""
+        return self
 
 
 @dataclass(frozen=True)
@@ -38,6 +83,7 @@ class Match:
         attributes: ``(module, attribute, function)``: functions to bind to other modules.
         before: Forward pre-hook ``(module, args, kwargs)``.
         after: Forward hook ``(module, args, output)``, also called after an error.
+        acted: Set by the functions above whenever they do something.
     """
 
     kind: str
@@ -47,6 +93,7 @@ class Match:
     attributes: tuple[tuple[nn.Module, str, Callable], ...] = ()
     before: Callable | None = None
     after: Callable | None = None
+    acted: Acted = field(default_factory=Acted)
 
 
 def _no_part(module: nn.Module) -> str:

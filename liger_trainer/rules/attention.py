@@ -22,7 +22,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from ..config import LigerConfig
 from ..probing.probe import TOLERANCE, difference, generator
 from ..probing.rebinding import forward_function, rebind
-from ..probing.rule import Match, Rule, Skip
+from ..probing.rule import Acted, Match, Rule, Skip
 
 QUESTION = "use_gqa_in_sdpa"  # sdpa_attention_forward calls this to decide whether SDPA groups the heads
 VARIANT = "sdpa, grouped heads under a mask"
@@ -41,6 +41,7 @@ def grouped_sdpa(
     value: Tensor,
     attention_mask: Tensor | None,
     *args: Any,
+    acted: Acted | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' ``sdpa_attention_forward``, without copies of ``key`` and ``value`` if a fused kernel allows that.
@@ -50,6 +51,8 @@ def grouped_sdpa(
     if not args and attention_mask is not None and _may_omit_copies(query, kwargs):
         query_, key_, value_ = states = _as_in_sdpa(query, key, value)
         if _has_fused_kernel(query_, key_, value_, attention_mask, kwargs):
+            if acted is not None:
+                acted.note()
             return _without_copies()(module, *states, attention_mask, **kwargs)
     return sdpa_attention_forward(module, query, key, value, attention_mask, *args, **kwargs)
 
@@ -87,11 +90,10 @@ def _interfaces(forward: Any) -> tuple[str, ...]:
 
 
 def matches(module: nn.Module) -> bool:
-    """Whether the module's forward looks up an attention function, it is SDPA, and query heads share key heads."""
+    """Whether the module's forward looks up an attention function, and query heads share key heads."""
     groups = getattr(module, "num_key_value_groups", 1)
-    implementation = getattr(getattr(module, "config", None), "_attn_implementation", "sdpa")
     function = forward_function(module)
-    if not isinstance(groups, int) or groups < 2 or implementation != "sdpa" or function is None:
+    if not isinstance(groups, int) or groups < 2 or function is None:
         return False
     return bool(_interfaces(function))
 
@@ -99,13 +101,18 @@ def matches(module: nn.Module) -> bool:
 def probe(module: nn.Module, config: LigerConfig) -> Match:
     """A view of the table of attention functions that has ours in place of transformers' own ``sdpa``."""
     function: Any = forward_function(module)
+    implementation = getattr(getattr(module, "config", None), "_attn_implementation", "sdpa")
+    if implementation != "sdpa":
+        raise Skip(f"its attn_implementation is {implementation}, not sdpa")
     tables = {name: function.__globals__[name] for name in _interfaces(function)}
     if any(table.get("sdpa") is not sdpa_attention_forward for table in tables.values()):
         raise Skip("its sdpa is not the one of transformers")
     if not _is_known():
         raise Skip("transformers' sdpa function groups heads in an unknown way")
     rebind(type(module).forward, {})  # raises Skip if it cannot be rebuilt
-    return Match("attention", VARIANT, names={name: _WithOurs(table) for name, table in tables.items()})
+    acted = Acted()
+    names = {name: _WithOurs(table, functools.partial(grouped_sdpa, acted=acted)) for name, table in tables.items()}
+    return Match("attention", VARIANT, names=names, acted=acted)
 
 
 @functools.cache
@@ -123,17 +130,17 @@ def _is_known() -> bool:
 
 
 class _WithOurs(AttentionInterface):
-    """``table`` as it is at each call, with ours in place of transformers' own ``sdpa``.
+    """``table`` as it is at each call, with ``ours`` in place of transformers' own ``sdpa``.
 
     A function that others register later, as sequence parallelism does, stays.
     """
 
-    def __init__(self, table: AttentionInterface):
-        self.table = table
+    def __init__(self, table: AttentionInterface, ours: Callable):
+        self.table, self.ours = table, ours
 
     def __getitem__(self, name: str) -> Callable:
         function = self.table[name]
-        return grouped_sdpa if function is sdpa_attention_forward else function
+        return self.ours if function is sdpa_attention_forward else function
 
     def __setitem__(self, name: str, function: Callable) -> None:
         self.table[name] = function
@@ -148,4 +155,8 @@ class _WithOurs(AttentionInterface):
         return len(self.table)
 
 
-RULES = (Rule(("attention",), matches, probe, key=lambda module: type(module).forward),)
+def _key(module: nn.Module) -> tuple[Any, ...]:
+    return type(module).forward, getattr(getattr(module, "config", None), "_attn_implementation", None)
+
+
+RULES = (Rule(("attention",), matches, probe, key=_key),)

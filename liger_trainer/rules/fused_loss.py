@@ -51,6 +51,7 @@ def probe(model: nn.Module, config: LigerConfig) -> Match:
         attributes=(*heads, (model, "_loss_function", fused.loss_function)),
         before=fused.before_forward,
         after=fused.after_forward,
+        acted=fused.acted,
     )
 
 

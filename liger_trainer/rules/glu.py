@@ -21,7 +21,7 @@ from ..kernels.gated_linear import gated_linear
 from ..kernels.geglu import geglu
 from ..kernels.swiglu import swiglu
 from ..probing.probe import TOLERANCE, difference, forward_parameters, generator, probe_copy, takes_one_tensor
-from ..probing.rule import Match, Rule, Skip
+from ..probing.rule import Acted, Match, Rule, Skip
 
 
 class Activation(NamedTuple):
@@ -97,9 +97,10 @@ def probe_mlp(module: nn.Module, config: LigerConfig) -> Match:
                     difference(activation.definition(*pair), seen) <= TOLERANCE[dtype]
                     for pair, (_, seen), (dtype, _) in zip(inputs, runs, SAMPLES, strict=True)
                 ):
-                    forward = _mlp_forward(type(module).forward, names, swapped, activation, config.recompute_glu)
+                    acted, original = Acted(), type(module).forward
+                    forward = _mlp_forward(original, names, swapped, activation, config.recompute_glu, acted)
                     packed = ", packed" if len(names) == 2 else ""
-                    return Match("glu", f"{variant}{packed}", methods={"forward": forward})
+                    return Match("glu", f"{variant}{packed}", methods={"forward": forward}, acted=acted)
     raise Skip(UNKNOWN)
 
 
@@ -122,7 +123,7 @@ def _record(
 
 
 def _mlp_forward(
-    original: Callable, names: tuple[str, ...], swapped: bool, activation: Activation, recompute: bool
+    original: Callable, names: tuple[str, ...], swapped: bool, activation: Activation, recompute: bool, acted: Acted
 ) -> Callable:
     *inner_names, down_name = names
     parameters = forward_parameters(original)
@@ -131,6 +132,7 @@ def _mlp_forward(
 
     @functools.wraps(original)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        acted.note()
         hidden_states = args[0] if args else kwargs[input_name]
         inner = [getattr(self, name)(hidden_states) for name in inner_names]
         if swapped:
@@ -171,8 +173,7 @@ def probe_experts(module: nn.Module, config: LigerConfig) -> Match:
     known = [(x, original(copied, x)) for x in samples]
     for variant, activation in ACTIVATIONS.items():
         if _agrees(activation.definition, known):
-            method = _experts_method(original, lambda module, x, op=activation.op: op(x))
-            return Match("glu", f"{variant}, packed", methods={"_apply_gate": method})
+            return _experts_match(f"{variant}, packed", original, lambda module, x, op=activation.op: op(x))
     return _probe_clamped(module, original, copied, known)
 
 
@@ -194,9 +195,9 @@ def _probe_clamped(
         for alpha, offset, interleaved in itertools.product(alphas, (0.0, 1.0), (False, True)):
             read = _settings_reader(limit, alpha, offset, interleaved)
             if _agrees(functools.partial(reference.clamped_swiglu, **read(module)), here):
-                method = _experts_method(original, lambda module, x, read=read: clamped_swiglu(x, **read(module)))
                 variant = "swiglu, clamped, packed" + ", interleaved" * interleaved
-                return Match("glu", variant, methods={"_apply_gate": method})
+                op = lambda module, x, read=read: clamped_swiglu(x, **read(module))  # noqa: E731
+                return _experts_match(variant, original, op)
     raise Skip("its gate is neither silu(gate) * up nor gelu(gate) * up, nor a known clamped form of these")
 
 
@@ -216,12 +217,15 @@ def _settings_reader(
     }  # fmt: skip
 
 
-def _experts_method(original: Callable, op: Callable[[nn.Module, Tensor], Tensor]) -> Callable:
+def _experts_match(variant: str, original: Callable, op: Callable[[nn.Module, Tensor], Tensor]) -> Match:
+    acted = Acted()
+
     @functools.wraps(original)
     def apply_gate(self: nn.Module, gate_up_out: Tensor) -> Tensor:
+        acted.note()
         return op(self, gate_up_out)
 
-    return apply_gate
+    return Match("glu", variant, methods={"_apply_gate": apply_gate}, acted=acted)
 
 
 RULES = (Rule(("glu",), matches_mlp, probe_mlp), Rule(("glu",), matches_experts, probe_experts))

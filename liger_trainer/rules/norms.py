@@ -22,7 +22,7 @@ from ..probing.probe import (
     probe_copy,
     takes_one_tensor,
 )
-from ..probing.rule import Match, Rule, Skip
+from ..probing.rule import Acted, Match, Rule, Skip
 
 # Forms of rms_norm. Cast-then-scale (llama) and scaling in fp32 (gemma, olmo2) differ by one rounding only. The probe
 # takes the form with the smaller error, and the first of equals.
@@ -36,6 +36,8 @@ RMS_VARIANTS: dict[str, dict[str, Any]] = {
 COMMON_EPS = (1e-5, 1e-6, 1e-8, 1e-12)
 # (dtype of x, dtype of the parameters): plain training in either, and bf16 activations with fp32 parameters.
 DTYPES = ((torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32))
+# T5's norm, whose weight transformers keeps in half precision below fp32 activations, then gives half precision.
+NARROW = ((torch.float32, torch.bfloat16),)
 WEIGHTLESS_WIDTH = 64
 
 
@@ -80,7 +82,7 @@ def probe(module: nn.Module, config: LigerConfig) -> Match:
     """The form of ``rms_norm`` or ``layer_norm`` that agrees with ``module`` in every dtype it accepts."""
     original = type(module).forward
     has_weight, has_bias = _has(module, "weight"), _has(module, "bias")
-    samples = list(_samples(module, original))
+    samples = list(_samples(module, original, DTYPES))
     best = None
     for eps in _eps_attributes(module) or COMMON_EPS:
         for kind, variant, options in _forms(has_weight, has_bias):
@@ -91,12 +93,16 @@ def probe(module: nn.Module, config: LigerConfig) -> Match:
     if best is None:
         raise Skip("its forward is not an RMS norm or layer norm of a known form")
     _, kind, variant, eps, options = best
+    acted = Acted()
+    op = functools.partial(getattr(reference, kind), eps=_reader(eps)(module), **options)
+    # Whether fp32 rows with weights in half precision stay fp32, as in our op.
+    widens = all(difference(op(s.x, *s.parameters), s.out) <= s.tolerance for s in _samples(module, original, NARROW))
     if kind == "rms_norm":
-        forward = _rms_norm_forward(original, has_weight, eps, options)
+        forward = _rms_norm_forward(original, has_weight, eps, options, acted, widens)
     else:
         _, dtype_of = AUTOCAST_DTYPES[_autocast_behaviour(module, original)]
-        forward = _layer_norm_forward(original, has_weight, has_bias, eps, options, dtype_of)
-    return Match(kind, variant, methods={"forward": forward})
+        forward = _layer_norm_forward(original, has_weight, has_bias, eps, options, dtype_of, acted, widens)
+    return Match(kind, variant, methods={"forward": forward}, acted=acted)
 
 
 def _rows(module: nn.Module) -> Tensor:
@@ -108,10 +114,12 @@ def _rows(module: nn.Module) -> Tensor:
     return rows * torch.tensor([1.0, 1e-1, 1e-2, 1e-3])[:, None]
 
 
-def _samples(module: nn.Module, original: Callable) -> Iterator[_Sample]:
+def _samples(
+    module: nn.Module, original: Callable, dtypes: tuple[tuple[torch.dtype, torch.dtype], ...]
+) -> Iterator[_Sample]:
     """One sample for each combination of dtypes that the module accepts."""
     rows = _rows(module)
-    for x_dtype, dtype in DTYPES:
+    for x_dtype, dtype in dtypes:
         copied, x = probe_copy(module, dtype), rows.to(x_dtype)
         try:
             with torch.no_grad():
@@ -141,7 +149,7 @@ def _autocast_behaviour(module: nn.Module, original: Callable) -> str:
     """The key of ``AUTOCAST_DTYPES`` that describes the module, found with fake CUDA tensors.
 
     Raises:
-        ValueError: None of them does.
+        Skip: None of them does.
     """
     if original is nn.LayerNorm.forward:
         return "torch's"
@@ -158,11 +166,11 @@ def _autocast_behaviour(module: nn.Module, original: Callable) -> str:
     for name, (expected, _) in AUTOCAST_DTYPES.items():
         if tuple(outs) == expected:
             return name
-    raise ValueError(f"under autocast it gives {outs[0]} for fp32 and {outs[1]} for bf16")
+    raise Skip(f"under autocast it gives {outs[0]} for fp32 and {outs[1]} for bf16")
 
 
 def _eps_attributes(module: nn.Module) -> list[str]:
-    return [k for k, v in vars(module).items() if "eps" in k.lower() and isinstance(v, float)]
+    return [k for k, v in vars(module).items() if "eps" in k.lower() and isinstance(v, float | None)]
 
 
 def _forms(has_weight: bool, has_bias: bool) -> Iterator[tuple[str, str, dict[str, Any]]]:
@@ -183,13 +191,18 @@ def _input_name(original: Callable) -> str:
     return parameters[0].name
 
 
-def _rms_norm_forward(original: Callable, has_weight: bool, eps: str | float, options: dict[str, Any]) -> Callable:
+def _rms_norm_forward(
+    original: Callable, has_weight: bool, eps: str | float, options: dict[str, Any], acted: Acted, widens: bool
+) -> Callable:
     read_eps, name = _reader(eps), _input_name(original)
     under_autocast = original is nn.RMSNorm.forward  # autocast runs torch's own rms_norm in fp32
 
     @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
         x = args[0] if args else kwargs[name]
+        if not widens and x.dtype == torch.float32 != self.weight.dtype:
+            return original(self, x)
+        acted.note()
         if under_autocast and torch.is_autocast_enabled(x.device.type):
             x = x.float()
         return rms_norm(x, self.weight if has_weight else None, read_eps(self), **options)
@@ -204,12 +217,17 @@ def _layer_norm_forward(
     eps: str | float,
     options: dict[str, Any],
     dtype_of: Callable[[Tensor], torch.dtype | None],
+    acted: Acted,
+    widens: bool,
 ) -> Callable:
     read_eps, name = _reader(eps), _input_name(original)
 
     @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
         x = args[0] if args else kwargs[name]
+        if not widens and x.dtype == torch.float32 != self.weight.dtype:
+            return original(self, x)
+        acted.note()
         weight, bias = self.weight if has_weight else None, self.bias if has_bias else None
         return layer_norm(x, weight, bias, read_eps(self), out_dtype=dtype_of(x), **options)
 
@@ -217,8 +235,16 @@ def _layer_norm_forward(
 
 
 def _reader(eps: str | float) -> Callable[[nn.Module], Any]:
-    """A function of the module: the current value of the attribute of that name, or the constant."""
-    return (lambda module: getattr(module, eps)) if isinstance(eps, str) else (lambda module: eps)
+    """A function of the module: the current value of the attribute of that name, or the constant.
+
+    torch's norms take ``None`` for the epsilon of fp32.
+    """
+
+    def read(module: nn.Module) -> float:
+        value = getattr(module, eps) if isinstance(eps, str) else eps
+        return torch.finfo(torch.float32).eps if value is None else value
+
+    return read
 
 
 RULES = (

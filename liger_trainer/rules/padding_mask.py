@@ -9,6 +9,7 @@ its own check of the mask; without a cache it checks the positions instead. Mask
 compiled or traced forward and in a captured graph.
 """
 
+import functools
 from typing import Any, cast
 
 import torch
@@ -20,7 +21,7 @@ from ..config import LigerConfig
 from ..head.fused_head import check_loss_function
 from ..kernels.reference import IGNORE_INDEX
 from ..probing.rebinding import forward_function
-from ..probing.rule import Match, Rule, Skip
+from ..probing.rule import Acted, Match, Rule, Skip
 
 # Arguments of a forward whose mask may be dropped. Others might say where tokens are, or ask for hidden states.
 HARMLESS_ARGUMENTS = {
@@ -58,7 +59,16 @@ def probe(model: nn.Module, config: LigerConfig) -> Match:
     if model.get_output_embeddings() is None:
         raise Skip("it has no output embeddings, so it is not known how its loss is computed")
     _check_settings(model)
-    return Match("padding_mask", "dropped where padding is on the right", before=drop_mask)
+    acted = Acted()
+    before = functools.partial(_drop_mask, acted)
+    return Match("padding_mask", "dropped where padding is on the right", before=before, acted=acted)
+
+
+def _drop_mask(acted: Acted, *args: Any) -> tuple[tuple, dict[str, Any]] | None:
+    changed = drop_mask(*args)
+    if changed is not None:
+        acted.note()
+    return changed
 
 
 def _is_known(cls: type) -> bool:

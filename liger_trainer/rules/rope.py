@@ -20,7 +20,7 @@ from ..kernels import reference
 from ..kernels.rope import rope
 from ..probing.probe import TOLERANCE, difference, generator
 from ..probing.rebinding import forward_function, rebind
-from ..probing.rule import Match, Rule, Skip
+from ..probing.rule import Acted, Match, Rule, Skip
 
 BATCH, TOKENS, HEADS, KV_HEADS, HEAD_DIM = 2, 5, 4, 2, 16
 
@@ -99,17 +99,17 @@ def probe(module: nn.Module, config: LigerConfig) -> Match:
     """The adapters for the module's rotary functions, each of which must agree with a form of ``rope``."""
     function = forward_function(module)
     assert function is not None  # ``matches`` has seen it
-    adapters, forms = {}, []
+    adapters, forms, acted = {}, [], Acted()
     for name in _rotary_names(function):
         original = function.__globals__[name]
         try:
             form = _probe_function(original)
         except Skip as skip:
             raise Skip(f"{name}: {skip}") from skip
-        adapters[name] = _adapter(original, form)
+        adapters[name] = _adapter(original, form, acted)
         forms.append(str(form))
     rebind(type(module).forward, {})  # raises Skip if it cannot be rebuilt
-    return Match("rope", ", ".join(dict.fromkeys(forms)), names=adapters)
+    return Match("rope", ", ".join(dict.fromkeys(forms)), names=adapters, acted=acted)
 
 
 def _layout(original: Callable) -> tuple[list[str], int]:
@@ -222,7 +222,7 @@ def _run(
     return out if len(out) == num_states and out[0].shape == q.shape else None
 
 
-def _adapter(original: Callable, form: Form) -> Callable:
+def _adapter(original: Callable, form: Form, acted: Acted) -> Callable:
     """A function with ``original``'s parameters that computes with ``rope``.
 
     It calls ``original`` for inputs that the probe did not cover or that ``rope`` does not take.
@@ -236,6 +236,7 @@ def _adapter(original: Callable, form: Form) -> Callable:
         unsqueeze_dim = given.get("unsqueeze_dim", form.unsqueeze_dim)
         if (num_states == 2 and k is None) or not _fits(form, q, k, given["cos"], given["sin"], unsqueeze_dim):
             return original(*args, **kwargs)
+        acted.note()
         return form(rope, q, k, given["cos"], given["sin"], unsqueeze_dim)
 
     return rotary

@@ -1,10 +1,12 @@
 """From a parsed recipe to a Trainer that is ready to train: dataset, tokenizer, model."""
 
 import copy
+import json
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, cast
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
@@ -22,11 +24,13 @@ from transformers import (
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl.trainer.utils import get_peft_config, get_quantization_config
 
+from ..callbacks import FlaggedLigerCallback, apply_for
 from ..kernels.reference import IGNORE_INDEX
 from ..medusa.model import MedusaModel
+from ..report import LigerReport
 from . import data, synthetic
 from .failures import MainProcessError
-from .recipe import Recipe
+from .recipe import Recipe, parse_recipe, peek
 from .recipe_arguments import EMBEDDED, SYNTHETIC, RecipeError, require
 from .throughput import ThroughputCallback
 
@@ -136,7 +140,6 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTraine
         RecipeError: ``vocab_size`` in ``model_config`` is smaller than the tokenizer's.
     """
     run, model = recipe.run, recipe.model
-    options: dict[str, Any] = {"dtype": model.dtype, "attn_implementation": model.attn_implementation}
     if run.model_config is None:
         return _pretrained(
             AutoModelForCausalLM,
@@ -144,7 +147,8 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTraine
             recipe.model_name,
             revision=model.model_revision,
             quantization_config=get_quantization_config(model),
-            **options,
+            dtype=model.dtype,
+            attn_implementation=model.attn_implementation,
         )
     config = model_config(recipe)
     if run.dataset != SYNTHETIC:
@@ -153,15 +157,59 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTraine
         config = config_of({"vocab_size": least, **special, **recipe.shape})
         size = config.vocab_size
         require(size >= least, "model_config: vocab_size", size, f"at least the tokenizer's {least}")
-    if model.dtype == "auto":
-        del options["dtype"]
     # A CPU needs minutes to draw billions of random weights. Under ZeRO-3 DeepSpeed chooses the device itself, because
     # it partitions the model while that is made. Under FSDP2 every rank makes the whole model. accelerate then moves it
     # to the meta device, shards it, and broadcasts rank 0's weights. Buffers outside the state dict (the rotary
     # frequencies) remain each rank's own, so no rank may start on the meta device.
     place = nullcontext() if is_deepspeed_zero3_enabled() else recipe.training.device
     with place:
-        return AutoModelForCausalLM.from_config(config, **options)
+        return made_model(recipe, config)
+
+
+def made_model(recipe: Recipe, config: PreTrainedConfig) -> PreTrainedModel:
+    """A model with random weights, in the class, dtype and attention implementation of the recipe's run."""
+    options = {"attn_implementation": recipe.model.attn_implementation, "dtype": recipe.model.dtype}
+    if recipe.model.dtype == "auto":
+        del options["dtype"]
+    return AutoModelForCausalLM.from_config(config, **options)
+
+
+def with_adapters(recipe: Recipe, model: PreTrainedModel) -> PreTrainedModel:
+    """The model with the recipe's PEFT adapters, as TRL's trainers add them too, and its Medusa heads.
+
+    Raises:
+        RecipeError: Medusa heads do not fit the model.
+    """
+    peft_config = get_peft_config(recipe.model)
+    if peft_config is not None:
+        from peft import get_peft_model
+
+        model = cast(PreTrainedModel, get_peft_model(model, peft_config))
+    if recipe.medusa is None:
+        return model
+    try:
+        return MedusaModel.from_causal_lm(model, recipe.medusa)
+    except ValueError as error:
+        raise RecipeError(f"medusa_heads: {error}") from error
+
+
+def planned_report(argv: list[str]) -> LigerReport | None:
+    """The report of a run of ``RECIPE.yaml [--key value ...]``, from a model without weights; ``None``: not patched.
+
+    A recipe with a ``model_config`` needs no hub.
+
+    Raises:
+        RecipeError: the recipe cannot run.
+        ValueError: as in ``apply_liger``.
+    """
+    recipe = parse_recipe(argv)
+    if not FlaggedLigerCallback().acts(recipe.training):
+        return None
+    shape = peek(argv, "model_config")  # parse_recipe drops it if the recipe also names a model
+    config = model_config(recipe) if shape is None else config_of(json.loads(shape))
+    with torch.device("meta"):
+        model = with_adapters(recipe, made_model(recipe, config))
+    return apply_for(recipe.training, model)
 
 
 def build_trainer(recipe: Recipe) -> Trainer:
@@ -171,7 +219,6 @@ def build_trainer(recipe: Recipe) -> Trainer:
     dataset = build_dataset(recipe)
     tokenizer = build_tokenizer(recipe, dataset)
     model = build_model(recipe, tokenizer)
-    peft_config = get_peft_config(recipe.model)
     # With a response_marker the data has its own prompt template, which replaces the chat template.
     as_chat = tokenizer.chat_template and run.response_marker is None
     if "prompt" in dataset.column_names and as_chat and isinstance(dataset[0]["prompt"], str):
@@ -198,19 +245,11 @@ def build_trainer(recipe: Recipe) -> Trainer:
     if run.trainer == "sft":
         from trl.trainer.sft_trainer import SFTTrainer
 
-        trainer = SFTTrainer(model, peft_config=peft_config, processing_class=tokenizer, **common)
+        trainer = SFTTrainer(model, peft_config=get_peft_config(recipe.model), processing_class=tokenizer, **common)
         if len(cast(Dataset, trainer.train_dataset)) == 0:
             raise _too_short(recipe)
     else:
-        if peft_config is not None:
-            from peft import get_peft_model
-
-            model = cast(PreTrainedModel, get_peft_model(model, peft_config))
-        if recipe.medusa is not None:
-            try:
-                model = MedusaModel.from_causal_lm(model, recipe.medusa)
-            except ValueError as error:
-                raise RecipeError(f"medusa_heads: {error}") from error
+        model = with_adapters(recipe, model)
         padding = copy.copy(tokenizer)
         # As TRL's trainers do. Padding on the left, which tokenizers prefer for generation, would shift positions that
         # are counted from the start of the row, and would need a mask.

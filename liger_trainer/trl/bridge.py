@@ -7,21 +7,25 @@ metrics, and other models keep TRL's function.
 """
 
 import importlib
-import sys
+import threading
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from ..config import LigerConfig
 from ..head.fused_head import is_plain
 from ..head.per_thread import PerThread
 from ..head.sharded_weights import check_materialized, gathered, is_partitioned
 from ..kernels.linear_logprobs import Speculation, linear_logprobs
-from ..patching import add_hooks, core_model, patch_state
-from ..report import Applied
+from ..patching import apply_with, patch_state, revert_liger
+from ..probing.rule import Acted, Match
+from ..report import LigerReport
 
 
 @dataclass
@@ -31,6 +35,7 @@ class _Head:
     options: dict[str, Any]
     speculation: Speculation = field(default_factory=Speculation)
     calls_fused: int = 0
+    acted: Acted = field(default_factory=Acted)
 
     def before_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Activate this head for a forward with ``fused_lm_head=True``."""
@@ -69,6 +74,7 @@ class _Dispatcher:
                 hidden, weight, bias, targets, temperature, chunk_size, softcap, logit_scale, outputs
             )
         head.calls_fused = 1 if torch.compiler.is_compiling() else head.calls_fused + 1
+        head.acted.note()
         check_materialized("lm_head.weight", weight)
         with _gathered_again_in_backward(weight, bias):
             out = linear_logprobs(
@@ -103,35 +109,74 @@ def _gathered_again_in_backward(*parameters: Tensor | None) -> AbstractContextMa
     return saved_tensors_hooks(pack, unpack)
 
 
-def has_fused_head(args: object) -> bool:
-    """Whether ``args`` belong to a TRL trainer that computes its loss with TRL's fused head.
+class _Policy(threading.local):
+    """How this thread's last flagged trainer patches further models that it gives a fused head: its references."""
+
+    apply: Callable[[nn.Module], object] | None = None
+
+
+_POLICY = _Policy()
+
+
+class _AddsHead:
+    """Takes the place of ``add_fused_lm_head`` in a TRL trainer's module: reference models get what the policy has."""
+
+    def __init__(self, original: Callable[..., None]):
+        self.original = original
+
+    def __call__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        state = patch_state(model)
+        if _POLICY.apply is not None and (state is None or state.trl_head is None):
+            _POLICY.apply(model)
+        self.original(model, *args, **kwargs)
+
+
+def patch_references(args: object, apply: Callable[[nn.Module], object] | None) -> None:
+    """Use ``apply`` for the reference models of the TRL trainer of ``args``; ``None``: leave them as they are."""
+    _POLICY.apply = apply
+    for module in _fused_trainers(args) if apply else ():
+        if not isinstance(module.add_fused_lm_head, _AddsHead):
+            module.add_fused_lm_head = _AddsHead(module.add_fused_lm_head)
+
+
+def _fused_trainers(args: object) -> list[Any]:
+    """The modules of the TRL trainers of ``args`` that compute the loss with TRL's fused head.
 
     TRL keeps each trainer beside its arguments (``sft_trainer.py``, ``sft_config.py``), and the trainers that use the
-    fused head import ``add_fused_lm_head``. The trainer's module is loaded by the time it has arguments.
+    fused head import ``add_fused_lm_head``.
     """
     modules = [cls.__module__ for cls in type(args).__mro__ if cls.__module__.startswith("trl.trainer.")]
-    trainers = [sys.modules.get(name.replace("_config", "_trainer")) for name in modules]
-    return any(hasattr(trainer, "add_fused_lm_head") for trainer in trainers)
+    names = [name.replace("_config", "_trainer") for name in modules]
+    found = [importlib.import_module(name) for name in names if find_spec(name)]
+    return [module for module in found if hasattr(module, "add_fused_lm_head")]
 
 
-def attach(model: nn.Module) -> None:
-    """Use ``linear_logprobs`` in TRL's fused head of ``model``.
+def apply_for(args: object, model: nn.Module, config: LigerConfig, reasons: Mapping[str, str]) -> LigerReport:
+    """``apply_liger`` for the trainer of ``args``: in TRL's fused head, ``linear_logprobs`` is the fused loss.
 
     Args:
-        model: A model that ``apply_liger`` has patched.
-
-    Raises:
-        ValueError: ``model`` is not patched.
+        args: The trainer's arguments.
+        model: The model to patch.
+        config: The options.
+        reasons: Why kinds cannot be used with ``args``.
     """
-    state, core = patch_state(model), core_model(model)
-    if state is None:
-        raise ValueError(f"model: got an unpatched {type(core).__name__}; must be a model patched by apply_liger")
-    if state.trl_head is not None:
-        return
+    fused = config.fused_loss and "fused_loss" not in reasons and bool(_fused_trainers(args))
+    state = patch_state(model)
+    if state is not None and state.config == config and (state.trl_head is not None) != fused:
+        revert_liger(model)  # patched for another trainer
+    if not fused:
+        return apply_with(model, config, reasons)
     trl_utils: Any = importlib.import_module("trl.trainer.utils")
     if not isinstance(trl_utils._ChunkedLogProbFunction, _Dispatcher):
         trl_utils._ChunkedLogProbFunction = _Dispatcher(trl_utils._ChunkedLogProbFunction)
-    head = state.trl_head = _Head(state.config.options_of("fused_loss"))
-    add_hooks(core, state, head.before_forward, head.after_forward)
-    variant = "linear_logprobs, behind TRL's fused head"
-    state.report.applied.append(Applied("fused_loss", "", type(core).__name__, variant))
+    head = _Head(config.options_of("fused_loss"))
+    match = Match(
+        "fused_loss", "linear_logprobs, behind TRL's fused head", before=head.before_forward, after=head.after_forward,
+        acted=head.acted,
+    )  # fmt: skip
+    report = apply_with(model, config, {**reasons, "fused_loss": match})
+    state = patch_state(model)
+    assert state is not None
+    if any(acted is head.acted for acted in state.acted.get("fused_loss", [])):  # otherwise it has one already
+        state.trl_head = head
+    return report

@@ -95,8 +95,9 @@ def loss_and_gradients(model, inputs):
 
 
 def kernels_skipped(report):
-    """The skipped records for which ``strict`` raises an error."""
-    return [record for record in report.skipped if record.kind not in PER_BATCH]
+    """The skipped records for which ``strict`` raises an error, but for those of eager attention (gemma2)."""
+    eager = "its attn_implementation is eager, not sdpa"
+    return [record for record in report.skipped if record.kind not in PER_BATCH and record.reason != eager]
 
 
 def assert_same_training(theirs, ours, tolerance=1e-5):

@@ -111,8 +111,11 @@ def test_generation_is_unchanged(implementation):
 
 
 def test_what_is_no_candidate():
-    for model in (sdpa_model(num_key_value_heads=HEADS), tiny_model("llama", attn_implementation="eager")):
-        assert "attention" not in apply_liger(model, {**ON, "strict": True}).counts
+    assert "attention" in apply_liger(sdpa_model(num_key_value_heads=HEADS), {**ON, "strict": True}).none_here
+    eager = tiny_model("llama", attn_implementation="eager")
+    with pytest.raises(ValueError, match="its attn_implementation is eager, not sdpa"):
+        apply_liger(eager, {**ON, "strict": True})
+    assert {s.kind for s in apply_liger(eager, ON).skipped} == {"attention"}
 
 
 @pytest.fixture

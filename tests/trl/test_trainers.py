@@ -13,7 +13,7 @@ from liger_trainer.kernels.runtime import launch
 from peft import LoraConfig
 from tiny_models import VOCAB, batch, kernels_skipped, tiny_config, tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
-from training import arguments, assert_same_run
+from training import arguments, assert_same_run, train
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 import liger_trainer
@@ -213,9 +213,8 @@ def test_every_trainer_is_the_same(name, tmp_path):
 
 
 def test_argument_classes_are_subclasses_of_trls():
-    assert {f"Liger{name}Config" for name in TRAINERS} == set(liger_trainer.arguments.__all__) - {
-        "LigerTrainingArguments"
-    }
+    names = {name for name in liger_trainer.arguments.__all__ if name.endswith("Config")}
+    assert {f"Liger{name}Config" for name in TRAINERS} == names
     for name in TRAINERS:
         cls = getattr(liger_trainer, f"Liger{name}Config")
         assert issubclass(cls, getattr(trl, f"{name}Config"))
@@ -235,3 +234,78 @@ def test_reward_model_gets_the_layer_kernels(tmp_path):
     reasons = {s.kind: s.reason for s in report.skipped}
     assert reasons.keys() == {"fused_loss", "padding_mask"}
     assert all(reason.startswith("it has no output embeddings") for reason in reasons.values())
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """Folder of a model, from which TRL makes the reference by itself."""
+    tiny_model("llama").save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+def with_reference(name, saved, **options):
+    """A flagged trainer whose reference is made by TRL, after one step."""
+    kinds = {"DPO": trl.DPOTrainer, "KTO": trl.KTOTrainer, "GRPO": trl.GRPOTrainer, "RLOO": trl.RLOOTrainer}
+    online = name in ("GRPO", "RLOO")
+    settings = {**(ONLINE | {"beta": 0.1} if online else {"per_device_train_batch_size": 4}), "max_steps": 1, **options}
+    peft_config = settings.pop("peft_config", None)
+    args = arguments(f"{saved}/out", cls=getattr(liger_trainer, f"Liger{name}Config"), use_liger=True, **settings)
+    rows = [
+        {"prompt": text(4, i), "chosen": text(5, 30 + i), "rejected": text(6, 60 + i)} if name == "DPO" else
+        {"prompt": text(4, i), "completion": text(5, 40 + i), "label": i % 2 == 0} for i in range(12)
+    ]  # fmt: skip
+    rewards = {"reward_funcs": lambda completions, **kwargs: [float(len(c)) for c in completions]} if online else {}
+    data = Dataset.from_list(rows)
+    trainer = kinds[name](saved, args=args, train_dataset=data, peft_config=peft_config, **rewards)
+    trainer.train()
+    return trainer
+
+
+LORA = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "up_proj"])
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("DPO", {}), ("DPO", {"precompute_ref_log_probs": True}), ("DPO", {"peft_config": LORA}), ("KTO", {}),
+        ("GRPO", {}), ("RLOO", {}), ("GRPO", {"peft_config": LORA}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "+".join(value) or "plain",
+)  # fmt: skip
+def test_policy_and_reference_are_equal_at_the_first_step(name, options, saved):
+    trainer = with_reference(name, saved, **options)
+    entry = trainer.state.log_history[0]
+    if name == "DPO":
+        assert entry["rewards/accuracies"] == entry["rewards/margins"] == 0.0
+    zeros = {"KTO": ("rewards/chosen", "kl"), "GRPO": ("kl",), "RLOO": ("kl",), "DPO": ("rewards/chosen",)}[name]
+    for key in zeros:
+        assert entry[key] == 0.0, key
+    if not options:
+        policy, reference = patch_state(trainer.model), patch_state(trainer.ref_model)
+        assert reference is not policy
+        assert reference.report.counts == policy.report.counts
+        assert reference.config == policy.config
+        assert min(policy.trl_head.calls_fused, reference.trl_head.calls_fused) > 0
+
+
+def test_the_reference_of_a_trainer_without_the_flag_stays_as_it_is(tmp_path):
+    run("DPO", tmp_path, True)
+    trainer = run("DPO", tmp_path, False)
+    assert patch_state(trainer.model) is patch_state(trainer.ref_model) is None
+
+
+@pytest.mark.parametrize("first", ["sft", "plain"])
+def test_one_fused_loss_the_one_that_runs(first, tmp_path):
+    """Under SFT and afterwards under the plain Trainer, or the other way round."""
+    model = tiny_model("llama")
+    for kind in ("sft", "plain") if first == "sft" else ("plain", "sft"):
+        if kind == "sft":
+            args = arguments(tmp_path, cls=LigerSFTConfig, use_liger=True, max_length=16, max_steps=1)
+            trainer = trl.SFTTrainer(model, args=args, train_dataset=sft_rows(), processing_class=tokenizer())
+            trainer.train()
+        else:
+            train(tmp_path, True, model=model, max_steps=1)
+        [row] = [row for row in patch_state(model).report.applied if row.kind == "fused_loss"]
+        assert row.variant.startswith("linear_logprobs" if kind == "sft" else "linear_cross_entropy")
+        assert patch_state(model).report.ran["fused_loss"] == 1
