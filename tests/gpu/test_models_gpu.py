@@ -38,7 +38,7 @@ def test_gradients_are_as_good_as_the_unpatched_model_s(model_type, dtype):
     exact_loss, exact = gradients(exact_model, inputs)
     model = model.to(dtype)
     loss, theirs = gradients(model, inputs)
-    apply_liger(model, {"strict": True})
+    apply_liger(model, {"strict": True, "attention": model.config._attn_implementation == "sdpa"})
     our_loss, ours = gradients(model, inputs)
     again_loss, again = gradients(model, inputs)
     tiny = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-3}[dtype]

@@ -25,7 +25,7 @@ def both(model_type="llama", **overrides):
     """The same model unpatched and patched, in evaluation mode."""
     plain = tiny_model(model_type, **overrides).eval()
     patched = copy.deepcopy(plain)
-    apply_liger(patched, {"strict": True})
+    apply_liger(patched, {"strict": True, "attention": patched.config._attn_implementation == "sdpa"})
     return plain, patched
 
 

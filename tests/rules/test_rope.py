@@ -7,7 +7,7 @@ import torch
 from tiny_models import batch, tiny_model
 
 from liger_trainer import apply_liger
-from liger_trainer.probing.rule import Skip
+from liger_trainer.probing.rule import Acted, Skip
 from liger_trainer.rules import rope as rotary
 
 
@@ -66,7 +66,9 @@ def test_matched(function):
     form = rotary._probe_function(function)
     assert isinstance(form, rotary.Form)
     q, k, cos, sin = rotary._inputs(1, rotary.HEAD_DIM, torch.float32, torch.float32)
-    for ours, theirs in zip(rotary._adapter(function, form)(q, k, cos, sin), function(q, k, cos, sin), strict=True):
+    for ours, theirs in zip(
+        rotary._adapter(function, form, Acted())(q, k, cos, sin), function(q, k, cos, sin), strict=True
+    ):
         torch.testing.assert_close(ours, theirs)
 
 
@@ -98,7 +100,7 @@ def test_what_rope_does_not_take_goes_to_the_original():
         "no k": (optional_k, (q,)),
     }.values():
         tables = {"cos": cos, "sin": sin} if len(arguments) == 1 else {}
-        ours = rotary._adapter(function, rotary._probe_function(function))(*arguments, **tables)
+        ours = rotary._adapter(function, rotary._probe_function(function), Acted())(*arguments, **tables)
         theirs = function(*arguments, **tables)
         for a, b in zip((ours,) if tables else ours, (theirs,) if tables else theirs, strict=True):
             assert torch.equal(a, b)
