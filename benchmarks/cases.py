@@ -49,7 +49,7 @@ def own_op(name: str) -> Callable:
 
 
 def definition(name: str) -> Callable:
-    """What it should compute, in plain PyTorch."""
+    """The op's definition in plain PyTorch."""
     return OPS[name].definition or getattr(reference, name)
 
 
@@ -141,7 +141,7 @@ Check = tuple[str, Tensor, Callable[[tuple, dict], Tensor]]  # name, expected in
 
 
 def expected(case: Case) -> list[Check]:
-    """What the op must return and the gradients it must give, from the fp32 definition on the same inputs.
+    """The outputs and gradients that the op must give, from the fp32 definition on the same inputs.
 
     Of an ``[N, V]`` gradient 512 rows are held. Entries that no label points at are a check of their own: beside the
     label's they are so small that their absence would not show.

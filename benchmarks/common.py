@@ -1,4 +1,4 @@
-"""What the benchmarks share: result files, provenance, numbers and tables as text, options. Imports no torch."""
+"""Shared code of the benchmarks: result files, provenance, tables as text, options. Imports no torch."""
 
 import argparse
 import json

@@ -1,4 +1,4 @@
-"""Where the device time of a training step goes: the profiler's kernels, grouped by what they are."""
+"""The device time of a training step: the profiler's kernels, grouped by kind."""
 
 import re
 from typing import Any

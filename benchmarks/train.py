@@ -47,9 +47,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--points", metavar="A,B", help="only points with these names, or these words in their names")
     parser.add_argument("--launches", metavar="A,B", help="only launches with these names, or these words in them")
     parser.add_argument("--rounds", type=int, metavar="N", help="number of rounds, instead of the suite's")
-    parser.add_argument(
-        "--device-budget", type=float, metavar="SECONDS", help="start no run that may end after this time"
-    )
+    parser.add_argument("--device-budget", type=float, metavar="SECONDS", help="start no run that may exceed this")
     parser.add_argument("--timeout", type=float, default=600, metavar="SECONDS", help="limit of one run")
     parser.add_argument("--profile", choices=TRAIN_ARMS, metavar="ARM", help=f"profile {PROFILED_STEPS} steps")
     parser.add_argument("--again", action="store_true", help="repeat rounds that are already in the result file")

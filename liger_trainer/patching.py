@@ -33,9 +33,9 @@ class CountsCalls(Protocol):
 
 @dataclass
 class PatchState:
-    """What was done to one model. It is kept on the model as ``_liger_state``, so deep copies of the model have it.
+    """The changes made to one model. The model keeps them as ``_liger_state``, so its deep copies have them.
 
-    It holds no module: each method that was bound says itself how to undo it.
+    No module is held: each bound method says itself how to undo it.
 
     Args:
         config: The options with which the model is patched.

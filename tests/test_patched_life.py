@@ -1,4 +1,4 @@
-"""What happens to a patched model afterwards: copies, changes, wrappers, errors, other people's hooks."""
+"""A patched model in later use: copies, changes, wrappers, errors, hooks of others."""
 
 import copy
 import gc

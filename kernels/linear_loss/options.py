@@ -1,4 +1,4 @@
-"""Options of the vocabulary losses: what is allowed, and the form in which kernels and chunk loops take them."""
+"""Options of the vocabulary losses: their checks, and the form in which kernels and chunk loops take them."""
 
 from dataclasses import dataclass, fields
 from typing import NamedTuple, TypedDict
@@ -92,7 +92,7 @@ class HeadOptions:
 
     transform: LogitTransform
     ignore_index: int
-    dtype: torch.dtype  # of the GEMMs
+    dtype: torch.dtype  # dtype of the GEMMs
     wanted: Wanted
     memory: MemoryOptions
     stats: int

@@ -36,11 +36,11 @@ from .vocab_chunks import VocabChunks, forward_by_vocabulary
 STATS_FIELDS = {NO_STATS: 0, LABEL_STATS: 3, ALL_STATS: 5}  # how many of TokenLogProbs
 STATS_DTYPES = (torch.float32, torch.float32, torch.bool, torch.float32, torch.float32)
 NUM_PARAMS = 3  # hidden, weight, bias
-NUM_INPUTS = 11  # of the forward operator
+NUM_INPUTS = 11  # inputs of the forward operator
 
 
 class LossResult(NamedTuple):
-    """What ``loss_forward`` computes.
+    """The results of ``loss_forward``.
 
     ``loss`` is 0-d, or ``[N]`` unreduced. ``stats`` is ``[5, n]`` or ``None``, and ``lse`` ``[n]``, of the valid
     ``rows``. ``grads`` of hidden, weight and bias (``None`` unless computed now) must still be multiplied by

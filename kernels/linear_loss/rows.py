@@ -1,4 +1,4 @@
-"""What is done to rows of logits: loss and statistics of whole rows or vocabulary chunks, and their gradient in place.
+"""Operations on rows of logits: loss and statistics of whole rows or vocabulary chunks, and their gradient in place.
 
 The formulas are in row_kernels.py. ``loss_rows`` reads whole rows; ``merge_chunk_stats`` and ``ChunkStats.finish`` give
 the same numbers for rows that arrive one vocabulary chunk after another; ``dlogits_rows`` serves both.

@@ -91,7 +91,7 @@ def equal_parts(total: int, limit: int, unit: int) -> int:
 
 
 class PerToken(NamedTuple):
-    """What a forward pass computes for the ``n`` valid rows.
+    """The results of a forward pass for the ``n`` valid rows.
 
     ``loss`` and ``lse`` are fp32 ``[n]``. ``stats`` are fp32 ``[5, n]`` in the order of ``TokenLogProbs``, or ``None``.
     ``grads`` are ``None`` where they are not wanted.

@@ -7,9 +7,9 @@ from torch.autograd import forward_ad
 
 
 class _NoContext:
-    """Takes the place of ``ctx`` where no backward can follow, and keeps nothing."""
+    """Replaces ``ctx`` when no backward can follow, and keeps nothing."""
 
-    needs_input_grad = (False,) * 16  # as many as any op has arguments
+    needs_input_grad = (False,) * 16  # at least as many as any op has arguments
 
     def save_for_backward(self, *tensors: torch.Tensor | None) -> None:
         pass

@@ -1,4 +1,4 @@
-"""Where an op runs and how its kernel is launched: the one place that knows about devices and Triton's launch path."""
+"""The choice of backend and the launch of kernels: only this module knows about devices and Triton's launch path."""
 
 import inspect
 import os
@@ -50,7 +50,7 @@ def can_launch_directly(triton_version: str, cuda_version: str | None) -> bool:
 
 
 DIRECT_LAUNCH = HAS_TRITON and not INTERPRET and can_launch_directly(triton.__version__, torch.version.cuda)
-# The plain C functions behind torch.cuda.current_device and current_stream; CPU builds of torch have neither.
+# The C functions behind torch.cuda.current_device and current_stream; CPU builds of torch have neither.
 current_device: Any = getattr(torch._C, "_cuda_getDevice", None)
 current_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
@@ -61,7 +61,7 @@ def use_triton(x: torch.Tensor) -> bool:
 
 
 def _has_hooks() -> bool:
-    """Whether a profiler listens to launches: a chain of hooks, or one that was assigned in the place of the chain."""
+    """Whether a profiler listens to launches: a chain of hooks, or a single hook assigned in its place."""
     runtime = triton.knobs.runtime
     enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
     return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))

@@ -294,7 +294,7 @@ class NormFunction(Function):
             return y
         ctx.set_materialize_grads(False)
         if not (ctx.needs_input_grad[0] or ctx.needs_input_grad[1]):
-            ctx.mark_non_differentiable(total)  # as x + residual is, when only the weight is trained
+            ctx.mark_non_differentiable(total)  # like x + residual itself when only the weight is trained
         return y, total
 
     @staticmethod

@@ -45,7 +45,7 @@ switches: dict[tuple[str, str], set[bool]] = {}  # a kernel's boolean constants;
 
 
 def compile_launch(kernel: triton.JITFunction, grid: tuple[int, int, int]) -> Callable[..., None]:
-    """In the place of ``kernel[grid]``: a function that compiles what it would launch."""
+    """Replaces ``kernel[grid]`` by a function that compiles what it would launch."""
     source = inspect.getsource(kernel.fn)
 
     def run(*values: Any, **options: int) -> None:

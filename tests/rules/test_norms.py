@@ -15,7 +15,7 @@ from liger_trainer.rules import norms
     ("model_type", "behaviour"), [("gpt_neox", "torch's"), ("cohere", "the input's"), ("nemotron", "autocast's")]
 )
 def test_layer_norms_keep_their_dtype_under_autocast(model_type, behaviour):
-    """What CUDA's autocast would do is told from a CPU; tests/test_models_gpu.py compares on a GPU."""
+    """CUDA's autocast behaviour is predicted on the CPU; tests/test_models_gpu.py compares on a GPU."""
     model = tiny_model(model_type)
     (norm, *_) = (m for m in model.modules() if norms.matches(m))
     assert norms._autocast_behaviour(norm, type(norm).forward) == behaviour

@@ -1,4 +1,4 @@
-"""The search for the largest batch: what it finds whatever it expects, and in how many trials."""
+"""The search for the largest batch: its result for any expectation, and its number of trials."""
 
 import pytest
 
@@ -29,7 +29,7 @@ def test_the_largest_in_few_trials(largest):
 
 
 def test_every_resolution_ends():
-    """Whatever its fractions round to: a number is never tried twice, and the result is within the resolution."""
+    """However fractions round, no number is tried twice, and the result is within the resolution."""
     for percent in range(101):
         for largest in range(1, 131, 1 if percent in (29, 35, 58) else 7):
             for guess in (largest // 2, largest, largest + 2, 100):

@@ -58,7 +58,7 @@ def start(*command):
 
 
 def finish(process):
-    """What the launcher and its processes printed; the launcher's own summary apart."""
+    """The output of the launcher and its processes, and separately the launcher's own summary."""
     try:
         output, _ = process.communicate(timeout=90)
     finally:

@@ -1,4 +1,4 @@
-"""What a group of two ranks has to show beside parity of whole training runs; each check raises where it does not."""
+"""Checks of two ranks beyond the parity of whole training runs; each check raises if it fails."""
 
 import resource
 import time
