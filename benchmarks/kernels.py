@@ -77,31 +77,23 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def measure_arm(job: dict, seconds: float) -> Iterator[dict]:
-    """The messages of one arm's worker; where it dies, a row says so, and a new worker goes on with the other shapes.
+    """The messages of one arm's worker, and a failed row for each shape that is left where it dies.
 
     Shapes for which the time does not suffice have no row.
     """
-    end, left = time.monotonic() + seconds, list(job["shapes"])
+    end, left, last = time.monotonic() + seconds, list(job["shapes"]), {}
     visible = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0"), "HF_HUB_OFFLINE": "1"}
-    while left:
-        command = [sys.executable, "-m", "benchmarks.op_worker", json.dumps(job | {"shapes": left})]
-        started, rows, last = False, 0, {}
-        for last in workers.run(command, min(end - time.monotonic(), HANG_S), visible):
-            if last["kind"] == "row":
-                rows += 1
-                left.remove(last["spec"])
-            started |= last["kind"] == "hello"
-            if last["kind"] != "exit":
-                yield last
-        if last["code"] == 0 or time.monotonic() > end:
-            return
-        print(last["log"], file=sys.stderr)
-        # After a row the next shape may be innocent; a worker that did not start would fail again.
-        lost = left if not started else left[: 0 if rows else 1]
-        for spec in list(lost):
-            note = f"worker ended with status {last['code']}: {last['log'][-300:]}"
-            yield {"kind": "row", "spec": spec, "status": "error", "note": note}
-        left = left[len(lost) :]
+    command = [sys.executable, "-m", "benchmarks.op_worker", json.dumps(job)]
+    for last in workers.run(command, min(seconds, HANG_S), visible):
+        if last["kind"] == "row":
+            left.remove(last["spec"])
+        if last["kind"] != "exit":
+            yield last
+    if last["code"] == 0 or time.monotonic() > end:
+        return
+    print(last["log"], file=sys.stderr)
+    note = f"worker ended with status {last['code']}: {last['log'][-300:]}"
+    yield from ({"kind": "row", "spec": spec, "status": "error", "note": note} for spec in left)
 
 
 def describe(row: dict) -> str:

@@ -16,7 +16,6 @@ import json
 import math
 import multiprocessing
 import os
-import signal
 import sys
 import warnings
 from collections import Counter
@@ -32,13 +31,8 @@ from benchmarks import common
 from benchmarks.common import INFINITE
 from liger_trainer.config import KINDS
 
-TIMEOUT_S = 90  # processor time for one model
 LARGEST = 60_000_000  # parameters; a config with large defaults for sizes that SIZES lacks is left out
-# By auto class, its table of model types and the name of the result file.
-AUTO = {
-    "AutoModelForCausalLM": ("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "models"),
-    "AutoModelForImageTextToText": ("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", "models-image-text"),
-}
+RESULT_FILES = {"AutoModelForCausalLM": "models", "AutoModelForImageTextToText": "models-image-text"}
 TOLERANCE = 1e-4  # of each gradient and of the logits, relative to their norms; the loss a tenth of that
 VOCAB, TOKENS, PADDING = 131, 12, 4
 # Sizes, and the names that configs give them.
@@ -75,18 +69,16 @@ def shrink(config: Any) -> None:
     """Make ``config`` and the configs in it small: two layers, of different kinds where there are several."""
     from transformers import PreTrainedConfig
 
-    has = vars(config)
-    numbers = NUMBERS | {"rope_theta": 10000.0}
+    has, numbers = vars(config), NUMBERS | {"rope_theta": 10000.0}
     if "kv_lora_rank" in has:  # multi-head latent attention: the rotary part is all that rope sees
         numbers |= {"head_dim": numbers["qk_rope_head_dim"], "num_key_value_heads": numbers["num_attention_heads"]}
     for name, number in numbers.items():
-        plain = isinstance(has.get(name), int | float) and not isinstance(has[name], bool)
-        if plain or (name in UNSET and name in has and has[name] is None):
-            setattr(config, name, float(number) if isinstance(has[name], float) else number)
+        value = has.get(name)
+        if type(value) in (int, float) or (value is None and name in UNSET and name in has):
+            setattr(config, name, float(number) if isinstance(value, float) else number)
     for name in PER_LAYER:
         if isinstance(has.get(name), list | tuple) and has[name]:
-            kinds = list(dict.fromkeys(has[name]))
-            setattr(config, name, (2 * kinds)[:2])
+            setattr(config, name, (2 * list(dict.fromkeys(has[name])))[:2])
     if "use_cache" in has:
         config.use_cache = False
     _give_theta(has.get("rope_parameters"))
@@ -117,7 +109,6 @@ def tiny_model(model_type: str, auto: str = "AutoModelForCausalLM") -> Any:
     import transformers
     from transformers import AutoConfig
 
-    from_config = getattr(transformers, auto).from_config
     defaults = AutoConfig.for_model(model_type)
     known = {k: type(vars(defaults)[k])(n) for k, n in NUMBERS.items() if type(vars(defaults).get(k)) in (int, float)}
     try:
@@ -127,6 +118,7 @@ def tiny_model(model_type: str, auto: str = "AutoModelForCausalLM") -> Any:
     shrink(config)
     if hasattr(config, "is_decoder"):
         config.is_decoder = True
+    from_config = getattr(transformers, auto).from_config
     torch.manual_seed(0)
     with torch.device("meta"):
         size = sum(p.numel() for p in from_config(copy.deepcopy(config)).parameters())
@@ -167,35 +159,24 @@ def train_once(model: Any) -> tuple:
 
 
 def differences(ours: tuple, theirs: tuple) -> dict:
-    """Relative differences of loss, logits, and the gradient that differs most.
+    """Relative differences of loss, logits, and the gradient that differs most; ``largest`` counts the loss tenfold.
 
     ``INFINITE`` stands for NaN, infinity, and a gradient that only one side has. A gradient far smaller than the
     largest one is compared with that.
     """
+
+    def relative(ours: Any, theirs: Any, floor: float = 1e-30) -> float:
+        error = float((ours - theirs).norm()) / max(float(theirs.norm()), floor)
+        return error if math.isfinite(error) else INFINITE
+
     (our_loss, our_gradients, our_logits), (loss, gradients, logits) = ours, theirs
-    floor = 1e-4 * max(float(g.norm()) for g in gradients.values())
+    floor = max(1e-4 * max(float(g.norm()) for g in gradients.values()), 1e-30)
     found = dict.fromkeys(our_gradients.keys() ^ gradients.keys(), INFINITE)
-    for name in our_gradients.keys() & gradients.keys():
-        found[name] = relative(our_gradients[name], gradients[name], floor)
-    worst = max(found, key=found.get)
-    rest = {"loss": relative(our_loss, loss), "logits": relative(our_logits, logits)}
-    return {"gradient": found[worst], "worst": worst, **rest}
-
-
-def relative(ours: Any, theirs: Any, floor: float = 0.0) -> float:
-    """Norm of the difference over the norm of ``theirs``, which counts as at least ``floor``."""
-    error = float((ours - theirs).norm()) / max(float(theirs.norm()), floor, 1e-30)
-    return error if math.isfinite(error) else INFINITE
-
-
-def largest(found: dict) -> float:
-    """The largest of ``differences``, the loss counted tenfold."""
-    return max(found["gradient"], found["logits"], 10 * found["loss"])
-
-
-def short(error: Exception) -> str:
-    """Class and message on one line."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:160]
+    found |= {n: relative(our_gradients[n], gradients[n], floor) for n in our_gradients.keys() & gradients.keys()}
+    worst = max(found, key=lambda name: found[name])
+    row = {"gradient": found[worst], "worst": worst}
+    row |= {"loss": relative(our_loss, loss), "logits": relative(our_logits, logits)}
+    return row | {"largest": max(row["gradient"], row["logits"], 10 * row["loss"])}
 
 
 def check(auto: str, model_type: str) -> dict:
@@ -205,19 +186,14 @@ def check(auto: str, model_type: str) -> dict:
 
     from liger_trainer import apply_liger
 
-    def stop(*_: Any) -> None:
-        raise TimeoutError(f"it took more than {TIMEOUT_S} s")
-
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
-    signal.signal(signal.SIGPROF, stop)  # wall time would depend on what else runs
-    signal.setitimer(signal.ITIMER_PROF, TIMEOUT_S)
     row, failure = {"model_type": model_type}, "not built"
     try:
         model = tiny_model(model_type, auto)
         theirs = train_once(model)
-        row["itself"] = largest(differences(train_once(model), theirs))
+        row["itself"] = differences(train_once(model), theirs)["largest"]
         if row["itself"] == INFINITE:
             raise ValueError("its loss, gradients or logits are not finite")
         row["class"], failure = type(model).__name__, "error"
@@ -227,66 +203,49 @@ def check(auto: str, model_type: str) -> dict:
         row["skipped"] = [{"kind": k, "reason": r, "count": n} for (k, r), n in left.items()]
         row |= differences(train_once(model), theirs)
     except Exception as error:
-        return row | {"status": failure, "note": short(error)}
-    finally:
-        signal.setitimer(signal.ITIMER_PROF, 0)
-    if largest(row) <= TOLERANCE:
+        return row | {"status": failure, "note": " ".join(f"{type(error).__name__}: {error}".split())[:160]}
+    if row["largest"] <= TOLERANCE:
         return row | {"status": "same"}
-    return row | {"status": "not repeatable" if largest(row) <= 2 * row["itself"] else "differs"}
+    return row | {"status": "not repeatable" if row["largest"] <= 2 * row["itself"] else "differs"}
 
 
-def summary(rows: list[dict]) -> str:
-    """The numbers of models in one sentence."""
-    built = sum(row["status"] != "not built" for row in rows)
+def make_tables(name: str, rows: list[dict]) -> dict[str, str]:
+    """Markdown by name: all about every model, and a summary in one sentence."""
+    rows = sorted(rows, key=lambda row: row["model_type"])
+    built = [row for row in rows if row["status"] != "not built"]
     same = sum(row["status"] == "same" for row in rows)
     fused = sum("fused_loss" in row.get("applied", {}) for row in rows)
-    return f"{len(rows)} model types, {built} built: {same} with the same numbers, {fused} with the fused loss."
-
-
-def make_table(rows: list[dict]) -> str:
-    """Markdown: one line a model, a column a kind of replacement; then what is left as it is; then models not built."""
+    summary = f"{len(rows)} model types, {len(built)} built: {same} with the same numbers, {fused} with the fused loss."
     lines, left = [], {}
-    rows = sorted(rows, key=lambda row: row["model_type"])
-    for row in (row for row in rows if row["status"] != "not built"):
+    for row in built:
         counts = [row.get("applied", {}).get(kind, "-") for kind in KINDS]
         differ = f"{row['gradient']:.0e}" if "gradient" in row else row["note"]
         lines.append([row["model_type"], row["status"], *counts, differ])
         for skipped in row.get("skipped", []):
             left.setdefault(f"{skipped['kind']}: {skipped['reason']}", []).append(row["model_type"])
-    header = ["model type", "numbers", *KINDS, "gradients differ by"]
-    parts = [
-        summary(rows),
-        common.text_table(header, lines),
-        "Left as they are:",
-        "\n".join(f"- {what} ({', '.join(models)})" for what, models in sorted(left.items())),
-        "Not built in this size:",
-        "\n".join(f"- {row['model_type']}: {row['note']}" for row in rows if row["status"] == "not built"),
-    ]
-    return "\n\n".join(parts) + "\n"
+    table = common.text_table(["model type", "numbers", *KINDS, "gradients differ by"], lines)
+    kept = "\n".join(f"- {what} ({', '.join(models)})" for what, models in sorted(left.items()))
+    failed = (f"- {row['model_type']}: {row['note']}" for row in rows if row["status"] == "not built")
+    parts = (summary, table, "Left as they are:", kept, "Not built in this size:", "\n".join(failed))
+    return {name: "\n\n".join(parts) + "\n", f"{name}-summary": f"{summary}\n"}
 
 
 def main(argv: list[str] | None = None) -> int:
     """Check them all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--auto", choices=AUTO, default="AutoModelForCausalLM", help="the models' auto class")
-    parser.add_argument("--models", metavar="A,B", help="these model types; by default all of the auto class")
-    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--auto", choices=RESULT_FILES, default="AutoModelForCausalLM", help="the models' auto class")
+    parser.add_argument("--models", type=lambda text: text.split(","), help="only these, for example llama,gpt2")
     common.add_output_options(parser)
     args = parser.parse_args(argv)
-    from transformers.models.auto import modeling_auto
+    import transformers
 
-    mapping, name = AUTO[args.auto]
-    chosen = known = sorted(getattr(modeling_auto, mapping))
-    try:
-        chosen = common.names(known)(args.models) if args.models else known
-    except argparse.ArgumentTypeError as error:
-        parser.error(f"--models: {error}")
+    chosen = args.models or sorted(getattr(transformers, args.auto)._model_mapping._model_mapping)
     os.environ["TRITON_INTERPRET"] = "0"  # the processes below run the definitions, not interpreted kernels
     about = {"device": "cpu", "driver": None, **common.software()}
-    path = (args.out or common.RESULTS) / f"{name}.json"
+    path = (args.out or common.RESULTS) / f"{RESULT_FILES[args.auto]}.json"
     results = common.ResultFile(path, ("model_type",), common.provenance(about, args.commit))
     progress, failed = common.Progress(len(chosen)), False
-    with ProcessPoolExecutor(args.processes, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
         for row in pool.map(partial(check, args.auto), chosen):
             results.add(row)
             failed |= row["status"] in ("differs", "error")

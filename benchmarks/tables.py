@@ -1,4 +1,4 @@
-"""Result rows as Markdown tables, for the terminal and for the documents: ops, the fused loss's curve, training."""
+"""Result rows as Markdown tables, for the terminal and for the documents: ops and training."""
 
 import statistics
 
@@ -12,14 +12,6 @@ COMPARED = {
     "tokens_per_s": "tokens/s",
     "peak_allocated_gib": "peak",
     "above_static_gib": "peak above weights, gradients and optimizer state",
-}
-# The settings of the fused loss's curve that a user can choose; its file also has ideas that are not in the product.
-CURVE = {
-    "low_memory": "low_memory",
-    "chunks 256": "logits_budget_mib=256",
-    "chunks 512": "default (512)",
-    "chunks 1024": "logits_budget_mib=1024",
-    "chunks 2048": "logits_budget_mib=2048",
 }
 
 
@@ -72,30 +64,6 @@ def kernels_text(rows: list[dict]) -> str:
     absent = dict.fromkeys(row["arm"] for row in rows if row["status"] == "absent")
     texts = [f"{title}\n\n{table}" for title, table in parts if table]
     return "\n\n".join([*texts, *([f"absent: {', '.join(absent)}"] if absent else [])])
-
-
-def curve_shape(shape: dict) -> str:
-    """As in the other tables."""
-    return f"BT{shape['tokens']} H{shape['hidden']} V{shape['vocab']}"
-
-
-def curve_points(shape: dict) -> dict[str, dict]:
-    """The measurements of one shape of the curve, by setting, where they did not fail."""
-    known = {variant["name"]: variant for variant in shape["variants"] if "ms" in variant}
-    return {name: known[name] for name in CURVE if name in known}
-
-
-def curve_text(data: dict) -> str:
-    """Milliseconds, multiple of the three GEMMs alone, and MiB over the gradients, a shape a row."""
-    rows = []
-    for shape in data["shapes"]:
-        known = curve_points(shape)
-        cells = [
-            f"{v['ms']:.1f} ms ({v['ratio']:.2f}x), {v['extra_mib']:.0f} MiB" if (v := known.get(name)) else "-"
-            for name in CURVE
-        ]
-        rows.append([curve_shape(shape), f"{shape['floor_ms']['3']:.1f} ms", *cells])
-    return text_table(["shape", "3 GEMMs", *CURVE.values()], rows)
 
 
 class Training:

@@ -193,8 +193,6 @@ def test_plots_and_tables(tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text("a\n<!-- table:kernels-gpu-full-anchors -->\nold\n<!-- /table -->\nb\n")
     assert plot.main(["--results", str(tmp_path), "--update", str(readme)]) == 0
-    for name in ("kernels-gpu-time.png", "kernels-gpu-memory.png"):
-        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     text = readme.read_text()
     assert "old" not in text
     assert "0.25 (1.25x)" in text
@@ -222,7 +220,7 @@ def test_every_causal_lm_computes_the_same_with_and_without(tmp_path):
     assert len(rows) > 180
     assert status.count("same") > 165, [row for row in rows if row["status"] != "same"]
     assert sum("fused_loss" in row.get("applied", {}) for row in rows) > 140
-    assert "| deepseek_v3 " in models.make_table(rows)
+    assert "| deepseek_v3 " in models.make_tables("models", rows)["models"]
     model = models.tiny_model("llama")
     theirs = models.train_once(model)
     with torch.no_grad():
@@ -238,4 +236,4 @@ def test_every_causal_lm_computes_the_same_with_and_without(tmp_path):
         (loss, gradients, logits * float("nan")),
         (loss * float("inf"), gradients, logits),
     ):
-        assert models.largest(models.differences(wrong, theirs)) >= models.INFINITE
+        assert models.differences(wrong, theirs)["largest"] >= models.INFINITE
