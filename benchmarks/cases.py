@@ -1,16 +1,14 @@
 """One op at one shape: its inputs, what it should compute, and the matrix multiplications that are its floor."""
 
-import functools
 import importlib
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.ops import MEASURED, OPS, Draw, Spec, Variant
+from benchmarks.ops import MEASURED, OPS, Draw, Spec
 from liger_trainer.kernels import reference
 
 SETS = ("anchors", "today", "paper", "small", "smoke", "host")
@@ -84,29 +82,6 @@ def build(spec: Spec, device: str) -> Case:
     tensors, upstream = OPS[spec["op"]].inputs(Draw(spec, device))
     leaves = ("hidden",) if spec.get("frozen") else tuple(OPS[spec["op"]].leaves.split())
     return Case(spec, {n: torch.nn.Parameter(t) if n in leaves else t for n, t in tensors.items()}, leaves, upstream)
-
-
-def build_variant(name: str, variant: Variant, rows: int, cols: int, device: str) -> tuple[Case, Callable, Callable]:
-    """The inputs of a variant, and the calls of the op and of its definition on them."""
-    spec = parse(name, small_shape(name, rows, cols)) | variant.spec
-    case = build(spec | {"dtype": "float32" if variant.autocast else "bfloat16"}, device)
-    case.tensors |= dict.fromkeys(variant.without.split())
-    wanted = case.leaves if variant.leaves is None else variant.leaves.split()
-    case.leaves = tuple(leaf for leaf in wanted if case.tensors[leaf] is not None)
-    inputs = [t if t is None or n in case.leaves else t.detach() for n, t in case.tensors.items()]
-
-    def values(options: dict[str, Any]) -> dict[str, Any]:
-        return {key: value(case["labels"]) if callable(value) else value for key, value in options.items()}
-
-    options = values(variant.options)
-    ours = functools.partial(own_op(name), *inputs, **options, **values(variant.ours))
-    theirs = functools.partial(definition(name), *inputs, **options)
-    if variant.autocast:
-        ours = torch.autocast(device, torch.bfloat16)(ours)
-    if variant.outputs is not None:
-        all_ours, all_theirs = ours, theirs
-        return case, lambda: all_ours()[: variant.outputs], lambda: all_theirs()[: variant.outputs]
-    return case, ours, theirs
 
 
 def bytes_moved(case: Case) -> dict[str, int] | None:

@@ -71,7 +71,8 @@ def main(argv: list[str] | None = None) -> int:
     if results is None:
         print("no worker started: see the errors above", file=sys.stderr)
         return 1
-    print(tables.kernels_text(rows))
+    for name, table in tables.kernel_tables(rows).items():
+        print(f"{name}\n\n{table}\n")
     print(f"written: {results.path}")
     return int(failed)
 

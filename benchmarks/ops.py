@@ -1,6 +1,6 @@
 """The table of ops: each entry has inputs, measured shapes, the bytes that must move, and the variants to check.
 
-``bench kernels`` measures the shapes; ``sanitize.py`` and the tests' offline compilation run the variants.
+``bench kernels`` measures the shapes; the tests and ``tests/helpers/sanitize.py`` run the variants.
 """
 
 from collections.abc import Callable

@@ -35,14 +35,10 @@ Axis = Any  # matplotlib's, which is imported only to draw
 
 def kernel_tables(stem: str, data: dict) -> dict[str, str]:
     """Every table of a result file of the kernel benchmark, by name."""
-    made: dict[str, str] = {}
-    for metric in ("host_us", "host_launch_us", "host_autograd_us", "host_full_us"):
-        made[f"{stem}-{metric.removesuffix('_us').replace('_', '-')}"] = tables.pivot(data["results"], metric)
-    rows = [row for row in data["results"] if not row["shape"].endswith(" host")]
-    for suffix, chosen in {"": rows, **{f"-{name}": in_set(rows, name) for name in SETS}}.items():
-        for metric in ("full", "fwd", "bwd"):
-            made[f"{stem}-{metric}{suffix}"] = tables.pivot(chosen, f"{metric}_ms", f"floor_{metric}_ms")
-        made[f"{stem}-memory{suffix}"] = tables.pivot(chosen, "extra_mib")
+    made = {f"{stem}-{name}": text for name, text in tables.kernel_tables(data["results"]).items()}
+    for group in SETS:
+        chosen = tables.kernel_tables(in_set(data["results"], group))
+        made |= {f"{stem}-{name}-{group}": text for name, text in chosen.items()}
     return made
 
 

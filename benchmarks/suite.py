@@ -22,7 +22,7 @@ its own ``warmup``, ``steps`` and ``window``: if a step takes long, few are enou
 ``overrides`` apply, and ``vary`` there replaces the values of that key.
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,10 +35,8 @@ from liger_trainer.config import nearest
 
 SUITES = ROOT / "benchmarks" / "suites"
 REQUIRED = ("title", "figure", "x", "arms", "launch", "points")
-KEYS = (*REQUIRED, "rounds", "warmup", "steps", "window", "overrides", "environment", "smoke")
-LAUNCH = ("name", "config_file", "num_processes")
-ROUNDS = 3
 TIMES = {"warmup": 2, "steps": 4, "window": 2}
+KEYS = (*REQUIRED, *TIMES, "rounds", "overrides", "environment", "smoke")
 NOT_OVERRIDES = ("name", "num_processes")  # allowed as x, beside the overrides' keys
 SMOKE_TIMES = {"warmup": 1, "steps": 2, "window": 1}
 SMOKE_OVERRIDES = {
@@ -114,26 +112,23 @@ def load(path: Path, smoke: bool = False) -> Suite:
         known = sorted(file.stem for file in SUITES.glob("*.yaml"))
         _require(str(path.with_suffix("")) in known, "suite", str(path), f"a file, or one of {', '.join(known)}")
         path = SUITES / f"{path.stem}.yaml"
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    _check_keys(content, KEYS, str(path), REQUIRED)
-    _check_keys(content["x"], ("key", "label"), f"{path}: x", ("key", "label"))
-    _check_keys(content.setdefault("smoke", {}), ("overrides", "model", "vary"), f"{path}: smoke")
-    _check_keys(dict.fromkeys(content["arms"]), TRAIN_ARMS, f"{path}: arms")
-    rounds, environment = 1 if smoke else content.get("rounds", ROUNDS), content.get("environment") or {}
-    _check_counts({"rounds": rounds}, str(path))
-    _require(isinstance(environment, dict), f"{path}: environment", environment, "a mapping of names to values")
+    content = {"rounds": 3, "environment": {}, "smoke": {}} | yaml.safe_load(path.read_text(encoding="utf-8"))
+    _check_keys(content, str(path), REQUIRED, KEYS)
+    _check_keys(content["x"], f"{path}: x", ("key", "label"))
+    _check_keys(content["smoke"], f"{path}: smoke", (), ("overrides", "model", "vary"))
+    _check_keys(dict.fromkeys(content["arms"]), f"{path}: arms", (), TRAIN_ARMS)
     points = [point for entry in content["points"] for point in _points(entry, content, smoke, f"{path}: points")]
     if smoke:  # with smoke's ``vary``, entries with the same name make the same points
         points = list({point["point"]: point for point in points}.values())
     launches = []
     for entry in content["launch"]:
-        _check_keys(entry, LAUNCH, f"{path}: launch", LAUNCH)
-        name, file, processes = (entry[key] for key in LAUNCH)
-        _require((ROOT / file).is_file(), f"{path}: launch: {name}: config_file", file, "a file of the checkout")
-        _check_counts({"num_processes": processes}, f"{path}: launch: {name}")
-        launches.append({"launch": name, "config_file": file, "processes": processes})
+        _check_keys(entry, f"{path}: launch", ("name", "config_file", "num_processes"))
+        file, processes = entry["config_file"], entry["num_processes"]
+        _require((ROOT / file).is_file(), f"{path}: launch: config_file", file, "a file of the checkout")
+        launches.append({"launch": entry["name"], "config_file": file, "processes": processes})
     about = {"name": path.stem, **{key: content[key] for key in ("title", "figure", "x", "arms")}}
-    variables = {name: str(value) for name, value in environment.items()}
+    variables = {name: str(value) for name, value in content["environment"].items()}
+    rounds = 1 if smoke else content["rounds"]
     suite = Suite(about, tuple(points), tuple(launches), tuple(content["arms"]), rounds, variables)
     about["places"] = suite.places()
     for place in about["places"]:
@@ -146,42 +141,33 @@ def _require(condition: bool, where: str, got: Any, allowed: str) -> None:
         raise ValueError(f"{where}: got {got!r}; must be {allowed}")
 
 
-def _check_counts(counts: dict[str, Any], where: str) -> None:
-    for key, value in counts.items():
-        _require(isinstance(value, int) and value >= 1, f"{where}: {key}", value, "an integer of at least 1")
-
-
-def _check_keys(mapping: Any, allowed: Iterable[str], where: str, required: Iterable[str] = ()) -> None:
-    _require(isinstance(mapping, dict), where, mapping, f"a mapping of {', '.join(allowed)}")
+def _check_keys(mapping: dict, where: str, required: Sequence[str], allowed: Sequence[str] = ()) -> None:
     for key in mapping:
-        _require(key in allowed, where, key, f"one of {', '.join(allowed)}{nearest(str(key), allowed)}")
+        known = (*required, *allowed)
+        _require(key in known, where, key, f"one of {', '.join(known)}{nearest(str(key), known)}")
     for key in required:
         _require(mapping.get(key) is not None, f"{where}: {key}", None, "given")
 
 
 def _points(entry: dict, content: dict, smoke: bool, where: str) -> list[dict]:
     """The points of one entry: one, or one for each value of ``vary``."""
-    _check_keys(entry, ("name", "recipe", "overrides", "vary", *TIMES), where, ("name", "recipe"))
+    _check_keys(entry, where, ("name", "recipe"), ("overrides", "vary", *TIMES))
     name, recipe, where = entry["name"], entry["recipe"], f"{where}: {entry['name']!r}"
     times = SMOKE_TIMES if smoke else {key: entry.get(key, content.get(key, TIMES[key])) for key in TIMES}
-    _check_counts(times, where)
     divides = times["steps"] % times["window"] == 0 == times["warmup"] % times["window"]
     _require(divides, where, times, "such that warmup and steps are multiples of window")
-    _require("," not in name, f"{where}: name", name, "without a comma, which --points splits at")
     _require((ROOT / recipe).is_file(), f"{where}: recipe", recipe, "a file of the checkout")
-    settings = content["smoke"] if smoke else {}
-    overrides = {**(content.get("overrides") or {}), **(entry.get("overrides") or {})}
+    overrides = {**content.get("overrides", {}), **entry.get("overrides", {})}
+    vary = entry.get("vary", {})
     if smoke:
-        tiny = _shrunk_model(recipe, overrides, settings.get("model") or {}, where)
-        overrides = {**overrides, **SMOKE_OVERRIDES, **(settings.get("overrides") or {}), "model_config": tiny}
-    vary = dict(entry.get("vary") or {})
-    _require(len(vary) < 2, f"{where}: vary", list(vary), "one key")
-    key, made = content["x"]["key"], []
+        settings = content["smoke"]
+        tiny = _shrunk_model(recipe, overrides, settings.get("model", {}), where)
+        overrides = {**overrides, **SMOKE_OVERRIDES, **settings.get("overrides", {}), "model_config": tiny}
+        vary = {key: settings.get("vary", {}).get(key, values) for key, values in vary.items()}
+    key, made = content["x"]["key"], [(name, overrides)]
     for varied, values in vary.items():
         label = content["x"]["label"] if varied == key else varied
-        for value in (settings.get("vary") or {}).get(varied, values):
-            made.append((f"{name} at {label} {value}", {**overrides, varied: value}))
-    made = made or [(name, overrides)]
+        made = [(f"{name} at {label} {value}", {**overrides, varied: value}) for value in values]
     for _, chosen in made:
         expected = f"one of its overrides or vary: {', '.join(chosen)}"
         _require(key in (*chosen, *NOT_OVERRIDES), f"{where}: x", key, expected)

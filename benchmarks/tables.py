@@ -6,7 +6,6 @@ from benchmarks.common import format_number, text_table
 from benchmarks.peers import PEERS, TRAIN_ARMS
 from benchmarks.rows import GRAD_NORM_TOLERANCE, change, counts_text, percent, percent_and_range, place_of
 
-KERNEL_METRICS = {"full_ms": "forward + backward, ms", "fwd_ms": "forward, ms", "bwd_ms": "backward, ms"}
 # The metrics that averages over points are made of.
 COMPARED = {
     "tokens_per_s": "tokens/s",
@@ -53,17 +52,14 @@ def pivot(rows: list[dict], metric: str, floor: str | None = None) -> str:
     return text_table(["op", *(["floor"] if floor else []), *labels(arms)], lines) if lines else ""
 
 
-def kernels_text(rows: list[dict]) -> str:
-    """What the kernel benchmark prints at its end."""
-    if any("host_us" in row for row in rows):
-        fields = ("host_us", "host_launch_us", "host_autograd_us", "host_full_us")
-        lines = [[f"{r['op']} {r['shape']} {r['arm']}", *(r.get(f) for f in fields)] for r in rows if "host_us" in r]
-        return text_table(["host us", "no grad", "bare launches", "autograd", "with backward"], lines)
-    parts = [(title, pivot(rows, metric, f"floor_{metric}")) for metric, title in KERNEL_METRICS.items()]
-    parts.append(("extra peak memory, MiB", pivot(rows, "extra_mib")))
-    absent = dict.fromkeys(row["arm"] for row in rows if row["status"] == "absent")
-    texts = [f"{title}\n\n{table}" for title, table in parts if table]
-    return "\n\n".join([*texts, *([f"absent: {', '.join(absent)}"] if absent else [])])
+def kernel_tables(rows: list[dict]) -> dict[str, str]:
+    """The tables of a kernel benchmark by name: times in ms, extra peak memory in MiB, host time in us."""
+    made = {name.replace("_", "-"): pivot(rows, f"{name}_us")
+            for name in ("host", "host_launch", "host_autograd", "host_full")}  # fmt: skip
+    timed = [row for row in rows if not row["shape"].endswith(" host")]
+    made |= {name: pivot(timed, f"{name}_ms", f"floor_{name}_ms") for name in ("full", "fwd", "bwd")}
+    made["memory"] = pivot(timed, "extra_mib")
+    return {name: table for name, table in made.items() if table}
 
 
 class Training:

@@ -34,12 +34,9 @@ def first_job(name, arm):
         ({"x": {"key": "max_length", "label": "l"}}, "'max_length'; must be one of its overrides or vary"),
         ({"steps": 3, "window": 2}, "warmup and steps are multiples of window"),
         ({"points": [{"name": "a", "recipe": LLAMA, "steps": 4}]}, "'a': got .* warmup and steps are"),
-        ({"environment": ["A=1"]}, r"environment: got \['A=1'\]; must be a mapping of names to values"),
-        ({"rounds": 0}, "rounds: got 0; must be an integer of at least 1"),
         ({"launch": [{"name": "a", "config_file": "configs/no.yaml", "num_processes": 1}]}, "got 'configs/no.yaml'"),
         ({"points": [{"name": "a", "recipe": "recipes/no.yaml"}]}, "'a': recipe: got 'recipes/no.yaml'"),
         ({"points": [{"name": "a", "recipe": LLAMA, "varry": {}}]}, "did you mean 'vary'"),
-        ({"points": [{"name": "a, b", "recipe": LLAMA}]}, "must be without a comma"),
         ({"points": 2 * [{"name": "a", "recipe": LLAMA}]}, "'a', .* must be unique"),
     ],
 )

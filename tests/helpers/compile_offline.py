@@ -18,12 +18,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+import sanitize
 import triton
 from liger_trainer.kernels.runtime import launch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from benchmarks import sanitize
 from liger_trainer.kernels import reference
 
 H100 = GPUTarget("cuda", 90, 32)

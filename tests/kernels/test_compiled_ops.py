@@ -5,10 +5,11 @@ import pkgutil
 
 import pytest
 import torch
+from sanitize import build_variant
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import liger_trainer.kernels
-from benchmarks.cases import build_variant, own_op
+from benchmarks.cases import own_op
 from benchmarks.ops import OPS, Variant
 from liger_trainer.kernels import (
     add_rms_norm,

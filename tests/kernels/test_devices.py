@@ -1,8 +1,9 @@
 """A tensor on another device than the first is an error that names the argument, in every op."""
 
 import pytest
+from sanitize import build_variant
 
-from benchmarks.cases import build_variant, own_op
+from benchmarks.cases import own_op
 from benchmarks.ops import OPS, Variant
 
 ARGUMENTS = [(op, name) for op in OPS for name in list(build_variant(op, Variant(), 5, 48, "cpu")[0].tensors)[1:]]
