@@ -165,11 +165,6 @@ def cce(case: "Case") -> Call | None:
 # Training
 
 
-def nothing(trainer: "Trainer") -> Evidence:
-    """Leave the Trainer as it is; nothing is to be shown."""
-    return dict
-
-
 def report_of_ours(trainer: "Trainer", *options: str) -> Evidence:
     """What ``use_liger`` has replaced, how often the fused loss was computed, and that ``options`` were on."""
 
@@ -249,16 +244,6 @@ def use_liger_kernel(trainer: "Trainer") -> Evidence:
     return lambda: {"liger_kernel_modules": modules_of_liger_kernel(model), "head_loss_calls": calls["all"]}
 
 
-def both(*prepares: Callable[["Trainer"], Evidence]) -> Callable[["Trainer"], Evidence]:
-    """Do all of them and join their evidence."""
-
-    def prepare(trainer: "Trainer") -> Evidence:
-        parts = [each(trainer) for each in prepares]
-        return lambda: {key: value for part in parts for key, value in part().items()}
-
-    return prepare
-
-
 @dataclass(frozen=True)
 class Peer:
     """One arm.
@@ -269,8 +254,8 @@ class Peer:
         packages: modules that must be importable; without them the arm's rows say that it is absent.
         ops: the call of an op on the inputs of a case, None for an op that it does not have. None: no arm for ops.
         overrides: recipe keys for training, which win against the recipe's and the suite's. None: no arm for training.
-        prepare: gets the Trainer that the recipe built, before it trains. Returns a function that is called after
-            training for evidence that the arm was active: a value that is zero or empty says that it was not.
+        prepare: functions that get the Trainer that the recipe built, before it trains. Each returns a function that is
+            called after training for evidence that the arm was active: a zero or empty value says that it was not.
         arguments: fields of the Trainer's arguments that no command line can give, such as dicts.
     """
 
@@ -279,7 +264,7 @@ class Peer:
     packages: tuple[str, ...] = ()
     ops: Callable[["Case"], Call | None] | None = None
     overrides: dict[str, Any] | None = None
-    prepare: Callable[["Trainer"], Evidence] = nothing
+    prepare: tuple[Callable[["Trainer"], Evidence], ...] = ()
     arguments: dict[str, Any] = field(default_factory=dict)
 
     def missing(self) -> list[str]:
@@ -289,28 +274,28 @@ class Peer:
 
 OFF, ON = {"use_liger": False}, {"use_liger": True}
 PEERS = {
-    "ours": Peer("liger_trainer", "#d1495b", (), ours, ON, report_of_ours),
+    "ours": Peer("liger_trainer", "#d1495b", (), ours, ON, (report_of_ours,)),
     "ours_low_memory": Peer(
         "liger_trainer, low_memory", "#edae49", (), ours_low_memory, ON | {"liger_config": '{"low_memory": true}'},
-        lambda trainer: report_of_ours(trainer, "low_memory"),
+        (lambda trainer: report_of_ours(trainer, "low_memory"),),
     ),
     "hf": Peer("HF eager", "#8d99ae", (), hf, OFF),
     "torch": Peer("PyTorch op", "#c0c7d3", (), torch_own),
-    "compile": Peer("torch.compile", "#5c677d", (), compiled, OFF | {"torch_compile": True}, graphs),
+    "compile": Peer("torch.compile", "#5c677d", (), compiled, OFF | {"torch_compile": True}, (graphs,)),
     "ours_compile": Peer(
         "liger_trainer + torch.compile", "#8c1c2e", (), None, ON | {"torch_compile": True},
-        both(report_of_ours, graphs),
+        (report_of_ours, graphs),
     ),
     "liger": Peer(
-        "liger-kernel", "#00798c", ("liger_kernel",), liger, OFF | {"use_liger_kernel": True}, use_liger_kernel
+        "liger-kernel", "#00798c", ("liger_kernel",), liger, OFF | {"use_liger_kernel": True}, (use_liger_kernel,)
     ),
     "liger_fp32": Peer("liger-kernel, fp32 dW", "#66b3bf", ("liger_kernel",), liger_fp32),
     "trl": Peer("TRL", "#6a994e", ("trl",), trl),
     "cce": Peer("CCE", "#9b72aa", ("cut_cross_entropy",), cce),
-    "trl_head": Peer("TRL head", "#6a994e", ("trl",), None, OFF, add_trl_head),
+    "trl_head": Peer("TRL head", "#6a994e", ("trl",), None, OFF, (add_trl_head,)),
     "liger_trl_head": Peer(  # liger-kernel's layers alone
         "liger-kernel + TRL head", "#30638e", ("trl", "liger_kernel"), None, OFF | {"use_liger_kernel": True},
-        both(use_liger_kernel, add_trl_head),
+        (use_liger_kernel, add_trl_head),
         {"liger_kernel_config": {"fused_linear_cross_entropy": False, "cross_entropy": False}},
     ),
 }  # fmt: skip

@@ -1,6 +1,7 @@
 """The device time of a training step: the profiler's kernels, grouped by kind."""
 
 import re
+from collections import Counter
 from typing import Any
 
 import torch
@@ -43,23 +44,16 @@ class KernelProfile(TrainerCallback):
 
     def summary(self) -> dict:
         """``profile_groups``: ms per step by group; ``profile_kernels``: the 40 largest, with their group."""
-        kernels: dict[str, list[float]] = {}
-        on_gpu = self.device == "cuda"
+        on_gpu, kernels, groups = self.device == "cuda", [], Counter()
         for event in self.profiler.key_averages():
-            if on_gpu != (event.device_type == torch.autograd.DeviceType.CUDA):
-                continue
-            total = event.self_device_time_total if on_gpu else event.self_cpu_time_total
-            entry = kernels.setdefault(event.key, [0.0, 0])
-            entry[0] += total / 1e3 / self.steps
-            entry[1] += event.count / self.steps
-        groups: dict[str, float] = {}
-        for name, (ms, _) in kernels.items():
-            groups[group_of(name)] = groups.get(group_of(name), 0.0) + ms
-        largest = sorted(kernels.items(), key=lambda item: -item[1][0])[:40]
+            if on_gpu == (event.device_type == torch.autograd.DeviceType.CUDA):
+                ms = (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e3 / self.steps
+                group = group_of(event.key)
+                groups[group] += ms
+                calls = event.count / self.steps
+                kernels.append({"name": event.key[:120], "group": group, "ms": round(ms, 4), "calls": calls})
+        kernels.sort(key=lambda kernel: -kernel["ms"])
         return {
-            "profile_groups": {g: round(ms, 4) for g, ms in sorted(groups.items(), key=lambda item: -item[1])},
-            "profile_kernels": [
-                {"name": name[:120], "group": group_of(name), "ms": round(ms, 4), "calls": calls}
-                for name, (ms, calls) in largest
-            ],
+            "profile_groups": {group: round(ms, 4) for group, ms in groups.most_common()},
+            "profile_kernels": kernels[:40],
         }

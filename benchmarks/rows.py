@@ -32,25 +32,16 @@ def same_settings(a: dict, b: dict) -> bool:
     return all((a.get(key) or None) == (b.get(key) or None) for key in SETTINGS)  # rows are older than some keys
 
 
-def kept_rounds(job: dict, row: dict | None, run: dict, keep_old: bool = False) -> list[dict]:
+def kept_rounds(job: dict, row: dict | None, run: dict) -> list[dict]:
     """The rounds of ``job``'s row to keep: measured with the same settings, commit, device and packages.
 
-    Rounds with an error are measured again, and so are rounds of a tree with uncommitted changes.
-
-    Args:
-        job: one of the suite's.
-        row: its row in the result file.
-        run: the provenance of the present run.
-        keep_old: also keep rounds of other commits and packages.
+    Rounds with an error are measured again, and so are rounds of a tree with uncommitted changes. ``row`` is the job's
+    in the result file, ``run`` the provenance of the present run.
     """
-    if row is None or not same_settings(row, job):
+    if row is None or run["commit"].endswith("uncommitted") or not same_settings(row, job):
         return []
-
-    def stands(its_run: dict) -> bool:
-        same = all(its_run.get(key) == run.get(key) for key in SAME_RUN)
-        return keep_old or (same and not run["commit"].endswith("uncommitted"))
-
-    return [r for r in row["rounds"] if r["status"] in ("ok", "oom") and stands(r["run"])]
+    same = [r for r in row["rounds"] if all(r["run"].get(key) == run.get(key) for key in SAME_RUN)]
+    return [r for r in same if r["status"] in ("ok", "oom")]
 
 
 def is_settled(rounds: list[dict]) -> bool:

@@ -51,7 +51,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--timeout", type=float, default=600, metavar="SECONDS", help="limit of one run")
     parser.add_argument("--profile", choices=TRAIN_ARMS, metavar="ARM", help=f"profile {PROFILED_STEPS} steps")
     parser.add_argument("--again", action="store_true", help="repeat rounds that are already in the result file")
-    parser.add_argument("--keep-old", action="store_true", help="also keep rounds of other commits and packages")
     common.add_output_options(parser)
     args = parser.parse_args(argv)
     if args.rounds is not None and args.rounds < 1:
@@ -77,13 +76,13 @@ def matching(entries: tuple[dict, ...], kind: str, words: str | None) -> tuple[d
     """The entries named by the comma-separated ``words``; a word that names none selects every name it is part of."""
     if words is None:
         return entries
-    found, names = set(), {entry[kind]: entry[kind].lower() for entry in entries}
+    names, found = [entry[kind].lower() for entry in entries], set()
     for word in (word.strip().lower() for word in words.split(",")):
-        hits = {n for n, low in names.items() if low == word} or {n for n, low in names.items() if word and word in low}
+        hits = {name for name in names if name == word} or {name for name in names if word and word in name}
         if not hits:
             raise ValueError(f"--{kind}s: got {word!r}; must be part of one of {', '.join(names)}")
         found |= hits
-    return tuple(entry for entry in entries if entry[kind] in found)
+    return tuple(entry for entry in entries if entry[kind].lower() in found)
 
 
 def hello(device: str) -> dict:
@@ -166,7 +165,7 @@ class Run:
         anew = args.again or args.smoke or args.profile
         known = {} if anew else {rows.key_of(row): row for row in self.results.rows}
         self.rounds = {
-            key: rows.kept_rounds(job, known.get(key), run, args.keep_old)
+            key: rows.kept_rounds(job, known.get(key), run)
             for key, job in ((rows.key_of(job), job) for job in self.jobs)
         }
         self.seconds: dict[tuple, float] = {}  # duration of the last run at each place

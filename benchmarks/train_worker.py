@@ -21,13 +21,12 @@ from transformers.trainer_callback import PrinterCallback
 
 from benchmarks.op_worker import describe_device, release_memory
 from benchmarks.peers import PEERS
+from benchmarks.rows import MEMORY
 from benchmarks.workers import emit
 from liger_trainer.training.build import build_trainer
 from liger_trainer.training.failures import is_out_of_memory
 from liger_trainer.training.recipe import as_flags, parse_recipe
 from liger_trainer.training.throughput import GIB, Interval, ThroughputCallback, reduce_over_ranks
-
-MEMORY = ("peak_allocated", "peak_reserved", "static", "gradients", "above_static")
 
 
 def flags(overrides: dict) -> list[str]:
@@ -73,12 +72,12 @@ class Memory(TrainerCallback):
     def gib(self, trainer: Trainer) -> dict[str, float | None]:
         """The largest rank's numbers; ``static`` is weights and optimizer state. None on the CPU."""
         if not self.on_gpu:
-            return dict.fromkeys(f"{name}_gib" for name in MEMORY)
+            return dict.fromkeys(MEMORY)
         peak, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
         gradients = gradient_bytes(trainer)
         values = [float(n) for n in (peak, reserved, self.static, gradients, peak - self.static - gradients)]
         largest = reduce_over_ranks(values, "max", trainer.args.device)
-        return {f"{name}_gib": value / GIB for name, value in zip(MEMORY, largest, strict=True)}
+        return {name: value / GIB for name, value in zip(MEMORY, largest, strict=True)}
 
 
 def gradient_bytes(trainer: Trainer) -> int:
@@ -110,7 +109,7 @@ def train(job: dict) -> dict:
             args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size * args.max_steps
         )
         trainer = build_trainer(recipe)
-        evidence = peer.prepare(trainer)
+        evidence = [prepare(trainer) for prepare in peer.prepare]
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ThroughputCallback)  # replaced by one with the job's warm-up
         meter, memory = ThroughputCallback(warmup), Memory(args.device.type, warmup + steps)
@@ -124,7 +123,9 @@ def train(job: dict) -> dict:
             trainer.add_callback(profile)
         trainer.train()
     row = {"status": "ok", **speed(meter.intervals), **memory.gib(trainer), **first_and_last(trainer.state.log_history)}
-    row["evidence"] = shown(job["arm"], evidence())
+    row["evidence"] = {key: value for part in evidence for key, value in part().items()}
+    if not all(row["evidence"].values()):
+        raise RuntimeError(f"arm {job['arm']} was not active in this run: {row['evidence']}")
     return row | (profile.summary() if profile else {})
 
 
@@ -150,17 +151,6 @@ def first_and_last(log_history: list[dict]) -> dict[str, float | None]:
         values = [float(entry[name]) for entry in log_history if name in entry]
         found |= {f"first_{name}": values[0] if values else None, f"last_{name}": values[-1] if values else None}
     return found
-
-
-def shown(arm: str, evidence: dict) -> dict:
-    """Return ``evidence``, whose values must all be true if ``arm`` was active.
-
-    Raises:
-        RuntimeError: the arm was not active, so the numbers belong to another arm.
-    """
-    if not all(evidence.values()):
-        raise RuntimeError(f"arm {arm} was not active in this run: {evidence}")
-    return evidence
 
 
 def main(job: dict) -> NoReturn:

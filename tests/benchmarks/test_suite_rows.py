@@ -116,14 +116,13 @@ def test_what_a_result_file_knows_is_kept_and_what_it_does_not_is_run(tmp_path):
     good, oom = GOOD | {"run": now | {"date": "1"}}, OOM | {"run": now | {"date": "2"}}
     old = [GOOD | {"run": now | change} for change in ({"commit": "b"}, {"packages": {"torch": "1"}})]
 
-    def kept(rounds, keep_old=False, run=now, **change):
-        return rows.kept_rounds(job, rows.combine(job | change, rounds), run, keep_old)
+    def kept(rounds, run=now, **change):
+        return rows.kept_rounds(job, rows.combine(job | change, rounds), run)
 
     assert kept([good, oom]) == [good, oom]
     assert kept([good, ERROR | {"run": now}]) == [good], "what failed is tried again"
     assert kept([*old, good]) == [good], "measured of something else"
-    assert kept([*old, good], keep_old=True) == [*old, good]
-    assert kept([good], steps=99, keep_old=True) == [], "measured with other settings"
+    assert kept([good], steps=99) == [], "measured with other settings"
     changed = now | {"commit": "a+uncommitted"}
     assert kept([GOOD | {"run": changed}], run=changed) == [], "what the changes were is not known"
     assert rows.is_settled([OOM])
@@ -131,7 +130,7 @@ def test_what_a_result_file_knows_is_kept_and_what_it_does_not_is_run(tmp_path):
     assert not rows.is_settled([GOOD])
     for file in (ROOT / "benchmarks" / "results").glob("train-step_1b-*.json"):
         before_suites = [row for row in json.loads(file.read_text())["results"] if "recipe" not in row]
-        assert not any(rows.kept_rounds(job | row, row, now, True) for row in before_suites)
+        assert not any(rows.kept_rounds(job | row, row, now) for row in before_suites)
     # Each round keeps the provenance it was measured under.
     path = tmp_path / "train.json"
     for commit, rounds in (("a", [GOOD]), ("b", [GOOD | {"run": {"commit": "a"}}, GOOD])):
@@ -160,7 +159,7 @@ def test_a_spent_budget_an_absent_package_and_a_known_oom_start_no_worker(tmp_pa
     assert not spent.complete
     # Started again, there is nothing to do, unless the commit or the command line asks for it.
     wanted = [*options, "--arms", "hf,ours"]
-    for more, count in ([], 0), (["--commit", "b", "--keep-old"], 0), (["--commit", "b"], 3), (["--again"], 3):
+    for more, count in ([], 0), (["--commit", "b"], 3), (["--again"], 3):
         started.clear()
         train.Run(train.parse_args([*wanted, *more]), HELLO).work()
         assert len(started) == count, more

@@ -107,7 +107,7 @@ def broken_backward(trainer):
 
 
 def test_gradient_norms_tell_a_wrong_backward_and_losses_do_not(fresh_state, monkeypatch):
-    monkeypatch.setitem(peers.PEERS, "liger", replace(peers.PEERS["hf"], prepare=broken_backward))
+    monkeypatch.setitem(peers.PEERS, "liger", replace(peers.PEERS["hf"], prepare=(broken_backward,)))
     made = {}
     for arm in ("hf", "trl_head", "liger"):
         job = first_job("paper_models", arm)
