@@ -82,16 +82,13 @@ class ResultFile:
         data = json.loads(path.read_text()) if path.exists() else {"runs": [], "results": []}
         self.rows = [_with_runs(row, data["runs"].__getitem__) for row in data["results"]]
 
-    def add(self, row: dict, revise: Callable[[list[dict]], list[dict]] = lambda rows: rows) -> None:
-        """Add or replace one row and write the file. Without a ``run``, a round gets this one.
-
-        ``revise`` gets all rows and returns them with changes; it must not change their runs.
-        """
+    def add(self, row: dict) -> None:
+        """Add or replace one row and write the file. Without a ``run``, a round gets this one."""
         row = row | {"run": self.provenance}
         if "rounds" in row:
             row["rounds"] = [{"run": self.provenance} | each for each in row["rounds"]]
         others = [r for r in self.rows if any(r.get(key) != row.get(key) for key in self.keys)]
-        self.rows = revise([*others, row])
+        self.rows = [*others, row]
         runs = []  # only the runs that some row refers to
         for part in (part for each in self.rows for part in (each, *each.get("rounds", []))):
             if part["run"] not in runs:

@@ -4,7 +4,7 @@ import statistics
 
 from benchmarks.common import format_number, text_table
 from benchmarks.peers import PEERS, TRAIN_ARMS
-from benchmarks.rows import GRAD_NORM_TOLERANCE, change, counts_text, percent, percent_and_range, place_of
+from benchmarks.rows import GRAD_NORM_TOLERANCE, change, counts_text, judge, percent, percent_and_range, place_of
 
 # The metrics that averages over points are made of.
 COMPARED = {
@@ -74,7 +74,7 @@ class Training:
         self.about, self.x = about, about["x"]["key"]
         places = [tuple(place) for place in about["places"]]
         places += [place for place in map(place_of, rows) if place not in places]  # of an earlier form of the suite
-        self.all = sorted(rows, key=lambda row: (places.index(place_of(row)), TRAIN_ARMS.index(row["arm"])))
+        self.all = sorted(judge(rows), key=lambda row: (places.index(place_of(row)), TRAIN_ARMS.index(row["arm"])))
         self.rows = [row for row in self.all if row["status"] != "absent"]
         self.good = [row for row in self.rows if row["status"] == "ok"]
         self.columns = {"group": "model"} | ({} if self.x == "name" else {"x": about["x"]["label"]})

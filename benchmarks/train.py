@@ -179,19 +179,13 @@ class Run:
         return job["round"] < len(rounds) or rows.is_settled(rounds)
 
     def record(self, job: dict, round_: dict) -> None:
-        """Add a round to its row, compare the rows at its place with HF's, and write the file."""
-        key, place = rows.key_of(job), rows.place_of(job)
-        self.rounds[key].append(round_)
-
-        def judged(all_rows: list[dict]) -> list[dict]:
-            hf = next((r for r in all_rows if rows.place_of(r) == place and r["arm"] == "hf"), None)
-            return [rows.judge(row, hf) if rows.place_of(row) == place else row for row in all_rows]
-
-        self.results.add(rows.combine(job, self.rounds[key]), judged)
+        """Add a round to its row and write the file."""
+        self.rounds[rows.key_of(job)].append(round_)
+        self.results.add(rows.combine(job, self.rounds[rows.key_of(job)]))
 
     def rows(self) -> list[dict]:
-        """The rows that this run is about."""
-        return [row for row in self.results.rows if rows.key_of(row) in self.rounds]
+        """The rows that this run is about, compared with HF's."""
+        return [row for row in rows.judge(self.results.rows) if rows.key_of(row) in self.rounds]
 
     def about(self) -> dict:
         """The part of ``suite.about`` that this run is about."""

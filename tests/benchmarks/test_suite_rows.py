@@ -219,13 +219,3 @@ def test_the_command_line_needs_no_torch():
     code = "import sys; sys.path.insert(0, sys.argv[1]); import benchmarks.train; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code, str(ROOT)], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
-
-
-def test_judging_a_row_keeps_where_it_was_measured(tmp_path):
-    path = tmp_path / "x.json"
-    common.ResultFile(path, ("a",), {"n": 0}).add({"a": 1})
-    later = common.ResultFile(path, ("a",), {"n": 1})
-    later.add({"a": 2}, lambda rows: [row | {"status": "inexact"} for row in rows])
-    assert {row["a"]: (row["run"], row["status"]) for row in later.rows} == {
-        1: ({"n": 0}, "inexact"), 2: ({"n": 1}, "inexact")
-    }  # fmt: skip

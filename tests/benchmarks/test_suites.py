@@ -116,12 +116,12 @@ def test_gradient_norms_tell_a_wrong_backward_and_losses_do_not(fresh_state, mon
         for loss in ("first_loss", "last_loss"):
             assert made[arm][loss] == pytest.approx(made["hf"][loss], rel=1e-3)
     assert made["trl_head"]["rounds"][0]["evidence"] == {"trl_head_calls": 3}
-    assert rows.judge(made["trl_head"], made["hf"])["status"] == "ok"
-    broken = rows.judge(made["liger"], made["hf"])
-    assert broken["status"] == "inexact"
+    *_, broken = judged = rows.judge(list(made.values()))
+    assert [row["status"] for row in judged] == ["ok", "ok", "inexact"]
     assert "HF's" in broken["note"]
-    assert rows.judge(broken, None)["status"] == "ok", "without HF there is nothing to compare with"
-    assert rows.judge(made["hf"] | {"first_grad_norm": float("nan")}, made["hf"])["status"] == "inexact"
+    assert rows.judge([made["liger"]])[0]["status"] == "ok", "without HF there is nothing to compare with"
+    *_, nan = rows.judge([made["hf"], made["trl_head"] | {"first_grad_norm": float("nan")}])
+    assert nan["status"] == "inexact"
 
 
 def test_an_arm_that_was_not_active_is_an_error(fresh_state, monkeypatch):
