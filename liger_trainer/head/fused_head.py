@@ -156,21 +156,19 @@ class FusedHead:
         return F.linear(hidden, weight, bias)
 
     def _fuses(self, head: nn.Linear, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: _Call) -> bool:
-        """Whether ``head`` computes all logits of the model by nothing but these tensors, and all is as probed."""
+        """Whether the model's logits are these tensors' product and nothing else, and all is as it was probed."""
         model = self.model()
         # In evaluation mode with gradients, the caller may differentiate through the logits, so they must be real.
         if hidden.shape[:-1] != call.labels.shape or not (model.training or not torch.is_grad_enabled()):
             return False
-        # ``Bound`` is compared by type under torch.compile, which cannot compare bound methods of equal owners.
-        function = vars(model).get("_loss_function")
-        if not isinstance(function, Bound) or foreign_hooks(head) or not self.form.holds(model):
+        if fused_head_of(vars(model).get("_loss_function")) is not self or foreign_hooks(head):
+            return False
+        if not all(map(self._is_bound_to, head_linears(model))) or not self.form.holds(model):
             return False
         if torch.compiler.is_compiling():
             return True
         differentiated_otherwise = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-        if differentiated_otherwise or not all(map(is_plain, (hidden, weight, bias))):
-            return False
-        return fused_head_of(function) is self and self._is_bound_to(head) and head in head_linears(model)
+        return not differentiated_otherwise and all(map(is_plain, (hidden, weight, bias)))
 
     def _is_bound_to(self, head: nn.Module) -> bool:
         """Whether calling ``head`` runs ``head_forward`` of this, and nothing else but accelerate's device hooks."""

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from liger_trainer.kernels.runtime import launch
+from peft import LoraConfig, get_peft_model
 from tiny_models import assert_same_training, batch, loss_and_gradients, tiny_model
 
 from liger_trainer import apply_liger
@@ -258,3 +259,12 @@ def test_forward_mode_takes_the_ordinary_path():
         slope = torch.autograd.forward_ad.unpack_dual(loss).tangent
     model(**inputs).loss.backward()
     torch.testing.assert_close(slope, (weight.grad * tangent).sum(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_compiled_model_notices_an_adapter_on_its_head():
+    model, inputs = tiny_model("llama", num_hidden_layers=1, use_cache=False).train(), batch()
+    apply_liger(model)
+    lora = LoraConfig(task_type="CAUSAL_LM", target_modules=["lm_head"], init_lora_weights=False)
+    wrapped = get_peft_model(model, lora)
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(wrapped, backend="eager")(**inputs).loss, wrapped(**inputs).loss)
