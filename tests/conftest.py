@@ -23,7 +23,14 @@ def poison_uninitialised_memory():
     torch.use_deterministic_algorithms(False)
 
 
-def pytest_collection_modifyitems(items):
+def pytest_configure(config):
+    config.addinivalue_line("markers", "long: minutes or hours of random sequences; runs with `-m long` only")
+
+
+def pytest_collection_modifyitems(config, items):
+    if "long" not in config.option.markexpr:
+        config.hook.pytest_deselected(items=[item for item in items if "long" in item.keywords])
+        items[:] = [item for item in items if "long" not in item.keywords]
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:
