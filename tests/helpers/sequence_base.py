@@ -68,14 +68,18 @@ class SequenceBase(RuleBasedStateMachine):
     compiles: bool = False
     started: int = 0
 
-    @initialize(name=st.sampled_from(tuple(MODELS)), config=st.sampled_from((None, *CONFIGS)))
-    def start(self, name: str, config: dict[str, Any] | None) -> None:
+    @initialize(
+        name=st.sampled_from(tuple(MODELS)),
+        config=st.sampled_from((None, *CONFIGS)),
+        compiles=st.sampled_from((*[False] * 9, True)),  # which takes longer than all other steps of a sequence
+    )
+    def start(self, name: str, config: dict[str, Any] | None, compiles: bool = False) -> None:
         type(self).started += 1
         self.name = name
         self.pair = ModelPair(copy.deepcopy(prototype(name)))
         self.hooks: list[tuple[Any, Any]] = []
         self.late: list[Late] = []
-        self.compiled = False
+        self.may_compile = self.compiles and compiles
         self.unchecked = True
         if config is not None:
             self.pair.apply(config)
