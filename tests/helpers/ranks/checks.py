@@ -15,7 +15,7 @@ from training import Rows, arguments
 from transformers import Trainer, TrainerCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from liger_trainer import apply_liger
+from liger_trainer import LigerConfig, LigerSFTConfig, apply_liger
 from liger_trainer.head import sharded_weights
 from liger_trainer.head.unbuilt_logits import LossOnlyLogits
 from liger_trainer.patching import patch_state
@@ -113,8 +113,7 @@ def head_gathered_for_one_call(directory, settings):
         head.weight.copy_(plain.weight)
     upstream = torch.arange(7.0)
     model = tiny_model("llama")
-    apply_liger(model)
-    trl.attach(model)
+    trl.apply_for(LigerSFTConfig(directory, use_cpu=True, bf16=False), model, LigerConfig(), {})
     with deepspeed.zero.GatheredParameters([head.weight]):
         trl._ACTIVE.slot.value = patch_state(model).trl_head
         log_probs, *_ = trl_utils._ChunkedLogProbFunction.apply(hidden, head.weight, None, targets, 1.0, 8)
