@@ -105,7 +105,8 @@ class ChangeRules(SequenceBase):
 
     @rule(part=st.sampled_from(FREEZABLE), how=st.sampled_from(SWAPS))
     def swap_weights(self, part: str, how: str) -> None:
-        self.change(lambda model: change_weights(model, part, how))
+        factor = 1.25 if self.pair.steps % 2 else 0.8
+        self.change(lambda model: change_weights(model, part, how, factor))
 
     @rule(size=st.sampled_from((140, 120)))
     def resize_embeddings(self, size: int) -> None:

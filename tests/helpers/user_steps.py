@@ -311,7 +311,7 @@ def _new_parameters(model: nn.Module, parameters: list[nn.Parameter], factor: fl
                 setattr(module, name, wanted[id(p)])
 
 
-def change_weights(model: nn.Module, part: str, how: str, factor: float = 1.25) -> None:
+def change_weights(model: nn.Module, part: str, how: str, factor: float) -> None:
     """Multiply the weights of ``part`` in one of the ways of ``SWAPS``."""
     parameters = list(frozen_part(model, part))
     if how == "data.copy_":
