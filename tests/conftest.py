@@ -23,6 +23,14 @@ def poison_uninitialised_memory():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture
+def plain_definitions(monkeypatch):
+    """The ops' definitions in place of Triton's interpreter, which takes a hundred times as long."""
+    from liger_trainer.kernels.runtime import launch  # not before TRITON_INTERPRET is set
+
+    monkeypatch.setattr(launch, "INTERPRET", False)
+
+
 def pytest_configure(config):
     config.addinivalue_line("markers", "long: minutes or hours of random sequences; runs with `-m long` only")
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from ..kernels.reference import IGNORE_INDEX
-from ..probing.probe import full_shape, hollow_copy
+from ..probing.probe import full_shape, hollow_copy, without_hooks
 from ..probing.rule import Skip, errors_skip
 from .unbuilt_logits import UnbuiltLogits
 
@@ -209,7 +209,7 @@ class _Runner:
         self.model, self.head_name, self.hidden_size = model, head_name, hidden_size
         self.labels = torch.zeros(1, TOKENS, dtype=torch.long)
         stubs = (head_name, model.base_model_prefix)
-        self.children = {n: c if n in stubs else _without_hooks(c) for n, c in model._modules.items()}
+        self.children = {n: c if c is None or n in stubs else without_hooks(c) for n, c in model._modules.items()}
 
     def __call__(
         self, logits: Tensor, labels: Tensor | None = None, changed: Setting | None = None, **kwargs: Any
@@ -260,16 +260,6 @@ class _Runner:
         if not torch.is_tensor(loss):
             raise Skip("its forward returns no loss")
         return _Run(seen[0][0], seen[0][2], loss)
-
-
-def _without_hooks(module: nn.Module | None) -> nn.Module | None:
-    """A copy that shares parameters and buffers: no hook of the user's may fire on a probe's numbers."""
-    if module is None:
-        return None
-    copied = hollow_copy(module)
-    copied._parameters, copied._buffers = module._parameters, module._buffers
-    copied._modules = {name: _without_hooks(child) for name, child in module._modules.items()}
-    return copied
 
 
 def _follow(model: Any, owner: tuple[str, ...]) -> Any:

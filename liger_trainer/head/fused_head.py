@@ -8,7 +8,6 @@ gradients enabled.
 """
 
 import copy
-import functools
 import inspect
 import logging
 from dataclasses import dataclass
@@ -20,12 +19,12 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from torch.nn.modules import module as torch_module
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from ..kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_with_empty_logits
 from ..kernels.reference import IGNORE_INDEX
+from ..probing.hooks import has_hooks_on_outputs, is_of_engine
 from ..probing.rebinding import Bound, ModuleRef
 from ..probing.rule import Acted, Skip
 from .form import HeadForm, loss_arguments
@@ -34,7 +33,6 @@ from .sharded_weights import check_materialized
 from .unbuilt_logits import LossOnlyLogits, UnbuiltLogits, zero_of
 
 logger = logging.getLogger(__name__)
-ENGINES = ("torch.distributed.", "deepspeed.", "accelerate.")  # whose hooks on lm_head gather and free weights
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -161,7 +159,7 @@ class FusedHead:
         # In evaluation mode with gradients, the caller may differentiate through the logits, so they must be real.
         if hidden.shape[:-1] != call.labels.shape or not (model.training or not torch.is_grad_enabled()):
             return False
-        if fused_head_of(vars(model).get("_loss_function")) is not self or foreign_hooks(head):
+        if fused_head_of(vars(model).get("_loss_function")) is not self or has_hooks_on_outputs(head):
             return False
         if not all(map(self._is_bound_to, head_linears(model))) or not self.form.holds(model):
             return False
@@ -173,7 +171,7 @@ class FusedHead:
     def _is_bound_to(self, head: nn.Module) -> bool:
         """Whether calling ``head`` runs ``head_forward`` of this, and nothing else but accelerate's device hooks."""
         forward, moved = (vars(head).get(name) for name in ("forward", "_old_forward"))
-        return fused_head_of(moved if moved is not None and _is_of_engine(forward) else forward) is self
+        return fused_head_of(moved if moved is not None and is_of_engine(forward) else forward) is self
 
     def _warn(self, message: str, *args: Any) -> None:
         if not torch.compiler.is_compiling() and message not in self._warned:
@@ -234,22 +232,6 @@ def check_weights(model: nn.Module, linear: nn.Module) -> None:
             cls = type(tensor)
             kind = f"{cls.__name__} of {cls.__module__.partition('.')[0]}" if tensor.dtype in DTYPES else tensor.dtype
             raise Skip(f"its {name} is a {kind}, not a plain tensor of floating-point numbers")
-
-
-def foreign_hooks(head: nn.Module) -> bool:
-    """Whether something other than an engine looks at ``head``'s output or its gradient, by a hook."""
-    tables = (
-        head._forward_hooks, head._backward_hooks, head._backward_pre_hooks, torch_module._global_forward_hooks,
-        torch_module._global_backward_hooks, torch_module._global_backward_pre_hooks,
-    )  # fmt: skip
-    return any(not _is_of_engine(hook) for table in tables for hook in table.values())
-
-
-def _is_of_engine(hook: Any) -> bool:
-    while isinstance(hook, functools.partial):
-        hook = hook.func
-    module = getattr(hook, "__module__", None) or type(hook).__module__
-    return module.startswith(ENGINES)
 
 
 def check_loss_function(model: PreTrainedModel) -> None:

@@ -35,6 +35,14 @@ def hollow_copy(module: nn.Module) -> nn.Module:
     return hollow
 
 
+def without_hooks(module: nn.Module) -> nn.Module:
+    """A copy that shares parameters and buffers: no hook of the user's may fire on a probe's numbers."""
+    copied = hollow_copy(module)
+    copied._parameters, copied._buffers = module._parameters, module._buffers
+    copied._modules = {n: None if child is None else without_hooks(child) for n, child in module._modules.items()}
+    return copied
+
+
 def probe_copy(
     module: nn.Module, dtype: torch.dtype, children: dict[str, nn.Module] | None = None, parameters: bool = True
 ) -> nn.Module:
@@ -55,7 +63,7 @@ def probe_copy(
     }
     for name, child in module._modules.items():
         if child is not None:
-            child = children[name] if children and name in children else copy.deepcopy(child).train()
+            child = children[name] if children and name in children else copy.deepcopy(without_hooks(child)).train()
         copied._modules[name] = child
     return copied
 

@@ -8,7 +8,8 @@ from transformers import PreTrainedModel
 
 from ..config import LigerConfig
 from ..head.form import probe_head
-from ..head.fused_head import FusedHead, check_loss_function, check_weights, foreign_hooks, head_linears
+from ..head.fused_head import FusedHead, check_loss_function, check_weights, head_linears
+from ..probing.hooks import has_hooks_on_outputs
 from ..probing.rebinding import free_attribute
 from ..probing.rule import Match, Rule, Skip
 
@@ -61,7 +62,7 @@ def _place(model: nn.Module, linear: nn.Module) -> str:
     Raises:
         Skip: It is not plain, or its forward is taken.
     """
-    if foreign_hooks(linear):
+    if has_hooks_on_outputs(linear):
         raise Skip("it has hooks on its output, which the fused loss does not compute")
     if hasattr(linear, "base_layer"):
         raise Skip(f"it carries an adapter ({type(linear).__module__.split('.')[-2]}): ordinary path")

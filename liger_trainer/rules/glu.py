@@ -20,7 +20,17 @@ from ..kernels.clamped_swiglu import clamped_swiglu
 from ..kernels.gated_linear import gated_linear
 from ..kernels.geglu import geglu
 from ..kernels.swiglu import swiglu
-from ..probing.probe import TOLERANCE, difference, forward_parameters, generator, probe_copy, takes_one_tensor
+from ..probing.conditions import Conditions
+from ..probing.hooks import is_intercepted
+from ..probing.probe import (
+    TOLERANCE,
+    difference,
+    forward_parameters,
+    generator,
+    probe_copy,
+    settings_key,
+    takes_one_tensor,
+)
 from ..probing.rule import Acted, Match, Rule, Skip
 
 
@@ -41,6 +51,7 @@ ACTIVATIONS = {
 }
 # (dtype, magnitude): large numbers show a clamp on the gate or on the product.
 SAMPLES = ((torch.float32, 2.0), (torch.bfloat16, 2.0), (torch.float32, 1e3))
+INTERCEPTED = "one of its children has hooks or a forward of its own, which would not run"
 UNKNOWN = "the input of its down projection is neither silu(gate) * up nor gelu(gate) * up"
 
 
@@ -85,6 +96,8 @@ def matches_mlp(module: nn.Module) -> bool:
 
 def probe_mlp(module: nn.Module, config: LigerConfig) -> Match:
     """The activation and the reading of the children that agree with ``module``."""
+    if _is_intercepted(module):
+        raise Skip(INTERCEPTED)
     for names in _roles(_projections(module)):
         recorded = [_record(module, names, *sample) for sample in SAMPLES]
         runs = [run for run in recorded if run is not None]
@@ -97,11 +110,28 @@ def probe_mlp(module: nn.Module, config: LigerConfig) -> Match:
                     difference(activation.definition(*pair), seen) <= TOLERANCE[dtype]
                     for pair, (_, seen), (dtype, _) in zip(inputs, runs, SAMPLES, strict=True)
                 ):
-                    acted, original = Acted(), type(module).forward
-                    forward = _mlp_forward(original, names, swapped, activation, config.recompute_glu, acted)
+                    acted, conditions = Acted(), Conditions(module, followed=names)
+                    forward = _mlp_forward(
+                        type(module).forward, names, swapped, activation, config.recompute_glu, acted, conditions
+                    )
                     packed = ", packed" if len(names) == 2 else ""
                     return Match("glu", f"{variant}{packed}", methods={"forward": forward}, acted=acted)
     raise Skip(UNKNOWN)
+
+
+def _children(module: nn.Module) -> list[nn.Module]:
+    """The children of ``module`` that its replacement does not call."""
+    projections = _projections(module)
+    return [child for name, child in module._modules.items() if child is not None and name not in projections]
+
+
+def _is_intercepted(module: nn.Module) -> bool:
+    """Whether something besides their class's forward runs when these children are called."""
+    return any(map(is_intercepted, _children(module)))
+
+
+def _key(module: nn.Module) -> tuple:
+    return settings_key(module), _is_intercepted(module)
 
 
 def _record(
@@ -123,8 +153,9 @@ def _record(
 
 
 def _mlp_forward(
-    original: Callable, names: tuple[str, ...], swapped: bool, activation: Activation, recompute: bool, acted: Acted
-) -> Callable:
+    original: Callable, names: tuple[str, ...], swapped: bool, activation: Activation, recompute: bool, acted: Acted,
+    conditions: Conditions,
+) -> Callable:  # fmt: skip
     *inner_names, down_name = names
     parameters = forward_parameters(original)
     assert parameters is not None  # ``matches_mlp`` has seen them
@@ -132,6 +163,9 @@ def _mlp_forward(
 
     @functools.wraps(original)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        if not conditions.hold(self):
+            conditions.warn(self)
+            return original(self, *args, **kwargs)
         acted.note()
         hidden_states = args[0] if args else kwargs[input_name]
         inner = [getattr(self, name)(hidden_states) for name in inner_names]
@@ -161,6 +195,8 @@ def matches_experts(module: nn.Module) -> bool:
 
 def probe_experts(module: nn.Module, config: LigerConfig) -> Match:
     """The activation that agrees with the experts' ``_apply_gate`` on a packed ``[tokens, 2 * I]`` tensor."""
+    if _is_intercepted(module):
+        raise Skip(INTERCEPTED)
     cls: Any = type(module)
     model_config: Any = module.config
     eager = model_config._experts_implementation in (None, "eager")
@@ -173,7 +209,8 @@ def probe_experts(module: nn.Module, config: LigerConfig) -> Match:
     known = [(x, original(copied, x)) for x in samples]
     for variant, activation in ACTIVATIONS.items():
         if _agrees(activation.definition, known):
-            return _experts_match(f"{variant}, packed", original, lambda module, x, op=activation.op: op(x))
+            op = lambda module, x, op=activation.op: op(x)  # noqa: E731
+            return _experts_match(f"{variant}, packed", original, op, Conditions(module, original))
     return _probe_clamped(module, original, copied, known)
 
 
@@ -197,7 +234,8 @@ def _probe_clamped(
             if _agrees(functools.partial(reference.clamped_swiglu, **read(module)), here):
                 variant = "swiglu, clamped, packed" + ", interleaved" * interleaved
                 op = lambda module, x, read=read: clamped_swiglu(x, **read(module))  # noqa: E731
-                return _experts_match(variant, original, op)
+                followed = (limit,) if alpha is None else (limit, alpha)
+                return _experts_match(variant, original, op, Conditions(module, original, followed))
     raise Skip("its gate is neither silu(gate) * up nor gelu(gate) * up, nor a known clamped form of these")
 
 
@@ -217,15 +255,20 @@ def _settings_reader(
     }  # fmt: skip
 
 
-def _experts_match(variant: str, original: Callable, op: Callable[[nn.Module, Tensor], Tensor]) -> Match:
+def _experts_match(
+    variant: str, original: Callable, op: Callable[[nn.Module, Tensor], Tensor], conditions: Conditions
+) -> Match:
     acted = Acted()
 
     @functools.wraps(original)
     def apply_gate(self: nn.Module, gate_up_out: Tensor) -> Tensor:
+        if not conditions.hold(self):
+            conditions.warn(self)
+            return original(self, gate_up_out)
         acted.note()
         return op(self, gate_up_out)
 
     return Match("glu", variant, methods={"_apply_gate": apply_gate}, acted=acted)
 
 
-RULES = (Rule(("glu",), matches_mlp, probe_mlp), Rule(("glu",), matches_experts, probe_experts))
+RULES = (Rule(("glu",), matches_mlp, probe_mlp, _key), Rule(("glu",), matches_experts, probe_experts, _key))

@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, seed, settings
 from hypothesis.stateful import run_state_machine_as_test
-from liger_trainer.kernels.runtime import launch
 from sequence_changes import ChangeRules
 from sequence_forwards import ForwardRules
 
@@ -25,12 +24,6 @@ STEPS = 12
 
 class Sequences(ForwardRules, ChangeRules):
     """All rules."""
-
-
-@pytest.fixture
-def plain_definitions(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The ops' definitions in place of Triton's interpreter, which takes a hundred times as long."""
-    monkeypatch.setattr(launch, "INTERPRET", False)
 
 
 def _settings(count: int, **options: Any) -> settings:

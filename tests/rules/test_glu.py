@@ -1,5 +1,6 @@
 """The glu rules: which gated activations match, and what they save for backward."""
 
+import copy
 from types import SimpleNamespace
 
 import pytest
@@ -116,3 +117,97 @@ def test_experts_with_such_a_gate_are_patched(model_type, settings, variant):
     report = apply_liger(model)
     assert variant in {applied.variant for applied in report.applied if applied.kind == "glu"}
     assert_same_training(theirs, loss_and_gradients(model, inputs))
+
+
+def counted(module, calls):
+    module.register_forward_hook(lambda *args: calls.append(1))
+
+
+def halved(module, gradients, *args):
+    return (gradients[0] * 0.5,)
+
+
+CHANGES = {
+    "output": lambda act, calls: act.register_forward_hook(lambda module, args, out: out * 0.5),
+    "input": lambda act, calls: act.register_forward_pre_hook(lambda module, args: (args[0] * 0.5,)),
+    "gradient of inputs": lambda act, calls: act.register_full_backward_hook(halved),
+    "gradient of outputs": lambda act, calls: act.register_full_backward_pre_hook(
+        lambda module, grads: (grads[0] * 2,)
+    ),
+    "observed": lambda act, calls: counted(act, calls),
+    "forward": lambda act, calls: setattr(act, "forward", torch.tanh),
+    "observed globally": lambda act, calls: None,  # see below
+}
+
+
+@pytest.mark.usefixtures("plain_definitions")
+@pytest.mark.parametrize("model_type", ["llama", "mixtral"])
+@pytest.mark.parametrize("change", [*CHANGES, "replaced"])
+def test_what_happens_to_the_activation_later_is_seen(model_type, change, caplog):
+    """By hooks of every kind, and by another activation: the module's own forward runs, and a log line says so."""
+    results, counts = [], []
+    for patched in (False, True):
+        model, calls = tiny_model(model_type), []
+        if patched:
+            assert apply_liger(model).counts["glu"] == len(model.model.layers)
+        gates = [m for m in model.modules() if hasattr(m, "act_fn")]
+        if change == "replaced":
+            gates[0].act_fn = nn.ReLU()
+        else:
+            CHANGES[change](gates[0].act_fn, calls)
+        handle = nn.modules.module.register_module_forward_hook(
+            lambda module, args, out, calls=calls: (
+                calls.append(type(module).__name__) if "SiLU" in str(module) else None
+            )
+        )
+        if change != "observed globally":
+            handle.remove()
+        results.append(loss_and_gradients(model, batch()))
+        handle.remove()
+        counts.append(calls)
+    assert_same_training(*results)
+    assert counts[0] == counts[1]
+    assert "runs its own forward" in caplog.text
+
+
+@pytest.mark.usefixtures("plain_definitions")
+@pytest.mark.parametrize("model_type", ["llama", "mixtral"])
+def test_an_activation_that_is_hooked_already_is_left_alone(model_type):
+    model, calls = tiny_model(model_type), []
+    gate = next(m for m in model.modules() if hasattr(m, "act_fn"))
+    counted(gate.act_fn, calls)
+    report = apply_liger(model)
+    assert [s.reason for s in report.skipped if s.kind == "glu"] == [gated.INTERCEPTED]
+    assert not calls, "a hook has seen the numbers of a probe"
+    loss_and_gradients(model, batch())
+    assert calls
+
+
+@pytest.mark.usefixtures("plain_definitions")
+def test_settings_of_the_activation_and_functions_are_asked_again():
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate_proj, self.up_proj, self.down_proj = nn.Linear(8, 12), nn.Linear(8, 12), nn.Linear(12, 8)
+            self.act, self.act_fn, self.drop = nn.functional.silu, nn.GELU(approximate="tanh"), nn.Dropout(0.0)
+            self.exact = False
+
+        def activate(self, x):
+            return self.act_fn(x) if self.exact else self.act(x)
+
+        def forward(self, x):
+            return self.down_proj(self.drop(self.activate(self.gate_proj(x))) * self.up_proj(x))
+
+    model, x = nn.Sequential(Gated()), torch.randn(3, 8)
+    plain = copy.deepcopy(model)
+    assert apply_liger(model).counts == {"glu": 1}
+    for change in (
+        lambda mlp: setattr(mlp, "exact", True),
+        lambda mlp: setattr(mlp.act_fn, "approximate", "none"),
+        lambda mlp: setattr(mlp, "exact", False),
+        lambda mlp: setattr(mlp, "act", torch.tanh),
+        lambda mlp: setattr(mlp.drop, "p", 1.0),
+    ):
+        for each in (plain, model):
+            change(each[0])
+        torch.testing.assert_close(model(x), plain(x))
