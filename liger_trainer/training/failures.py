@@ -4,6 +4,7 @@ Otherwise each process would print its own traceback, and processes that wait in
 would hang until a timeout. For users: docs/troubleshooting.md.
 """
 
+import atexit
 import json
 import os
 import shlex
@@ -112,6 +113,25 @@ class FailureGuard:
         if self.launched and is_lost_peer(error) and not is_out_of_memory(error):
             time.sleep(LAUNCHER_SECONDS)  # SIGTERM usually arrives first, and its message is better
         self._end(exit_status(error), error)
+
+    def end_success(self) -> None:
+        """End a process of several whose run has succeeded, at status 0 whatever the teardown of its libraries does.
+
+        A thread of the process group may still hold a tensor of the last collective, also after
+        ``destroy_process_group``. If it frees the tensor while the interpreter shuts down, it waits for the GIL, Python
+        ends the thread, and the C++ runtime aborts the process: "terminate called without an active exception"
+        (pytorch issue 190489). So the interpreter never shuts down. What it would do first for other code is done here:
+        threads that are no daemons finish, and exit handlers run, in which trackers send their last data.
+        """
+        if not self.launched:
+            return
+        threading._shutdown()  # pyright: ignore[reportAttributeAccessIssue]
+        atexit._run_exitfuncs()
+        with suppress(OSError, ValueError):  # a closed pipe
+            sys.stdout.flush()
+        with suppress(OSError, ValueError):
+            sys.stderr.flush()
+        os._exit(SUCCESS)
 
     def _end(self, status: int, error: BaseException | None = None) -> None:
         """Print the message, unless another process of this machine has printed one, and exit."""

@@ -88,3 +88,4 @@ def main(argv: list[str] | None = None) -> None:
             print(f"\n{summary(recipe, trainer)}")
         trainer.accelerator.wait_for_everyone()
         trainer.accelerator.end_training()
+        guard.end_success()

@@ -88,6 +88,7 @@ def test_a_killed_rank_ends_the_run_and_the_last_checkpoint_resumes(recipe, tmp_
     said, _ = finish(resumed)
     assert resumed.returncode == 0, said
     assert said.count(f"liger-trainer: resuming from {checkpoint}") == 1
+    assert said.count("a thread ended") == said.count("an exit handler ran") == 2, "what Python does before its end"
     actual, expected = (load_file(tmp_path / run / "model.safetensors") for run in ("out", "whole"))
     assert actual.keys() == expected.keys()
     for name, weight in expected.items():

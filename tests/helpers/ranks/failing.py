@@ -3,9 +3,11 @@
 HOW is what happens to rank 1 at the end of step 3: ``killed``, ``out_of_memory``; or ``never``.
 """
 
+import atexit
 import os
 import signal
 import sys
+import threading
 
 import torch
 from transformers import TrainerCallback
@@ -16,6 +18,9 @@ from liger_trainer.training import train
 class Fail(TrainerCallback):
     def __init__(self, how):
         self.how = how
+
+    def on_train_end(self, *_, **kwargs):
+        threading.Timer(1, print, ["a thread ended"], {"flush": True}).start()
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step != 3 or args.process_index != 1:
@@ -36,6 +41,7 @@ def main(how: str, argv: list[str]):
         trainer.add_callback(Fail(how))
         return trainer
 
+    atexit.register(print, "an exit handler ran", flush=True)
     train.build_trainer = build_failing
     train.main(argv)
 

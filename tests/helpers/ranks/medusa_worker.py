@@ -12,7 +12,7 @@ import torch
 from accelerate.state import DistributedType, PartialState
 from liger_trainer.kernels.runtime import launch
 from ranks.cases import SETTINGS, Recorder, engine_of, valid_labels
-from ranks.worker import init_deepspeed, reset, settings
+from ranks.worker import init_deepspeed, leave, reset, settings
 from training import Rows, arguments, losses
 from transformers import Trainer
 
@@ -67,7 +67,7 @@ def main(directory: str, job: str):
         reset()
         if torch.distributed.get_rank() == 0:
             torch.save(result, Path(directory) / f"{name}.pt")
-    torch.distributed.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":
