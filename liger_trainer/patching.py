@@ -7,9 +7,10 @@ model's ``PatchState`` has the hooks. What patching adds holds no module, so a p
 
 import itertools
 import types
+from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
@@ -130,6 +131,8 @@ def apply_with(model: nn.Module, config: LigerConfig, known: Mapping[str, Match 
     if config.strict and missing:
         lines = "\n".join(f"  {s.kind} {s.module} ({s.cls}): {s.reason}" for s in missing)
         raise ValueError(f"strict=True, and these kernels cannot be applied:\n{lines}")
+    if plan.hooks:
+        plan.bound.append(Bound(_register_before_ours, core, "register_forward_pre_hook"))
     for bound in plan.bound:
         bound.apply()
     fused = next(filter(None, map(fused_head_of, plan.bound)), None)
@@ -177,6 +180,19 @@ def add_hooks(core: nn.Module, state: PatchState, before: Callable | None, after
         state.handles.append(core.register_forward_pre_hook(before, with_kwargs=True))
     if after is not None:
         state.handles.append(core.register_forward_hook(after, always_call=True))  # also after an exception
+
+
+def _register_before_ours(core: nn.Module, *args: Any, **kwargs: Any) -> RemovableHandle:
+    """``register_forward_pre_hook`` of a patched model: our own hooks stay the last.
+
+    They judge labels, mask and positions, so they must see them as forward will, after the hooks of others.
+    """
+    handle = type(core).register_forward_pre_hook(core, *args, **kwargs)
+    state, hooks = patch_state(core), cast(OrderedDict, core._forward_pre_hooks)
+    for ours in state.handles if state is not None else ():
+        if ours.id in hooks:
+            hooks.move_to_end(ours.id)
+    return handle
 
 
 class _Plan:

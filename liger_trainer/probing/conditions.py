@@ -46,7 +46,7 @@ class Conditions:
                 return False
         for name, conditions in self._children:
             child = children.get(name)
-            if type(child) is not conditions._cls or is_intercepted(child):
+            if child is None or type(child) is not conditions._cls or is_intercepted(child):
                 return False
             if (conditions._settings or conditions._children) and not conditions.hold(child):
                 return False

@@ -46,19 +46,17 @@ def probe(model: nn.Module, config: LigerConfig) -> Match:
     for module in model.modules():
         if not isinstance(module, nn.Linear) and not _is_known(type(module)):
             raise Skip(f"it is not known what {type(module).__name__} does with a mask")
-    attentions = [module for module in model.modules() if hasattr(module, "is_causal")]
-    if model.config.is_encoder_decoder or not attentions or not all(module.is_causal for module in attentions):
+    if model.config.is_encoder_decoder or not _attentions(model):
         raise Skip(NOT_CAUSAL)
     implementation = model.config.get_text_config()._attn_implementation
     if implementation not in DENSE_MASKS:
         raise Skip(f"{implementation} attention uses the mask to skip padding")
-    if any(map(_has_dropout, attentions)):
-        raise Skip("its attention has dropout, whose random numbers depend on the mask")
     if _warns_without_mask(model.base_model):
         raise Skip("it warns of padding that has no mask")
     if model.get_output_embeddings() is None:
         raise Skip("it has no output embeddings, so it is not known how its loss is computed")
     _check_settings(model)
+    _check_attention(model)
     acted = Acted()
     before = functools.partial(_drop_mask, acted)
     return Match("padding_mask", "dropped where padding is on the right", before=before, acted=acted)
@@ -75,10 +73,40 @@ def _is_known(cls: type) -> bool:
     return all(base.__module__.partition(".")[0] in PACKAGES for base in cls.__mro__)
 
 
+def _attentions(model: nn.Module) -> list[nn.Module]:
+    """The modules that say whether they are causal. ``model.modules()`` would take ten times as long for each batch."""
+    found, pending = [], [model]
+    while pending:
+        module = pending.pop()
+        if "is_causal" in module.__dict__ or _says_causal(type(module)):
+            found.append(module)
+        pending.extend(filter(None, module._modules.values()))
+    return found
+
+
+@functools.cache
+def _says_causal(cls: type) -> bool:
+    return hasattr(cls, "is_causal")
+
+
+def _check_attention(model: nn.Module) -> None:
+    """Check the attention modules, which may also change later.
+
+    Raises:
+        Skip: One of them needs the mask.
+    """
+    attentions = _attentions(model)
+    if not all(module.is_causal for module in attentions):
+        raise Skip(NOT_CAUSAL)
+    if any(map(_has_dropout, attentions)):
+        raise Skip("its attention has dropout, whose random numbers depend on the mask")
+
+
 def _has_dropout(attention: nn.Module) -> bool:
     """Whether its own dropout, by whatever name, has a rate above zero; LoRA's dropout is in its projections."""
-    rates = [value for name, value in vars(attention).items() if "drop" in name and isinstance(value, float)]
-    return any(rates) or any(child.p for child in attention.children() if isinstance(child, nn.Dropout))
+    if any(value and "drop" in name and isinstance(value, float) for name, value in attention.__dict__.items()):
+        return True
+    return any(child.p for child in attention._modules.values() if isinstance(child, nn.Dropout))
 
 
 def _warns_without_mask(module: nn.Module) -> bool:
@@ -116,6 +144,7 @@ def drop_mask(module: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> t
         return None
     try:
         _check_settings(module)
+        _check_attention(module)
     except Skip:
         return None
     return (args, {**kwargs, "attention_mask": None}) if _is_right_padding(mask, labels) else None

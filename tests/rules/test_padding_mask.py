@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from liger_trainer import apply_liger, revert_liger
 from liger_trainer.rules import padding_mask
 
+pytestmark = pytest.mark.usefixtures("plain_definitions")  # the kernels are not the point here
+
 ON = {"padding_mask": True, "attention": False}
 CAUSAL = ("llama", "mistral", "qwen3", "gemma3_text", "phi3", "olmo2", "cohere", "gpt_neox", "deepseek_v3")
 
@@ -210,6 +212,54 @@ def test_what_changes_after_applying_is_seen(model_type, overrides, change):
     for name, value in change.items():
         setattr(model.config, name, value)
     assert padding_mask.drop_mask(model, (), inputs) is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda attention: setattr(attention, "is_causal", False),
+        lambda attention: setattr(attention, "attention_dropout", 0.1),
+        lambda attention: setattr(attention, "drop", torch.nn.Dropout(0.1)),
+    ],
+    ids=["not causal", "dropout", "dropout module"],
+)
+def test_attention_that_changes_after_applying_is_seen(change):
+    model, inputs = sdpa_model().train(), padded()
+    assert masks_stay(model) is None
+    assert padding_mask.drop_mask(model, (), inputs) is not None
+    change(model.model.layers[1].self_attn)
+    assert padding_mask.drop_mask(model, (), inputs) is None
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("life", [lambda model: model, copy.deepcopy], ids=["itself", "copied"])
+def test_what_a_later_hook_makes_of_the_batch_counts(fused, life, masks):
+    """Our hooks judge the batch last, also after hooks that users register later; then come labels at padding."""
+
+    def own_labels(module, args, kwargs):
+        return args, kwargs | {"labels": kwargs["input_ids"]}
+
+    def left_padding(module, args, kwargs):
+        return args, kwargs | {"attention_mask": kwargs["attention_mask"].flip(1)}
+
+    model, inputs = sdpa_model(), padded()
+    plain = copy.deepcopy(model)
+    apply_liger(model, {**ON, "fused_loss": fused})
+    model = life(model)
+    assert len(model._forward_pre_hooks) == 1 + fused
+    for hook in (own_labels, left_padding):
+        handles = [each.register_forward_pre_hook(hook, with_kwargs=True) for each in (plain, model)]
+        assert_same_training(loss_and_gradients(plain, inputs), loss_and_gradients(model, inputs))
+        assert masks
+        assert all(masks)
+        for handle in handles:
+            handle.remove()
+    masks.clear()
+    loss_and_gradients(model, inputs)
+    assert not any(masks)
+    revert_liger(model)
+    assert "register_forward_pre_hook" not in vars(model)
+    assert not model._forward_pre_hooks
 
 
 def test_where_nothing_can_be_read_masks_stay(monkeypatch):
