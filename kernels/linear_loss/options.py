@@ -137,6 +137,15 @@ def check_labels_form(labels: Tensor, like_name: str, like: Tensor) -> None:
     check_device("labels", labels, like)
 
 
+def check_num_items(num_items: Tensor | float | None) -> None:
+    """Raise ``ValueError`` unless ``num_items`` is a positive number, a tensor of one element, or ``None``."""
+    if isinstance(num_items, Tensor):
+        if num_items.numel() != 1:
+            raise ValueError(f"num_items: got a tensor of shape {tuple(num_items.shape)}; must hold one element")
+    elif num_items is not None and not num_items > 0:
+        raise ValueError(f"num_items: got {num_items}; must be greater than 0")
+
+
 def check_loss_args(
     labels: Tensor, label_smoothing: float, z_loss: float, reduction: str, num_items: Tensor | float | None,
     token_weights: Tensor | None,
@@ -148,11 +157,7 @@ def check_loss_args(
         raise ValueError(f"z_loss: got {z_loss}; must be at least 0")
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: got {reduction!r}; must be one of {', '.join(map(repr, REDUCTIONS))}")
-    if isinstance(num_items, Tensor):
-        if num_items.numel() != 1:
-            raise ValueError(f"num_items: got a tensor of shape {tuple(num_items.shape)}; must hold one element")
-    elif num_items is not None and not num_items > 0:
-        raise ValueError(f"num_items: got {num_items}; must be greater than 0")
+    check_num_items(num_items)
     if token_weights is None:
         return
     check_floating("token_weights", token_weights)
