@@ -1,15 +1,10 @@
 """Two processes on the CPU (gloo) against a single one without the flag, for every engine users launch with."""
 
-import json
-import subprocess
-import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
-from launching import INTERPRETED as ENVIRONMENT
-from launching import TESTS
-from liger_trainer.kernels.runtime import launch
+from launching import two_ranks
 from ranks.cases import STEPS, Case, run, save_models
 from tiny_models import batch, tiny_model
 from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
@@ -19,76 +14,55 @@ from liger_trainer import apply_liger
 from liger_trainer.head.sharded_weights import check_materialized
 from liger_trainer.patching import patch_state
 
+# With the kernels where a sharded engine hands them its weights; all others are as right with the ops' definitions.
 # The second rank has no label that counts in the first eight micro-batches, see cases.valid_labels.
-JOBS = {
-    "ddp": {
-        "cases": [
-            Case("ddp", checkpoint=True),
-            Case("ddp", model_type="qwen2", triton=True),
-            Case("ddp", lora=True, accumulation=4),
-            Case("ddp", "sft", accumulation=4),
-            Case("ddp", "sft", "qwen2", lora=True),
-        ],
-        "checks": [["throughput_over_ranks", "ddp"]],
-    },
-    "fsdp2": {
-        "cases": [
-            Case("fsdp2", model_type="qwen2", checkpoint=True),
-            Case("fsdp2", triton=True),
-            Case("fsdp2", model_type="qwen2", accumulation=4),
-            Case("fsdp2", lora=True, accumulation=4),
-            Case("fsdp2", "sft", triton=True),
-            Case("fsdp2", "sft", "qwen2", accumulation=4),
-            Case("fsdp2", "sft", lora=True),
-            Case("fsdp2", "dpo", triton=True),
-        ],
-        "checks": [["fsdp2_units", "fsdp2"], ["evaluation_logits", "fsdp2"]],
-    },
-    "deepspeed": {
-        "cases": [
-            Case("zero2", model_type="qwen2", triton=True),
-            Case("zero2", lora=True, accumulation=4),
-            Case("zero2", "sft", accumulation=4),
-            Case("zero2", "sft", "qwen2", lora=True),
-            Case("zero3", checkpoint=True),
-            Case("zero3", triton=True),
-            Case("zero3", model_type="qwen2", accumulation=4),
-            Case("zero3", lora=True, accumulation=4),
-            Case("zero3", "sft", triton=True),
-            Case("zero3", "sft", "qwen2", accumulation=4),
-            Case("zero3", "sft", "qwen2", lora=True),
-            Case("zero3", "dpo", triton=True),
-        ],
-        "checks": [["evaluation_logits", "zero3"], ["head_gathered_for_one_call", "zero3"]],
-    },
-}
+CASES = [
+    Case("ddp", checkpoint=True),
+    Case("ddp", model_type="qwen2"),
+    Case("ddp", lora=True, accumulation=4),
+    Case("ddp", "sft", accumulation=4),
+    Case("ddp", "sft", "qwen2", lora=True),
+    Case("fsdp2", model_type="qwen2", checkpoint=True),
+    Case("fsdp2", triton=True),
+    Case("fsdp2", model_type="qwen2", accumulation=4),
+    Case("fsdp2", lora=True, accumulation=4),
+    Case("fsdp2", "sft", triton=True),
+    Case("fsdp2", "sft", "qwen2", accumulation=4),
+    Case("fsdp2", "sft", lora=True),
+    Case("fsdp2", "dpo"),
+    Case("zero2", model_type="qwen2"),
+    Case("zero2", lora=True, accumulation=4),
+    Case("zero2", "sft", accumulation=4),
+    Case("zero2", "sft", "qwen2", lora=True),
+    Case("zero3", checkpoint=True),
+    Case("zero3", triton=True),
+    Case("zero3", model_type="qwen2", accumulation=4),
+    Case("zero3", lora=True, accumulation=4),
+    Case("zero3", "sft"),
+    Case("zero3", "sft", "qwen2", accumulation=4),
+    Case("zero3", "sft", "qwen2", lora=True),
+    Case("zero3", "dpo"),
+]
+CHECKS = [
+    ["throughput_over_ranks", "ddp"], ["fsdp2_units", "fsdp2"], ["evaluation_logits", "fsdp2"],
+    ["evaluation_logits", "zero3"], ["head_gathered_for_one_call", "zero3"],
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("job", JOBS)
-def test_two_ranks_train_as_one_process_does(job, tmp_path, monkeypatch):
-    monkeypatch.setattr(launch, "INTERPRET", False)
+@pytest.mark.parametrize("kernels", ["some", pytest.param("all", marks=pytest.mark.long)])
+def test_two_ranks_train_as_one_process_does(kernels, tmp_path):
+    """All engines in one launch: most of its time goes into starting processes."""
     save_models(tmp_path)
-    cases, checks = JOBS[job]["cases"], JOBS[job]["checks"]
-    text = json.dumps({"cases": [asdict(case) for case in cases], "checks": checks})
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    with (tmp_path / "log").open("w+") as log:
-        worker = subprocess.Popen(
-            [*command, "-m", "ranks.worker", str(tmp_path), text], env=ENVIRONMENT, cwd=TESTS, stdout=log,
-            stderr=subprocess.STDOUT,
-        )  # fmt: skip
-        try:
-            expected = {case: run(case, tmp_path / "single", False, 1, origin=tmp_path) for case in cases}
-            status = worker.wait(timeout=300)
-        finally:
-            worker.kill()
-        log.seek(0)
-        assert status == 0, log.read()[-6000:]
+    cases = [replace(case, triton=case.triton or kernels == "all") for case in CASES]
+    alone = {case: replace(case, engine="", triton=False) for case in cases}
+    with two_ranks("ranks.worker", tmp_path, {"cases": [asdict(case) for case in cases], "checks": CHECKS}):
+        single = {case: run(case, tmp_path / "single", False, 1, origin=tmp_path) for case in set(alone.values())}
     for case in cases:
         actual = torch.load(tmp_path / f"{case.name}.pt")
         assert actual["engine"] == case.engine, case.name
         assert actual["calls_fused"] == STEPS * case.accumulation, case.name
         assert not actual["skipped"], case.name
-        assert_same(actual, expected[case], case.name)
+        assert_same(actual, single[alone[case]], case.name)
         if case.checkpoint:
             assert_same_tensors(actual["resumed"], actual["weights"][-1], f"{case.name}, resumed", all_names=False)
 
@@ -106,7 +80,7 @@ def assert_same(actual, expected, name, tolerance=1e-5):
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "gemma2"])
-def test_losses_of_sequence_shards_add_up(model_type, tmp_path):
+def test_losses_of_sequence_shards_add_up(model_type):
     """Context and sequence parallel: ``shift_labels`` and the count of all shards' labels; one shard has none.
 
     A model without layers, whose tokens do not see each other, is exact when cut into shards of the sequence.
@@ -133,7 +107,7 @@ def test_losses_of_sequence_shards_add_up(model_type, tmp_path):
     assert_same_tensors(*gradients, model_type)
 
 
-def test_a_weight_that_is_not_materialised_is_rejected(monkeypatch):
+def test_a_weight_that_is_not_materialised_is_rejected():
     model = tiny_model("llama").train()
     apply_liger(model)
     model.lm_head.weight.data = torch.empty(0)  # as ZeRO-3 leaves it outside lm_head's call

@@ -1,14 +1,8 @@
 """Medusa models on two CPU processes under the distributed engines, against a single process with plain heads."""
 
-import json
-import subprocess
-import sys
-
 import pytest
 import torch
-from launching import INTERPRETED as ENVIRONMENT
-from launching import TESTS
-from liger_trainer.kernels.runtime import launch
+from launching import two_ranks
 from medusa_models import medusa_model
 from ranks import medusa_worker
 from ranks.cases import STEPS
@@ -22,28 +16,16 @@ JOB = [
 ]  # fmt: skip
 
 
-def test_two_ranks_train_as_one_process_does(tmp_path, monkeypatch):
+def test_two_ranks_train_as_one_process_does(tmp_path):
     """Sharded engines gather each head for its own call; losses, gradients and weights match plain heads.
 
     In bf16, FSDP2 casts what goes in and out of each head, which has to leave the divisor of its loss alone. Where it
     checkpoints activations, each head runs again in backward.
     """
-    monkeypatch.setattr(launch, "INTERPRET", False)
     for stage in (1, 2):
         medusa_model("qwen2", heads=2, stage=stage).save_pretrained(tmp_path / f"medusa-{stage}")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    with (tmp_path / "log").open("w+") as log:
-        worker = subprocess.Popen(
-            [*command, "-m", "ranks.medusa_worker", str(tmp_path), json.dumps(JOB)], env=ENVIRONMENT, cwd=TESTS,
-            stdout=log, stderr=subprocess.STDOUT,
-        )  # fmt: skip
-        try:
-            single = {s: medusa_worker.run(tmp_path, s, False, 1, f"{tmp_path}/single-{s}") for s in (1, 2)}
-            status = worker.wait(timeout=200)
-        finally:
-            worker.kill()
-        log.seek(0)
-        assert status == 0, log.read()[-6000:]
+    with two_ranks("ranks.medusa_worker", tmp_path, JOB):
+        single = {s: medusa_worker.run(tmp_path, s, False, 1, f"{tmp_path}/single-{s}") for s in (1, 2)}
     for engine, stage, variant in JOB:
         name, theirs, bf16 = f"{engine}-{stage}-{variant}", single[stage], variant == "bf16"
         tolerance = 2e-2 if bf16 else 1e-5

@@ -12,8 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from launching import CPU_ENVIRONMENT, TESTS
-from liger_trainer.kernels.runtime import launch
+from launching import CPU_ENVIRONMENT, TESTS, TORCHRUN
 from safetensors.torch import load_file
 from tiny_recipes import write_recipe
 
@@ -35,7 +34,6 @@ from liger_trainer.training.recipe import _check, parse_recipe
 from liger_trainer.training.recipe_arguments import RecipeError
 
 ENVIRONMENT = {**CPU_ENVIRONMENT, "TRITON_INTERPRET": "0"}
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
 ACCELERATE = [
     sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--num_processes", "2",
     "--config_file", str(TESTS.parent / "configs" / "ddp.yaml"), "--main_process_port", "0", "-m",
@@ -67,9 +65,8 @@ def finish(process):
     return said, summary
 
 
-def test_a_killed_rank_ends_the_run_and_the_last_checkpoint_resumes(recipe, tmp_path, monkeypatch):
+def test_a_killed_rank_ends_the_run_and_the_last_checkpoint_resumes(recipe, tmp_path):
     killed = start(*ACCELERATE, "ranks.failing", "killed", recipe)
-    monkeypatch.setattr(launch, "INTERPRET", False)
     whole = [recipe, "--output_dir", str(tmp_path / "whole"), "--save_strategy", "no"]
     train.main([*whole, "--per_device_train_batch_size", "4"])  # what two ranks with 2 see
     said, summary = finish(killed)

@@ -55,8 +55,7 @@ def without_wrappers(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
 def main(directory: str, job: str):
     job = json.loads(job)
     launch.INTERPRET = False
-    if any(engine.startswith("zero") for engine, _, _ in job):
-        init_deepspeed()
+    init_deepspeed()
     for engine, stage, variant in job:
         assert variant in VARIANTS
         name = f"{engine}-{stage}-{variant}"

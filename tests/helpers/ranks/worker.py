@@ -78,19 +78,20 @@ def run_case(case: Case, directory: str):
 
 def main(directory: str, job: str):
     job = json.loads(job)
-    engines = [*(case["engine"] for case in job["cases"]), *(engine for _, engine in job["checks"])]
-    if any(engine.startswith("zero") for engine in engines):
-        init_deepspeed()
-    for case in (Case(**fields) for fields in job["cases"]):
-        start = time.perf_counter()
-        run_case(case, directory)
-        print(f"{case.name}: {time.perf_counter() - start:.1f} s", flush=True)
-    for name, engine in job["checks"]:
-        launch.INTERPRET = name in checks.TRITON
-        start = time.perf_counter()
-        getattr(checks, name)(directory, settings(engine))
-        reset()
-        print(f"{name} {engine}: {time.perf_counter() - start:.1f} s", flush=True)
+    cases = [Case(**fields) for fields in job["cases"]]
+    init_deepspeed()
+    # One after the other, with its checks: ZeRO-3 would partition every model that is made after its own.
+    for engine in dict.fromkeys(case.engine for case in cases):
+        for case in (case for case in cases if case.engine == engine):
+            start = time.perf_counter()
+            run_case(case, directory)
+            print(f"{case.name}: {time.perf_counter() - start:.1f} s", flush=True)
+        for name in (name for name, of in job["checks"] if of == engine):
+            launch.INTERPRET = name in checks.TRITON
+            start = time.perf_counter()
+            getattr(checks, name)(directory, settings(engine))
+            reset()
+            print(f"{name} {engine}: {time.perf_counter() - start:.1f} s", flush=True)
     leave()
 
 
