@@ -23,19 +23,25 @@ def poison_uninitialised_memory():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture
-def plain_definitions(monkeypatch):
-    """The ops' definitions in place of Triton's interpreter, which takes a hundred times as long."""
+@pytest.fixture(autouse=True)
+def plain_definitions(request, monkeypatch):
+    """The ops' definitions in place of Triton's interpreter, which takes a hundred times as long.
+
+    The tests of the kernels run the kernels, and so do those with the mark ``triton``.
+    """
     from liger_trainer.kernels.runtime import launch  # not before TRITON_INTERPRET is set
 
-    monkeypatch.setattr(launch, "INTERPRET", False)
+    if request.path.parent.name != "kernels" and "triton" not in request.keywords:
+        monkeypatch.setattr(launch, "INTERPRET", False)
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "long: minutes or hours of random sequences; runs with `-m long` only")
+    config.addinivalue_line("markers", "long: every size, every model, random sequences; runs with `-m long` only")
 
 
 def pytest_collection_modifyitems(config, items):
+    # Folders whose tests start processes, and so take longest, first: then the workers end together.
+    items.sort(key=lambda item: item.path.parent.name not in ("distributed", "benchmarks", "training"))
     if "long" not in config.option.markexpr:
         config.hook.pytest_deselected(items=[item for item in items if "long" in item.keywords])
         items[:] = [item for item in items if "long" not in item.keywords]

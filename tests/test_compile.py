@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from liger_trainer.kernels.runtime import launch
 from tiny_models import batch, tiny_model
 
 from liger_trainer import apply_liger
@@ -15,9 +14,8 @@ ON_GPU = torch.cuda.is_available()
 
 @pytest.mark.parametrize("checkpointing", [None, False, True], ids=["plain", "non-reentrant", "reentrant"])
 @pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma2"])
-def test_training_is_one_graph(model_type, checkpointing, monkeypatch):
+def test_training_is_one_graph(model_type, checkpointing):
     """Forward, fused loss and backward without a graph break, and without compiling again at later steps."""
-    monkeypatch.setattr(launch, "INTERPRET", False)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     device = "cuda" if ON_GPU else "cpu"

@@ -5,7 +5,6 @@ import sys
 
 import pytest
 import torch
-from liger_trainer.kernels.runtime import launch
 from tiny_models import (
     MODEL_TYPES,
     assert_same_training,
@@ -41,17 +40,18 @@ def instance_traces(model):
     return [(sorted(vars(m)), len(m._forward_pre_hooks), len(m._forward_hooks)) for m in model.modules()]
 
 
+TRITON = ("llama", "gemma2", "olmo2", "glm4", "phi3", "gpt_neox", "nanochat", "gptj", "deepseek_v3", "nemotron")
+
+
 # Every model on the ops' plain definitions; one for each variant of the kernels on Triton (interpreted on a CPU).
 @pytest.mark.parametrize(
-    ("model_type", "triton"),
-    [(t, False) for t in MODEL_TYPES]
-    + [
-        (t, True)
-        for t in ("llama", "gemma2", "olmo2", "glm4", "phi3", "gpt_neox", "nanochat", "gptj", "deepseek_v3", "nemotron")
+    "model_type",
+    [
+        *MODEL_TYPES,
+        *(pytest.param(t, marks=pytest.mark.triton, id=f"{t}-triton") for t in TRITON),
     ],
 )
-def test_same_numbers_and_nothing_skipped(model_type, triton, monkeypatch):
-    monkeypatch.setattr(launch, "INTERPRET", triton and launch.INTERPRET)
+def test_same_numbers_and_nothing_skipped(model_type):
     model, bystander = tiny_model(model_type), tiny_model(model_type)
     inputs = batch()
     theirs = loss_and_gradients(model, inputs)

@@ -8,7 +8,6 @@ import pytest
 import torch
 import transformers
 import yaml
-from liger_trainer.kernels.runtime import launch
 from peft import AdaptionPromptConfig, get_peft_model
 from tiny_models import batch, loss_and_gradients, tiny_config, tiny_model
 from tiny_recipes import write_recipe
@@ -31,11 +30,6 @@ SMALL = {"vocab_size": 131, "hidden_size": 32, "intermediate_size": 48, "num_hid
 HERE = [f"--{key}" for key in ("use_cpu=true", "bf16=false", "report_to=none", "dataset=synthetic")]
 HERE.append("--synthetic_examples=4")
 LORA = {"use_peft": True, "lora_r": 2}
-
-
-@pytest.fixture(autouse=True)
-def plain_definitions(monkeypatch):
-    monkeypatch.setattr(launch, "INTERPRET", False)
 
 
 def command(capsys, *argv):

@@ -5,7 +5,6 @@ import json
 import numpy as np
 import pytest
 import torch
-from liger_trainer.kernels.runtime import launch
 from peft import LoraConfig, get_peft_model
 from tiny_models import MODEL_TYPES, batch, kernels_skipped, tiny_model
 from training import Rows, arguments, assert_same_run, losses, train
@@ -14,13 +13,6 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from liger_trainer import LigerCallback, LigerTrainingArguments, apply_liger
 from liger_trainer.head.unbuilt_logits import LossOnlyLogits
 from liger_trainer.patching import patch_state
-
-
-@pytest.fixture(autouse=True)
-def plain_definitions(request, monkeypatch):
-    """Training runs use the ops' plain definitions unless marked: the interpreter is slow and tested elsewhere."""
-    if "triton" not in request.keywords:
-        monkeypatch.setattr(launch, "INTERPRET", False)
 
 
 def ragged(i):
@@ -44,8 +36,8 @@ def test_five_steps_are_the_same(model_type, tmp_path):
 
 @pytest.mark.triton
 @pytest.mark.parametrize(("model_type", "checkpointing"), [("gemma2", False), ("llama", True)])
-def test_five_steps_with_the_triton_kernels(model_type, checkpointing, tmp_path):
-    settings = {**SGD, "dataset": Rows(valid=ragged), "activation_checkpointing": checkpointing}
+def test_two_steps_with_the_triton_kernels(model_type, checkpointing, tmp_path):
+    settings = {**SGD, "max_steps": 2, "dataset": Rows(valid=ragged), "activation_checkpointing": checkpointing}
     assert_same_run(*(train(tmp_path, flag, model_type, **settings) for flag in (False, True)))
 
 

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from liger_trainer.kernels.runtime import launch
 from tiny_models import assert_same_training, batch, loss_and_gradients, tiny_config, tiny_model
 from torch import nn
 from transformers import LlamaForCausalLM
@@ -11,12 +10,6 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from liger_trainer import apply_liger
 from liger_trainer.config import KINDS
 from liger_trainer.head.form import probe_head
-
-
-@pytest.fixture(autouse=True)
-def plain_definitions(monkeypatch):
-    """Run the ops' plain definitions, which are faster on a CPU than interpreted kernels."""
-    monkeypatch.setattr(launch, "INTERPRET", False)
 
 
 class AddsTerm(LlamaForCausalLM):

@@ -7,18 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from liger_trainer.kernels.runtime import launch
 from peft import LoraConfig, get_peft_model
 from tiny_models import assert_same_training, batch, loss_and_gradients, tiny_model
 
 from liger_trainer import apply_liger
 from liger_trainer.patching import patch_state
-
-
-@pytest.fixture(autouse=True)
-def plain_definitions(monkeypatch):
-    """Run the ops' plain definitions, which are faster on a CPU than interpreted kernels."""
-    monkeypatch.setattr(launch, "INTERPRET", False)
 
 
 @pytest.mark.parametrize(

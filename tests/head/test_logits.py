@@ -7,18 +7,11 @@ import accelerate
 import numpy as np
 import pytest
 import torch
-from liger_trainer.kernels.runtime import launch
 from tiny_models import batch, tiny_model
 
 from liger_trainer import apply_liger
 from liger_trainer.head.per_thread import loss_only
 from liger_trainer.head.unbuilt_logits import LossOnlyLogits, UnbuiltLogits
-
-
-@pytest.fixture(autouse=True)
-def plain_definitions(monkeypatch):
-    """Run the ops' plain definitions, which are faster on a CPU than interpreted kernels."""
-    monkeypatch.setattr(launch, "INTERPRET", False)
 
 
 def both(model_type="llama", **overrides):

@@ -5,7 +5,6 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from liger_trainer.kernels.runtime import launch
 from medusa_models import inputs_of, medusa_model
 from safetensors.torch import load_file
 from tiny_models import assert_same_training, batch, loss_and_gradients, tiny_model
@@ -17,13 +16,6 @@ from liger_trainer import MedusaConfig, MedusaModel, apply_liger
 from liger_trainer.medusa import heads as medusa_heads
 from liger_trainer.medusa.loss import plain_head_loss, residual_blocks
 from liger_trainer.patching import patch_state, revert_liger
-
-
-@pytest.fixture(autouse=True)
-def plain_definitions(request, monkeypatch):
-    """The ops' plain definitions unless marked: the interpreter is slow and tested elsewhere."""
-    if "triton" not in request.keywords:
-        monkeypatch.setattr(launch, "INTERPRET", False)
 
 
 def expected(model, inputs):

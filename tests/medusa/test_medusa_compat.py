@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from liger_trainer.kernels.runtime import launch
 from medusa_models import inputs_of, medusa_model
 from peft import LoraConfig, get_peft_model
 from tiny_models import assert_same_training, batch, loss_and_gradients, tiny_model
@@ -19,12 +18,6 @@ from liger_trainer import MedusaConfig, MedusaModel, apply_liger
 from liger_trainer.medusa import heads as medusa_heads
 from liger_trainer.medusa import loss as medusa_loss
 from liger_trainer.medusa.loss import plain_head_loss
-
-
-@pytest.fixture(autouse=True)
-def plain_definitions(monkeypatch):
-    """The ops' plain definitions: the interpreter is slow and tested elsewhere."""
-    monkeypatch.setattr(launch, "INTERPRET", False)
 
 
 def checkpointed(model, **settings):

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from liger_trainer.kernels.runtime import launch
 
 from liger_trainer import MedusaConfig
 from liger_trainer.patching import patch_state
@@ -15,8 +14,7 @@ from liger_trainer.training.recipe import parse_recipe
 RECIPE = str(Path(__file__).parents[2] / "recipes" / "paper" / "medusa_stage2.yaml")
 
 
-def test_a_recipe_makes_heads(tmp_path, monkeypatch):
-    monkeypatch.setattr(launch, "INTERPRET", False)
+def test_a_recipe_makes_heads(tmp_path):
     tiny = {"model_type": "llama", "vocab_size": 131, "hidden_size": 32, "intermediate_size": 64}
     tiny |= {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
     flags = ["--offline", "true", "--use_cpu", "true", "--model_config", json.dumps(tiny), "--max_length", "16"]

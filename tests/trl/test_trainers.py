@@ -9,7 +9,6 @@ import pytest
 import torch
 import trl
 from datasets import Dataset
-from liger_trainer.kernels.runtime import launch
 from peft import LoraConfig
 from tiny_models import VOCAB, batch, kernels_skipped, tiny_config, tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -22,11 +21,6 @@ from liger_trainer.patching import patch_state
 from liger_trainer.rules import padding_mask
 
 METRICS = ("entropy", "mean_token_accuracy", "num_tokens", "grad_norm")
-
-
-@pytest.fixture(autouse=True)
-def plain_definitions(monkeypatch):
-    monkeypatch.setattr(launch, "INTERPRET", False)
 
 
 def tokenizer():
