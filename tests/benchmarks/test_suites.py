@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,6 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from launching import PYTHONPATH
-from liger_trainer.kernels.runtime import launch
 
 from liger_trainer.training.recipe import parse_recipe
 
@@ -29,7 +29,6 @@ EXTRA = {"device": "cpu", "profile": False}
 @pytest.fixture
 def fresh_state(monkeypatch):
     """No accelerate state from other Trainers before or after, the environment as it was, and plain definitions."""
-    monkeypatch.setattr(launch, "INTERPRET", False)
     for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
         monkeypatch.delenv(name)
 
@@ -160,10 +159,14 @@ def test_bytes_of_gradients_follow_the_engine():
 
 @pytest.mark.gpu
 def test_memory_is_told_apart(fresh_state):
-    """A model large enough that the libraries' workspaces hardly count, a batch so small that gradients do."""
+    """A model large enough that the libraries' workspaces hardly count, a batch so small that gradients do.
+
+    AdamW is fused, as in every recipe. Its foreach form holds square roots of all second moments beside the gradients.
+    """
     job = first_job("step_1b", "hf")
     sizes = {"vocab_size": 32000, "hidden_size": 1024, "intermediate_size": 4096}
-    job["overrides"] |= {"use_cpu": False, "model_config": job["overrides"]["model_config"] | sizes}
+    changed = {"use_cpu": False, "optim": "adamw_torch_fused", "model_config": job["overrides"]["model_config"] | sizes}
+    job["overrides"] |= changed
     row = train_worker.train(job)
     parameters = 4 * sum(p.numel() for p in small_model(job).parameters())
     gradients, static, peak = (row[f"{name}_gib"] * 2**30 for name in ("gradients", "static", "peak_allocated"))
@@ -224,16 +227,16 @@ def test_failures_of_ranks(monkeypatch, tmp_path):
     monkeypatch.setenv("LOADERS", str(tmp_path))
     jobs = {arm: first_job("paper_two_gpus", arm) for arm in ("ours", "hf", "trl_head")}
     jobs["hf"] |= {"config_file": "configs/single.yaml", "processes": 1}
+    limits = {"ours": 90, "hf": 10, "trl_head": 90}
     start = time.monotonic()
-    oom = train.launch(jobs["ours"], 60, "ranks.bench_rank")
+    with ThreadPoolExecutor() as pool:
+        oom, hung, failed = pool.map(lambda arm: train.launch(jobs[arm], limits[arm], "ranks.bench_rank"), limits)
     loaders = [int(file.read_text()) for file in tmp_path.iterdir()]
     assert len(loaders) == 2
     assert not any(is_running(pid) for pid in loaders)
-    hung = train.launch(jobs["hf"], 15, "ranks.bench_rank")
-    failed = train.launch(jobs["trl_head"], 60, "ranks.bench_rank")
     assert failed["status"] == "error"
     assert "arm ours was not active" in failed["note"]
     assert (oom["status"], "Tried to allocate" in oom["note"]) == ("oom", True)
     assert hung["status"] == "error"
-    assert "still running after 15 s" in hung["note"]
+    assert "still running after 10 s" in hung["note"]
     assert time.monotonic() - start < 100, "somebody waited for a rank that had ended"
