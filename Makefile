@@ -11,7 +11,7 @@ demo: $(STAMP)  ## train the quickstart recipe; make demo ARGS="--max_steps 20"
 test: $(STAMP)  ## the whole suite; without a GPU the kernels run in Triton's interpreter
 	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -n 2 --dist worksteal $(ARGS)
 
-test-long: $(STAMP)  ## random sequences of what users do; LIGER_SEQUENCES=500 LIGER_SEED=7 make test-long
+test-long: $(STAMP)  ## every size, every model, random sequences of what users do; LIGER_SEQUENCES=500 LIGER_SEED=7 make test-long
 	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -m long $(ARGS)
 
 test-gpu: $(STAMP)  ## what only a GPU can test

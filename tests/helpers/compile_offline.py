@@ -1,5 +1,8 @@
 """Compiles for an H100, without one, every kernel that the variants in ``benchmarks/ops.py`` launch.
 
+    python tests/helpers/compile_offline.py [--every-size]
+
+Launches that differ in nothing but sizes, alignment and tiles are compiled once, or each with ``--every-size``.
 The interpreter runs kernels as Python and accepts much that Triton's compiler rejects. Nothing is launched here: ops
 run on CPU tensors, and where they would launch, the kernel is compiled for the arguments they pass. Exit status 1 if
 one fails, a kernel of the package was never launched or always with the same value of a switch, or a kernel at the
@@ -29,8 +32,9 @@ from liger_trainer.kernels import reference
 H100 = GPUTarget("cuda", 90, 32)
 H100_SMS = 132
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int64: "i64", torch.int32: "i32"}
-# Rows and columns: narrow, rows that begin on and off 16 bytes, wider than what sums in registers.
-SHAPES = ((37, 200), (33, 2048), (33, 3002), (3, 33000))
+# Rows and columns: rows that begin on 16 bytes, narrow, rows that do not, wider than what sums in registers.
+SHAPES = ((33, 2048), (37, 200), (33, 3002), (3, 33000))
+EVERY_SIZE = "--every-size" in sys.argv
 # Kernels at the speed of memory: where rows begin on 16 bytes, they have to be read and written in pieces of 16 bytes.
 WIDE = {
     "_norm_fwd_kernel", "_norm_bwd_kernel", "_gated_fwd_kernel", "_gated_bwd_kernel", "_clamped_swiglu_fwd_kernel",
@@ -69,7 +73,9 @@ def compile_launch(kernel: triton.JITFunction, grid: tuple[int, int, int]) -> Ca
                 aligned = value % 16 == 0
             if aligned:
                 attributes[(index,)] = ALIGNED
-        key = (kernel.__name__, *signature.values(), *map(str, fixed.items()), *attributes, *options.items())
+        sizes = (*attributes, *options.items()) if EVERY_SIZE else ()
+        switched = [item for item in fixed.items() if EVERY_SIZE or item[1] is None or isinstance(item[1], bool)]
+        key = (kernel.__name__, *signature.values(), *map(str, switched), *sizes)
         if key not in compiled:
             flags = options | ({"debug": True} if kernel.debug else {})
             binary = triton.compile(ASTSource(kernel, signature, fixed, attributes), target=H100, options=flags)
