@@ -18,7 +18,7 @@ FILES = sorted(file for folder in FOLDERS for file in (ROOT / folder).glob("**/*
 # A folder (or a file beside the folders) imports from itself and from those above it in this list.
 LAYERS = [
     {"kernels", "config", "report", "environment"},
-    {"probing", "losses"},
+    {"probing", "losses", "nn"},
     {"head"},
     {"rules"},
     {"patching"},

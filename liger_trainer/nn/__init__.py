@@ -1,0 +1,6 @@
+"""``torch.nn.Module`` forms of the ops, for models that you write: norms, gated MLPs and losses."""
+
+from .mlps import LigerGEGLUMLP, LigerSwiGLUMLP
+from .norms import LigerLayerNorm, LigerRMSNorm
+
+__all__ = ["LigerGEGLUMLP", "LigerLayerNorm", "LigerRMSNorm", "LigerSwiGLUMLP"]
