@@ -112,7 +112,8 @@ class FusedHead:
                 _check_arguments(type(model).__name__, call, labels, loss_arguments(args, kwargs))
             # Sharded engines gather a module's weight for backward through a hook on its outputs. The empty logits are
             # an output of the same autograd node as the loss, and adding their sum, 0, puts them into the graph.
-            return call.loss + zero_of(logits) if logits.shape[-1] == 0 else call.loss
+            loss = call.loss + zero_of(logits) if logits.shape[-1] == 0 else call.loss
+            return loss.float()  # as ForCausalLMLoss gives it, also to a model in fp64
         if model.training and torch.is_grad_enabled():
             self._warn(
                 "the fused loss did not act in a training forward of %s, which built the full logits. Either lm_head "

@@ -34,6 +34,19 @@ def test_loss_is_normalised_as_transformers_does(labels, num_items):
         assert_same_training(theirs, ours)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_loss_is_in_fp32_for_any_dtype_of_the_model(dtype):
+    model, inputs = tiny_model("llama").to(dtype), batch()
+    theirs = loss_and_gradients(model, inputs)
+    apply_liger(model)
+    ours = loss_and_gradients(model, inputs)
+    assert ours[0].dtype == theirs[0].dtype == torch.float32
+    assert {g.dtype for g in ours[1].values()} == {dtype}
+    assert_same_training(theirs, ours, 1e-6 if dtype == torch.float64 else 3e-2)
+    with torch.no_grad():
+        assert model.eval()(**inputs).loss.dtype == torch.float32
+
+
 def test_shift_labels_are_used_as_given():
     model, inputs = tiny_model("llama"), batch()
     shifted = torch.roll(inputs["labels"], 3, dims=1)
