@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import reference
-from .runtime.autograd import Function
+from .runtime.autograd import Function, differentiate
 from .runtime.checks import check_rows, dense_like, row_layout
 from .runtime.launch import cdiv, launcher, next_power_of_2, tl, triton, use_triton
 from .runtime.operators import opaque_op
@@ -168,6 +167,11 @@ class ClampedSwigluFunction(Function):
     """``clamped_swiglu``; all arguments are positional."""
 
     @staticmethod
+    def definition(gate_up: Tensor, limit: float, alpha: float, offset: float, interleaved: bool) -> Tensor:
+        """The same in plain PyTorch."""
+        return reference.clamped_swiglu(gate_up, limit=limit, alpha=alpha, offset=offset, interleaved=interleaved)
+
+    @staticmethod
     def forward(ctx: Any, gate_up: Tensor, limit: float, alpha: float, offset: float, interleaved: bool) -> Tensor:
         """Save the input only."""
         ctx.save_for_backward(gate_up)
@@ -175,9 +179,10 @@ class ClampedSwigluFunction(Function):
         return clamped_swiglu_fwd(gate_up, *ctx.settings)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         """Only ``gate_up`` has a gradient."""
+        if torch.is_grad_enabled():
+            return differentiate(ClampedSwigluFunction.definition, (*ctx.saved_tensors, *ctx.settings), (dout,))
         return clamped_swiglu_bwd(dout, *ctx.saved_tensors, *ctx.settings), None, None, None, None
 
 

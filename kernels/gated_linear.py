@@ -18,20 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._C import _autograd
-from torch.autograd.function import once_differentiable
 
-from . import reference
-from .runtime.autograd import Function
+from .runtime.autograd import Function, differentiate
 from .runtime.launch import cdiv, use_triton
 from .runtime.operators import opaque_op
-from .shared.gated import GELU_ERF, GELU_TANH, SILU, check_gated, gated_bwd, gated_fwd
+from .shared.gated import DEFINITIONS, GELU_ERF, GELU_TANH, SILU, check_gated, gated_bwd, gated_fwd
 
-# name -> (the activation's number in the kernel, its definition)
-ACTIVATIONS = {
-    "silu": (SILU, reference.swiglu),
-    "gelu_tanh": (GELU_TANH, lambda gate, up: reference.geglu(gate, up, approximate="tanh")),
-    "gelu": (GELU_ERF, lambda gate, up: reference.geglu(gate, up, approximate="none")),
-}
+ACTIVATIONS = {"silu": SILU, "gelu_tanh": GELU_TANH, "gelu": GELU_ERF}
 
 # From this size on, h is computed in parts that share dgate's memory. For a smaller h the extra launches cost too much.
 PARTED_BYTES = 256 * 2**20
@@ -127,6 +120,13 @@ class _SaveInputs(Function):
     """The node that saves: it returns uninitialised memory for the result and runs the backward of the whole op."""
 
     @staticmethod
+    def definition(gate: Tensor, up: Tensor | None, weight: Tensor, bias: Tensor | None, activation: int) -> Tensor:
+        """The whole op in plain PyTorch, whose GEMM runs in ``gate``'s dtype."""
+        hidden = DEFINITIONS[activation](gate, up)
+        with torch.autocast(hidden.device.type, enabled=False):
+            return F.linear(hidden, weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype))
+
+    @staticmethod
     def forward(
         ctx: Any, gate: Tensor, up: Tensor | None, weight: Tensor, bias: Tensor | None, activation: int
     ) -> Tensor:
@@ -136,10 +136,13 @@ class _SaveInputs(Function):
         return gate.new_empty((*gate.shape[:-1], weight.shape[0]))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         """Compute only the gradients that are needed."""
         gate, up, weight = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            # Any bias will do: its gradient does not depend on its values.
+            bias = weight.new_zeros(weight.shape[0], requires_grad=True) if ctx.needs_input_grad[3] else None
+            return differentiate(_SaveInputs.definition, (gate, up, weight, bias, ctx.activation), (dout,))
         return *gated_linear_bwd(dout, gate, up, weight, ctx.activation, *ctx.needs_input_grad[:4]), None
 
 
@@ -158,6 +161,11 @@ class GatedLinearFunction(_SaveInputs):
 
 class _FillResult(Function):
     """The node that computes: it fills the memory it is given and passes the gradient on unchanged."""
+
+    @staticmethod
+    def definition(out: Tensor, *inputs: Any) -> Tensor:
+        """``out``, which ``_SaveInputs.definition`` has computed."""
+        return out
 
     @staticmethod
     def forward(ctx: Any, out: Tensor, *inputs: Any) -> Tensor:
@@ -244,9 +252,9 @@ def gated_linear(
             f"weight, up: got dtypes {weight.dtype}, {None if up is None else up.dtype}; must be gate.dtype = "
             f"{gate.dtype} (weight: any under autocast)"
         )
-    number, definition = ACTIVATIONS[activation]
+    number = ACTIVATIONS[activation]
     if not use_triton(gate) or gate.dtype == torch.float64:
-        return F.linear(definition(gate, up), weight, bias)
+        return F.linear(DEFINITIONS[number](gate, up), weight, bias)
     inputs = (gate, up, weight, bias)
     if torch.compiler.is_compiling():
         return _gated_linear_op(*inputs, number)

@@ -6,7 +6,7 @@ operations and the roundings of the transformers modules they stand for, so on C
 the numbers of an unpatched one. Formulas, saved tensors and bytes moved are in README.md.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -167,13 +167,22 @@ def transform_logits(logits: Tensor, logit_scale: float = 1.0, softcap: float | 
     return logits
 
 
+def _of_all_transforms(tensor: Tensor) -> Tensor:
+    """The whole tensor, of which a function under ``torch.vmap`` sees a row, and whose values it may not read."""
+    functorch: Any = cast(Any, torch._C)._functorch  # torch's stubs lack it
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = functorch.get_unwrapped(tensor)
+    return tensor
+
+
 def check_labels(labels: Tensor, vocab_size: int, ignore_index: int) -> None:
     """Raise ``ValueError`` for a label neither ``ignore_index`` nor in ``[0, vocab_size)``. Reads the device."""
+    if not torch.compiler.is_compiling():
+        labels = _of_all_transforms(labels)
     bad = (labels != ignore_index) & ((labels < 0) | (labels >= vocab_size))
     if torch.compiler.is_compiling():  # reading the device would break the graph
         torch._assert_async(~bad.any(), f"labels: found one not in [0, {vocab_size}) and not {ignore_index}")
-        return
-    if bool(bad.any()):
+    elif bool(bad.any()):
         allowed = f"[0, {vocab_size}) or ignore_index={ignore_index}"
         raise ValueError(f"labels: got {int(labels[bad][0])}; must be in {allowed}")
 

@@ -12,10 +12,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import reference
-from .runtime.autograd import Function
+from .runtime.autograd import Function, differentiate
 from .runtime.checks import check_device, check_floating, unit_stride
 from .runtime.launch import cdiv, launcher, next_power_of_2, sm_count, tl, triton, use_triton
 from .runtime.operators import opaque_op
@@ -151,9 +150,8 @@ def _rope_kernel(
     else:
         _rotate_heads(
             q_ptr, q_out_ptr, q_batch_stride, q_head_stride, q_token_stride, q_out_batch_stride, q_out_head_stride,
-            q_out_token_stride, num_q_heads, chunk * TILE_HEADS, batch, tokens, num_tokens, cos_base,
-            sin_base, BACKWARD, PAIRED, HALF, TAIL, BLOCK_HALF, BLOCK_TAIL, LOAD_INTERLEAVED, STORE_INTERLEAVED,
-            TILE_HEADS,
+            q_out_token_stride, num_q_heads, chunk * TILE_HEADS, batch, tokens, num_tokens, cos_base, sin_base,
+            BACKWARD, PAIRED, HALF, TAIL, BLOCK_HALF, BLOCK_TAIL, LOAD_INTERLEAVED, STORE_INTERLEAVED, TILE_HEADS,
         )  # fmt: skip
 
 
@@ -186,15 +184,14 @@ def _tiling(
 ) -> _Tiling:
     """Tiles of ``TILE_SIZE`` elements, with fewer tokens if there would be too few programs."""
     half, tail = rotary_dim // 2, head_dim - rotary_dim
-    block_half = next_power_of_2(half)
+    blocks = next_power_of_2(half), next_power_of_2(tail)
     tile_heads = min(TILE_HEADS, next_power_of_2(max(q_heads, k_heads)))
-    tile_tokens = max(1, min(TILE_SIZE // (2 * block_half * tile_heads), next_power_of_2(num_tokens)))
+    tile_tokens = max(1, min(TILE_SIZE // (2 * blocks[0] * tile_heads), next_power_of_2(num_tokens)))
     q_chunks, k_chunks = cdiv(q_heads, tile_heads), cdiv(k_heads, tile_heads)
     while tile_tokens > 1 and batch * cdiv(num_tokens, tile_tokens) * (q_chunks + k_chunks) < PROGRAMS_PER_SM * sms:
         tile_tokens //= 2
     programs = batch * cdiv(num_tokens, tile_tokens) * (q_chunks + k_chunks)
-    block_tail = next_power_of_2(tail)
-    return _Tiling(programs, q_chunks, k_chunks, half, tail, block_half, block_tail, tile_tokens, tile_heads)
+    return _Tiling(programs, q_chunks, k_chunks, half, tail, *blocks, tile_tokens, tile_heads)
 
 
 def _rotate(
@@ -247,7 +244,7 @@ def rope_fwd(
 
 def rope_bwd(
     dq: Tensor | None, dk: Tensor | None, q_strides: tuple[int, ...], k_strides: tuple[int, ...], cos: Tensor,
-    sin: Tensor, rotary_dim: int, interleaved: bool, deinterleave: bool, unsqueeze_dim: int,
+    sin: Tensor, *settings: Any,
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     """Return the gradients of ``q`` and ``k`` with the given strides, None where the upstream gradient is None."""
     dq, dk = (None if grad is None else unit_stride(grad) for grad in (dq, dk))
@@ -255,7 +252,6 @@ def rope_bwd(
         None if grad is None else torch.empty_strided(grad.shape, strides, dtype=grad.dtype, device=grad.device)
         for grad, strides in ((dq, q_strides), (dk, k_strides))
     )
-    settings = (rotary_dim, interleaved, deinterleave, unsqueeze_dim)
     if dq is not None and dq_out is not None:
         _rotate(dq, dq_out, dk, dk_out, cos, sin, *settings, backward=True)
     elif dk is not None and dk_out is not None:
@@ -267,25 +263,32 @@ class RopeFunction(Function):
     """``rope`` of ``q`` and, unless None, ``k``; all arguments are positional."""
 
     @staticmethod
+    def definition(*args: Any) -> Tensor | tuple[Tensor, Tensor]:
+        """The same in plain PyTorch."""
+        names = ("rotary_dim", "interleaved", "deinterleave", "unsqueeze_dim")
+        return reference.rope(*args[:4], compute_in_fp32=True, **dict(zip(names, args[4:], strict=True)))
+
+    @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, rotary_dim: int, interleaved: bool,
-        deinterleave: bool, unsqueeze_dim: int,
-    ) -> Tensor | tuple[Tensor, Tensor | None]:  # fmt: skip
+        ctx: Any, q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, *settings: Any
+    ) -> Tensor | tuple[Tensor, Tensor | None]:
         """Save the tables only."""
-        q_out, k_out = rope_fwd(q, k, cos, sin, rotary_dim, interleaved, deinterleave, unsqueeze_dim)
+        q_out, k_out = rope_fwd(q, k, cos, sin, *settings)
         ctx.save_for_backward(cos, sin)
         # Gradients get the outputs' strides, which keep the inputs' memory order, so the layer before copies nothing.
         ctx.strides = (q_out.stride(), () if k_out is None else k_out.stride())
-        ctx.settings = (rotary_dim, interleaved, deinterleave, unsqueeze_dim)
+        ctx.settings = settings
         ctx.set_materialize_grads(False)
         return q_out if k is None else (q_out, k_out)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dq: Tensor | None, dk: Tensor | None = None) -> tuple[Tensor | None, ...]:
         """Either upstream gradient may be None."""
-        dq = dq if ctx.needs_input_grad[0] else None
-        dk = dk if ctx.needs_input_grad[1] else None
+        dq, dk = dq if ctx.needs_input_grad[0] else None, dk if ctx.needs_input_grad[1] else None
+        if torch.is_grad_enabled():  # a rotation's gradient does not depend on its input, so zeros will do
+            known = (None, *ctx.saved_tensors, *ctx.settings)
+            pairs = ((None if g is None else torch.zeros_like(g, requires_grad=True), g) for g in (dq, dk))
+            return *(differentiate(RopeFunction.definition, (x, *known), (g,))[0] for x, g in pairs), *(None,) * 6
         return *rope_bwd(dq, dk, *ctx.strides, *ctx.saved_tensors, *ctx.settings), *(None,) * 6
 
 

@@ -1,6 +1,7 @@
 """The base class of the ops' autograd functions."""
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch.autograd import forward_ad
@@ -25,16 +26,48 @@ class Function(torch.autograd.Function):
     """``torch.autograd.Function`` whose ``apply`` costs less: a sixth of an op's host time, a third without gradients.
 
     What is left out binds default arguments and unwraps tensors that leaked out of a functorch transform; our functions
-    have no defaults and no ``setup_context``. Inside a transform, and in forward-mode differentiation, torch's own
-    ``apply`` answers, with its error.
+    have no defaults and no ``setup_context``. Inside a transform, and in forward-mode differentiation, ``definition``
+    takes the place of ``forward``: autograd itself knows how to differentiate it. A backward that is differentiated
+    again (``create_graph=True``, so gradients are enabled in it) returns ``differentiate(definition, ...)``.
     """
+
+    definition: ClassVar[Callable | None] = None  # takes the arguments of ``forward``, and computes it in plain PyTorch
 
     @classmethod
     def apply(cls, *args: Any) -> Any:
         """Run ``forward`` and record ``backward``; positional arguments only."""
-        if torch._C._are_functorch_transforms_active():
-            return super().apply(*args)
-        if not torch.is_grad_enabled() and forward_ad._current_level < 0:
+        if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:  # is_transformed, inlined
+            return super().apply(*args) if cls.definition is None else cls.definition(*args)
+        if not torch.is_grad_enabled():
             return cls.forward(_NoContext(), *args)
         # torch's stubs lack this base class's method, and a cast would cost host time.
         return super(torch.autograd.Function, cls).apply(*args)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def is_transformed() -> bool:
+    """Whether a transform of ``torch.func`` or forward-mode differentiation is active."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def differentiate(
+    definition: Callable, args: Sequence[Any], upstream: Sequence[torch.Tensor | None]
+) -> tuple[torch.Tensor | None, ...]:
+    """Gradients of ``args`` that can be differentiated again, for a backward that runs with ``create_graph=True``.
+
+    Args:
+        definition: What the op computes, in plain PyTorch.
+        args: Its arguments. Those that require no gradient, and those that are no tensors, get ``None``.
+        upstream: The gradient of each of its outputs, or ``None``.
+    """
+    if all(grad is None for grad in upstream):
+        return (None,) * len(args)
+    # Views, because one argument may depend on another, as hidden states on a tied weight: the gradient of a view
+    # leaves out what comes by way of other arguments.
+    arguments = [a.view_as(a) if torch.is_tensor(a) and a.requires_grad else a for a in args]
+    outputs = definition(*arguments)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    pairs = [(o, g) for o, g in zip(outputs, upstream, strict=False) if g is not None and o.requires_grad]
+    inputs = [a for a in arguments if torch.is_tensor(a) and a.requires_grad]
+    results, given = zip(*pairs, strict=True)
+    found = iter(torch.autograd.grad(results, inputs, given, create_graph=True, allow_unused=True))
+    return tuple(next(found) if torch.is_tensor(a) and a.requires_grad else None for a in arguments)

@@ -6,18 +6,24 @@ All arithmetic is fp32; results are rounded once. The tanh form of gelu is compu
 function, without the cancellation in ``1 + tanh(u)`` for negative u.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from ..runtime.autograd import Function
+from .. import reference
+from ..runtime.autograd import Function, differentiate
 from ..runtime.checks import check_rows, check_same_shape, dense_like, row_layout
 from ..runtime.launch import cdiv, launcher, next_power_of_2, sm_count, tl, triton
 from ..runtime.operators import opaque_op
 
 SILU, GELU_TANH, GELU_ERF = 0, 1, 2
+DEFINITIONS = {
+    SILU: reference.swiglu,
+    GELU_TANH: partial(reference.geglu, approximate="tanh"),
+    GELU_ERF: partial(reference.geglu, approximate="none"),
+}
 BLOCK_SIZE = 2048
 # Forward: with up to this many blocks per SM, blocks of half the size are faster.
 SMALL_GRID = 4
@@ -268,6 +274,11 @@ class GatedFunction(Function):
     """``act(gate) * up``; if ``up`` is None, ``gate`` holds both halves."""
 
     @staticmethod
+    def definition(gate: Tensor, up: Tensor | None, activation: int) -> Tensor:
+        """The same in plain PyTorch."""
+        return DEFINITIONS[activation](gate, up)
+
+    @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor | None, activation: int) -> Tensor:
         """Save the inputs only."""
         ctx.save_for_backward(gate, up)
@@ -275,10 +286,11 @@ class GatedFunction(Function):
         return _activate(gate, up, activation)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         """Compute only the gradients that are needed."""
         gate, up = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return differentiate(GatedFunction.definition, (gate, up, ctx.activation), (dout,))
         needs_dgate, needs_dup, _ = ctx.needs_input_grad
         return *gated_grads(dout, gate, up, ctx.activation, needs_dgate, needs_dup), None
 

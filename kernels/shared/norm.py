@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from ..runtime.autograd import Function
+from .. import reference
+from ..runtime.autograd import Function, differentiate
 from ..runtime.checks import dense_like, row_layout
 from ..runtime.launch import launcher, sm_count, tl, triton
 from ..runtime.operators import opaque_op
@@ -281,6 +281,19 @@ class NormFunction(Function):
     """Norm of ``x``; or of ``x + residual``, and that sum. All arguments are positional."""
 
     @staticmethod
+    def definition(
+        x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float,
+        weight_offset: float, scale_in_fp32: bool, centred: bool, dtype: torch.dtype,
+    ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+        """The same in plain PyTorch."""
+        total = x if residual is None else x + residual
+        if centred:
+            y = reference.layer_norm(total, weight, bias, eps, weight_offset=weight_offset, out_dtype=dtype)
+        else:
+            y = reference.rms_norm(total, weight, eps, weight_offset=weight_offset, scale_in_fp32=scale_in_fp32)
+        return y if residual is None else (y, total)
+
+    @staticmethod
     def forward(
         ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float,
         weight_offset: float, scale_in_fp32: bool, centred: bool, dtype: torch.dtype,
@@ -289,7 +302,8 @@ class NormFunction(Function):
         keep = any(ctx.needs_input_grad)
         y, total, stats = norm_fwd(x, residual, weight, bias, eps, weight_offset, scale_in_fp32, centred, dtype, keep)
         ctx.save_for_backward(x if residual is None else total, weight, stats)
-        ctx.settings = (None if bias is None else bias.dtype, weight_offset, scale_in_fp32)
+        bias_dtype = None if bias is None else bias.dtype
+        ctx.settings = (bias_dtype, weight_offset, scale_in_fp32, eps, centred, dtype)
         if residual is None:
             return y
         ctx.set_materialize_grads(False)
@@ -298,14 +312,19 @@ class NormFunction(Function):
         return y, total
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, dtotal: Tensor | None = None) -> tuple[Tensor | None, ...]:
         """Compute only the gradients that are needed; with a residual, either upstream gradient may be None."""
         x, weight, stats = ctx.saved_tensors
-        bias_dtype, weight_offset, scale_in_fp32 = ctx.settings
+        bias_dtype, weight_offset, scale_in_fp32, eps, centred, dtype = ctx.settings
         needs_dx, needs_dresidual, needs_dw, needs_db = ctx.needs_input_grad[:4]
         dx, dw, db = dtotal, None, None
-        if dy is not None:
+        if torch.is_grad_enabled():
+            # Any bias will do: its gradient does not depend on its values.
+            bias = x.new_zeros(x.shape[-1], dtype=bias_dtype, requires_grad=True) if needs_db else None
+            args = (x, None, weight, bias, eps, weight_offset, scale_in_fp32, centred, dtype)
+            dx, _, dw, db, *_ = differentiate(NormFunction.definition, args, (dy,))
+            dx = dtotal if dx is None else dx if dtotal is None else dx + dtotal
+        elif dy is not None:
             dx, dw, db = norm_bwd(
                 dy, dtotal, x, weight, stats, bias_dtype, weight_offset, scale_in_fp32, needs_dx or needs_dresidual,
                 needs_dw, needs_db,

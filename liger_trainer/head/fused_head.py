@@ -16,7 +16,6 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
@@ -24,6 +23,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from ..kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_with_empty_logits
 from ..kernels.reference import IGNORE_INDEX
+from ..kernels.runtime.autograd import is_transformed
 from ..probing.hooks import has_hooks_on_outputs, is_of_engine
 from ..probing.rebinding import Bound, ModuleRef
 from ..probing.rule import Acted, Skip
@@ -166,8 +166,7 @@ class FusedHead:
             return False
         if torch.compiler.is_compiling():
             return True
-        differentiated_otherwise = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-        return not differentiated_otherwise and all(map(is_plain, (hidden, weight, bias)))
+        return not is_transformed() and all(map(is_plain, (hidden, weight, bias)))
 
     def _is_bound_to(self, head: nn.Module) -> bool:
         """Whether calling ``head`` runs ``head_forward`` of this, and nothing else but accelerate's device hooks."""

@@ -245,18 +245,20 @@ def test_two_threads_evaluate_one_model():
         torch.testing.assert_close(torch.stack(losses), loss.expand(20))
 
 
-def test_under_functorch_the_ordinary_path_runs():
-    model, inputs = tiny_model("llama").train(), batch()
+@pytest.mark.parametrize("interpreted", [False, True])
+def test_under_functorch_the_ordinary_path_runs(interpreted, monkeypatch):
+    monkeypatch.setattr(launch, "INTERPRET", interpreted)
+    model, inputs = tiny_model("llama", num_hidden_layers=1).train(), batch()
     expected = loss_and_gradients(model, inputs)
-    apply_liger(model, {"rms_norm": False, "rope": False, "glu": False, "attention": False, "padding_mask": False})
+    apply_liger(model)
     weights = {name: p.detach() for name, p in model.named_parameters()}
     gradients = torch.func.grad(lambda weights: torch.func.functional_call(model, weights, kwargs=inputs).loss)(weights)
     assert_same_training(expected, (expected[0], gradients))
 
 
 def test_forward_mode_takes_the_ordinary_path():
-    model, inputs = tiny_model("llama").train(), batch()
-    apply_liger(model, {"rms_norm": False, "rope": False, "glu": False, "attention": False, "padding_mask": False})
+    model, inputs = tiny_model("llama", attn_implementation="eager").train(), batch()
+    apply_liger(model)
     with torch.autograd.forward_ad.dual_level():
         weight = model.lm_head.weight
         tangent = torch.ones_like(weight)

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from liger_trainer.kernels.gated_linear import ACTIVATIONS, gated_linear
+from liger_trainer.kernels.shared.gated import DEFINITIONS
 from numerics import as_dtype, assert_no_worse_than_torch
 from torch.utils.checkpoint import checkpoint
 
@@ -22,7 +23,7 @@ def make(packed=False, bias=True, frozen=(), tokens=(2, 7), width=36, out=20):
 
 
 def definition(gate, up, weight, bias, activation):
-    return F.linear(ACTIVATIONS[activation][1](gate, up), weight, bias)
+    return F.linear(DEFINITIONS[ACTIVATIONS[activation]](gate, up), weight, bias)
 
 
 def run(function, inputs, activation):
