@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from liger_trainer.kernels.runtime import launch
 from peft import LoraConfig, get_peft_model
 from tiny_models import assert_same_training, batch, loss_and_gradients, tiny_model
 
