@@ -7,7 +7,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from liger_trainer.kernels.runtime import launch
 from peft import LoraConfig, get_peft_model
 from tiny_models import assert_same_training, batch, loss_and_gradients, tiny_model
 
@@ -80,8 +79,8 @@ def test_what_the_fused_loss_would_get_wrong(labels_from):
         assert_same_training(theirs, loss_and_gradients(model, inputs))
     else:
         apply_liger(model)
-        replace = lambda module, args, kwargs: (args, kwargs | {"labels": kwargs["input_ids"]})  # noqa: E731
-        model.register_forward_pre_hook(replace, with_kwargs=True)
+        forward = model.forward
+        model.forward = lambda input_ids, labels, **kwargs: forward(input_ids, labels=input_ids, **kwargs)
         with pytest.raises(ValueError, match="labels: got another value in loss_function than LlamaForCausalLM was"):
             loss_and_gradients(model, inputs)
 
@@ -246,9 +245,8 @@ def test_two_threads_evaluate_one_model():
         torch.testing.assert_close(torch.stack(losses), loss.expand(20))
 
 
-@pytest.mark.parametrize("interpreted", [False, True])
-def test_under_functorch_the_ordinary_path_runs(interpreted, monkeypatch):
-    monkeypatch.setattr(launch, "INTERPRET", interpreted)
+@pytest.mark.triton
+def test_under_functorch_the_ordinary_path_runs():
     model, inputs = tiny_model("llama", num_hidden_layers=1).train(), batch()
     expected = loss_and_gradients(model, inputs)
     apply_liger(model)

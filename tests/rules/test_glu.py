@@ -140,7 +140,6 @@ CHANGES = {
 }
 
 
-@pytest.mark.usefixtures("plain_definitions")
 @pytest.mark.parametrize("model_type", ["llama", "mixtral"])
 @pytest.mark.parametrize("change", [*CHANGES, "replaced"])
 def test_what_happens_to_the_activation_later_is_seen(model_type, change, caplog):
@@ -170,7 +169,6 @@ def test_what_happens_to_the_activation_later_is_seen(model_type, change, caplog
     assert "runs its own forward" in caplog.text
 
 
-@pytest.mark.usefixtures("plain_definitions")
 @pytest.mark.parametrize("model_type", ["llama", "mixtral"])
 def test_an_activation_that_is_hooked_already_is_left_alone(model_type):
     model, calls = tiny_model(model_type), []
@@ -183,7 +181,6 @@ def test_an_activation_that_is_hooked_already_is_left_alone(model_type):
     assert calls
 
 
-@pytest.mark.usefixtures("plain_definitions")
 def test_settings_of_the_activation_and_functions_are_asked_again():
     class Gated(nn.Module):
         def __init__(self):

@@ -13,8 +13,6 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from liger_trainer import apply_liger, revert_liger
 from liger_trainer.rules import padding_mask
 
-pytestmark = pytest.mark.usefixtures("plain_definitions")  # the kernels are not the point here
-
 ON = {"padding_mask": True, "attention": False}
 CAUSAL = ("llama", "mistral", "qwen3", "gemma3_text", "phi3", "olmo2", "cohere", "gpt_neox", "deepseek_v3")
 
