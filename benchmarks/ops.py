@@ -78,6 +78,12 @@ def logits(draw: Draw) -> Inputs:
     return {"logits": draw("rows", "cols") * 2, "labels": draw.labels("rows", "cols")}, (None,)
 
 
+def logits_of_two(draw: Draw) -> Inputs:
+    """Logits of student and teacher, and the mask of those that count."""
+    mask = draw.labels("rows", "cols") != -100
+    return {"logits": draw("rows", "cols") * 2, "teacher_logits": draw("rows", "cols") * 2, "mask": mask}, (None,)
+
+
 def head(draw: Draw) -> Inputs:
     """Hidden states, the head's weight, labels.
 
@@ -245,6 +251,15 @@ OPS: dict[str, Op] = {
             Variant("not reduced", options={"reduction": "none"}),
             Variant("every option", options={"label_smoothing": 0.1, "z_loss": 1e-3, "softcap": 5.0,
                                              "token_weights": lambda labels: torch.rand_like(labels, dtype=FP32)}),
+        ),
+        small=f"rowsx{VOCAB} 25% ignored",
+    ),
+    "divergence": Op(
+        logits_of_two, "logits", lambda n: (n["logits"] + n["teacher_logits"], 2 * n["logits"] + n["teacher_logits"]),
+        variants=(
+            Variant(without="mask"), Variant("reverse", options={"kind": "reverse_kl", "softcap": 5.0}),
+            Variant("jsd", options={"kind": "jsd", "beta": 0.3, "teacher_softcap": 5.0, "temperature": 2.0}),
+            Variant("tvd", options={"kind": "tvd", "reduction": "none"}),
         ),
         small=f"rowsx{VOCAB} 25% ignored",
     ),

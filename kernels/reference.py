@@ -6,6 +6,7 @@ operations and the roundings of the transformers modules they stand for, so on C
 the numbers of an unpatched one. Formulas, saved tensors and bytes moved are in README.md.
 """
 
+import math
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 IGNORE_INDEX = -100  # label of a position that has none, everywhere in the Hugging Face stack
+DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "tvd")  # the kernels know them by their place here
 
 
 class TokenStats(NamedTuple):
@@ -218,6 +220,32 @@ def cross_entropy(
     if token_weights is not None:
         token_loss = token_loss * token_weights.to(token_loss.dtype)
     return reduce_loss(token_loss.masked_fill(~valid, 0.0), valid, reduction, num_items)
+
+
+def row_divergence(teacher: Tensor, student: Tensor, kind: str, beta: float) -> Tensor:
+    """The divergence ``kind`` of each row of log-probabilities ``[..., V]`` of teacher and student."""
+    if kind == "forward_kl":
+        return (teacher.exp() * (teacher - student)).sum(-1)
+    if kind == "reverse_kl":
+        return (student.exp() * (student - teacher)).sum(-1)
+    if kind == "tvd":
+        return (teacher.exp() - student.exp()).abs().sum(-1) / 2
+    mixture = torch.logaddexp(teacher + math.log(beta), student + math.log1p(-beta))
+    of_teacher = (teacher.exp() * (teacher - mixture)).sum(-1)
+    return beta * of_teacher + (1 - beta) * (student.exp() * (student - mixture)).sum(-1)
+
+
+def divergence(
+    logits: Tensor, teacher_logits: Tensor, mask: Tensor | None = None, *, kind: str = "forward_kl", beta: float = 0.5,
+    temperature: float = 1.0, logit_scale: float = 1.0, softcap: float | None = None, teacher_logit_scale: float = 1.0,
+    teacher_softcap: float | None = None, reduction: str = "mean", num_items: Tensor | float | None = None,
+) -> Tensor:  # fmt: skip
+    """Divergence of ``softmax(logits)`` from ``softmax(teacher_logits)``, which get no gradient."""
+    student = transform_logits(logits, logit_scale, softcap) / temperature
+    teacher = transform_logits(teacher_logits.detach(), teacher_logit_scale, teacher_softcap) / temperature
+    losses = row_divergence(teacher.log_softmax(-1), student.log_softmax(-1), kind, beta)
+    valid = torch.ones_like(losses, dtype=torch.bool) if mask is None else mask != 0
+    return reduce_loss(losses.masked_fill(~valid, 0.0), valid, reduction, num_items)
 
 
 def linear_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

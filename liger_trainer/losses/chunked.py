@@ -1,9 +1,9 @@
 """Distillation losses of each token, from hidden states, with the logits of one chunk of tokens at a time.
 
 Forward computes the logits of student and teacher for a chunk, reduces them to two numbers a token, and drops them.
-Backward computes them again and lets autograd differentiate the chunk's row formula. With d the gradient of the
-student's logits, ``dhidden = d W`` and ``dW = sum of d^T X``, summed over the chunks in fp32. That makes four GEMMs of
-the student's head and two of the teacher's. Saved: the inputs.
+Backward computes them again and differentiates the chunk's losses (``kernels/divergence.py``). With d the gradient of
+the student's logits, ``dhidden = d W`` and ``dW = sum of d^T X``, summed over the chunks in fp32. That makes four GEMMs
+of the student's head and two of the teacher's. Saved: the inputs.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,18 +11,21 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from ..kernels import reference
+from ..kernels.cross_entropy import cross_entropy
+from ..kernels.divergence import divergence
 from ..kernels.linear_loss.gradients import add_mm_into, fp16_peak, mm_into
 from ..kernels.linear_loss.token_chunks import rows_per_chunk
-from ..kernels.reference import transform_logits
 from ..kernels.runtime.autograd import Function
-from .divergences import LOWEST_LOG_PROB, at_tokens, divergence, with_rest
+from ..kernels.runtime.launch import use_triton
+from .divergences import LOWEST_LOG_PROB, at_tokens, with_rest
 
-# fp32 tensors [tokens of a chunk, V] that exist at once where the row formula is differentiated: logits, log-probs,
-# probabilities, mixture and their gradients.
-LIVE_BUFFERS = 10
-FP32_BYTES = 4
+# Tensors [tokens of a chunk, V] that autograd of plain PyTorch has at once: logits, log-probs, probabilities, mixture
+# and their gradients. The kernels have logits of student and teacher and the gradients of the two losses.
+PLAIN_BUFFERS = 10
 
 
 class Head(NamedTuple):
@@ -70,20 +73,40 @@ def _token_losses(
     logits: Tensor, labels: Tensor, teacher: Tensor | TopTokens, options: DistillationOptions
 ) -> tuple[Tensor, Tensor]:
     """``(divergence, cross-entropy or zeros)``, ``[n]`` each, of logits ``[n, V]`` of student and teacher."""
-    student = transform_logits(logits, options.logit_scale, options.softcap)
-    hard = student.new_zeros(student.shape[0])
+    transform = {"logit_scale": options.logit_scale, "softcap": options.softcap}
     if options.hard:
-        hard = student.logsumexp(-1) - student.gather(-1, labels.long().unsqueeze(-1)).squeeze(-1)
-    student = student / options.temperature
+        hard = cross_entropy(logits, labels, reduction="none", **transform)
+    else:
+        hard = logits.new_zeros(labels.shape, dtype=torch.promote_types(logits.dtype, torch.float32))
     if isinstance(teacher, TopTokens):
-        of_student = with_rest(at_tokens(student.log_softmax(-1), teacher.token_ids))
-        known = teacher.log_probs.to(student.dtype).clamp(min=LOWEST_LOG_PROB)
-        of_teacher = with_rest(known.masked_fill(teacher.token_ids < 0, LOWEST_LOG_PROB))
-        return divergence(options.divergence, of_teacher, of_student, options.beta), hard
-    teacher = transform_logits(teacher, options.teacher_logit_scale, options.teacher_softcap) / options.temperature
-    if options.divergence != "cosine":
-        teacher, student = teacher.log_softmax(-1), student.log_softmax(-1)
-    return divergence(options.divergence, teacher.to(student.dtype), student, options.beta), hard
+        return _from_top_tokens(logits, teacher, options), hard
+    if options.divergence == "cosine":
+        teacher = reference.transform_logits(teacher, options.teacher_logit_scale, options.teacher_softcap)
+        student = reference.transform_logits(logits, **transform)
+        return 1 - F.cosine_similarity(teacher, student, dim=-1), hard
+    soft = divergence(
+        logits, teacher, kind=options.divergence, beta=options.beta, temperature=options.temperature,
+        teacher_logit_scale=options.teacher_logit_scale, teacher_softcap=options.teacher_softcap, reduction="none",
+        **transform,
+    )  # fmt: skip
+    return soft, hard
+
+
+def _from_top_tokens(logits: Tensor, teacher: TopTokens, options: DistillationOptions) -> Tensor:
+    """The divergence of the distributions over the teacher's top tokens and the rest, ``[n]``."""
+    student = reference.transform_logits(logits, options.logit_scale, options.softcap) / options.temperature
+    of_student = with_rest(at_tokens(student.log_softmax(-1), teacher.token_ids))
+    known = teacher.log_probs.to(student.dtype).clamp(min=LOWEST_LOG_PROB)
+    of_teacher = with_rest(known.masked_fill(teacher.token_ids < 0, LOWEST_LOG_PROB))
+    return reference.row_divergence(of_teacher, of_student, options.divergence, options.beta)
+
+
+def _bytes_per_logit(logits: Tensor, teacher: Head | TopTokens, options: DistillationOptions) -> int:
+    """Bytes of all that exists at once for one logit where the row formula is differentiated, at most."""
+    by_kernel = use_triton(logits) and isinstance(teacher, Head) and options.divergence != "cosine"
+    if not by_kernel or options.dtype == torch.float64:
+        return PLAIN_BUFFERS * torch.promote_types(options.dtype, torch.float32).itemsize
+    return (4 if options.hard else 2) * options.dtype.itemsize + options.teacher_dtype.itemsize
 
 
 def _chunks(
@@ -91,7 +114,7 @@ def _chunks(
 ) -> Iterator[tuple[slice, Tensor, Callable[[Tensor], tuple[Tensor, Tensor]]]]:
     """Yield ``(rows, student's logits, function from them to the losses)``; weights must be in the GEMMs' dtype."""
     num_rows, vocab_size = labels.shape[0], student.weight.shape[0]
-    size = rows_per_chunk(num_rows, vocab_size, LIVE_BUFFERS * FP32_BYTES, options.budget_mib)
+    size = rows_per_chunk(num_rows, vocab_size, _bytes_per_logit(student.weight, teacher, options), options.budget_mib)
     for start in range(0, num_rows, max(size, 1)):
         rows = slice(start, start + size)
         if isinstance(teacher, Head):

@@ -1,7 +1,7 @@
 """Distillation: the divergence of the student's next-token distribution from the teacher's, and the labels' NLL.
 
-Both models' logits exist for one chunk of tokens at a time. ``divergences.py`` has the formulas and their sources,
-``chunked.py`` the computation.
+Both models' logits exist for one chunk of tokens at a time. ``kernels/divergence.py`` has the formulas and their
+sources, ``chunked.py`` the loop.
 """
 
 from typing import NamedTuple

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from liger_trainer.kernels.add_rms_norm import add_rms_norm
 from liger_trainer.kernels.clamped_swiglu import clamped_swiglu
+from liger_trainer.kernels.divergence import divergence
 from liger_trainer.kernels.gated_linear import gated_linear
 from liger_trainer.kernels.geglu import geglu
 from liger_trainer.kernels.layer_norm import layer_norm
@@ -29,6 +30,11 @@ def rotation(op):
     return lambda q, k: op(q, k, cos, sin)
 
 
+def from_a_teacher(op):
+    teacher = torch.randn(2, 3, WIDTH, generator=torch.Generator().manual_seed(3)).to(DEVICE)
+    return lambda logits: op(logits, teacher[: logits.shape[0]], kind="jsd", softcap=2.0, reduction="sum")
+
+
 # op -> (ours, its definition, shapes of its arguments)
 OPS = {
     "rms_norm": (rms_norm, reference.rms_norm, [(2, 3, WIDTH), (WIDTH,)]),
@@ -39,6 +45,7 @@ OPS = {
     "swiglu, packed": (swiglu, reference.swiglu, [(2, 3, WIDTH)]),
     "geglu": (geglu, reference.geglu, [(2, 3, WIDTH), (2, 3, WIDTH)]),
     "clamped_swiglu": (clamped_swiglu, reference.clamped_swiglu, [(2, 3, WIDTH)]),
+    "divergence": (from_a_teacher(divergence), from_a_teacher(reference.divergence), [(2, 3, WIDTH)]),
     "gated_linear": (gated_linear, plain_gated_linear, [(2, 3, WIDTH), (2, 3, WIDTH), (5, WIDTH), (5,)]),
     "rope": (rotation(rope), rotation(reference.rope), [(2, 4, 3, WIDTH), (2, 2, 3, WIDTH)]),
 }  # fmt: skip

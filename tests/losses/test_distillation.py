@@ -9,15 +9,17 @@ from liger_trainer.kernels.runtime import launch
 from loss_inputs import VOCAB, assert_same, gradcheck, make_batch
 from numerics import as_dtype, assert_no_worse_than_torch
 
+from liger_trainer.kernels import reference
 from liger_trainer.losses import chunked, distillation_loss
-from liger_trainer.losses.divergences import DIVERGENCES, OF_DISTRIBUTIONS
+from liger_trainer.losses.divergences import DIVERGENCES
 
 TINY_BUDGET = 3 * 16 * 40 / 2**20  # three of the twelve tokens
 
 
 @pytest.fixture(autouse=True)
-def plain_definitions(monkeypatch):
-    monkeypatch.setattr(launch, "INTERPRET", False)
+def plain_definitions(request, monkeypatch):
+    if "triton" not in request.keywords:
+        monkeypatch.setattr(launch, "INTERPRET", False)
 
 
 def teacher_of(batch):
@@ -66,6 +68,15 @@ def test_divergences_are_the_definitions(kind, budget):
     gradcheck(partial(distillation_loss, **teacher_of(double), **options), double)
 
 
+@pytest.mark.triton
+@pytest.mark.parametrize("kind", ["jsd", "cosine"])
+def test_on_the_kernels(kind):
+    batch = make_batch()
+    options = {"divergence": kind, "beta": 0.3, "hard_weight": 0.4, "logits_budget_mib": TINY_BUDGET}
+    loss = distillation_loss(*batch.args, **teacher_of(batch), **options)
+    assert_same(batch, loss, expected(batch, kind, hard_weight=0.4))
+
+
 @pytest.mark.parametrize("kind", DIVERGENCES)
 def test_hard_labels_temperature_and_transforms(kind):
     batch = make_batch()
@@ -100,7 +111,7 @@ def top_of(batch, count, temperature=1.0):
     return {"teacher_log_probs": top.values, "teacher_token_ids": top.indices}
 
 
-@pytest.mark.parametrize("kind", OF_DISTRIBUTIONS)
+@pytest.mark.parametrize("kind", reference.DIVERGENCES)
 def test_top_tokens_and_the_rest(kind):
     batch, count, temperature = make_batch(), 3, 1.5
     top = top_of(batch, count, temperature)
@@ -116,7 +127,7 @@ def test_top_tokens_and_the_rest(kind):
     gradcheck(partial(distillation_loss, **top_of(double, count, temperature), **options), double)
 
 
-@pytest.mark.parametrize("kind", OF_DISTRIBUTIONS)
+@pytest.mark.parametrize("kind", reference.DIVERGENCES)
 def test_positions_with_fewer_top_tokens(kind):
     batch = make_batch()
     top = top_of(batch, 2)
