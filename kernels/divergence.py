@@ -199,6 +199,17 @@ _launch_fwd = launcher(_divergence_fwd_kernel)
 _launch_bwd = launcher(_divergence_bwd_kernel)
 
 
+def _constants(kind: int, beta: float, transform: list[float], teacher_transform: list[float]) -> dict[str, Any]:
+    """The arguments that both kernels take."""
+    inner, outer, has_softcap = transform
+    teacher_inner, teacher_outer, teacher_has_softcap = teacher_transform
+    return {
+        "beta": beta, "log_beta": math.log(beta), "log_rest": math.log1p(-beta), "inner": inner, "outer": outer,
+        "teacher_inner": teacher_inner, "teacher_outer": teacher_outer, "KIND": kind,
+        "HAS_SOFTCAP": bool(has_softcap), "TEACHER_HAS_SOFTCAP": bool(teacher_has_softcap),
+    }  # fmt: skip
+
+
 def divergence_fwd(
     logits: Tensor, teacher_logits: Tensor, mask: Tensor | None, kind: int, beta: float, transform: list[float],
     teacher_transform: list[float],
@@ -208,8 +219,6 @@ def divergence_fwd(
     loss = torch.empty(num_rows, dtype=torch.float32, device=logits.device)
     stats = torch.empty((NUM_STATS, num_rows), dtype=torch.float32, device=logits.device)
     if num_rows:
-        inner, outer, has_softcap = transform
-        teacher_inner, teacher_outer, teacher_has_softcap = teacher_transform
         lanes, launch_options = row_block(num_cols, row_warps(logits, two_passes=True))
         _launch_fwd(
             (num_rows, 1, 1),
@@ -223,17 +232,8 @@ def divergence_fwd(
             teacher_row_stride=teacher_logits.stride(0),
             stats_row_stride=num_rows,
             num_cols=num_cols,
-            beta=beta,
-            log_beta=math.log(beta),
-            log_rest=math.log1p(-beta),
-            inner=inner,
-            outer=outer,
-            teacher_inner=teacher_inner,
-            teacher_outer=teacher_outer,
-            KIND=kind,
-            HAS_SOFTCAP=bool(has_softcap),
-            TEACHER_HAS_SOFTCAP=bool(teacher_has_softcap),
             BLOCK_COLS=lanes,
+            **_constants(kind, beta, transform, teacher_transform),
         )
     return loss, stats
 
@@ -246,8 +246,6 @@ def divergence_bwd(
     dlogits = dense_like(logits)
     num_rows, num_cols = logits.shape
     if num_rows:
-        inner, outer, has_softcap = transform
-        teacher_inner, teacher_outer, teacher_has_softcap = teacher_transform
         lanes, launch_options = row_block(num_cols, row_warps(logits, two_passes=False))
         _launch_bwd(
             (num_rows, 1, 1),
@@ -263,17 +261,8 @@ def divergence_bwd(
             teacher_row_stride=teacher_logits.stride(0),
             stats_row_stride=num_rows,
             num_cols=num_cols,
-            beta=beta,
-            log_beta=math.log(beta),
-            log_rest=math.log1p(-beta),
-            inner=inner,
-            outer=outer,
-            teacher_inner=teacher_inner,
-            teacher_outer=teacher_outer,
-            KIND=kind,
-            HAS_SOFTCAP=bool(has_softcap),
-            TEACHER_HAS_SOFTCAP=bool(teacher_has_softcap),
             BLOCK_COLS=lanes,
+            **_constants(kind, beta, transform, teacher_transform),
         )
     return dlogits
 
