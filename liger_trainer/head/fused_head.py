@@ -160,7 +160,7 @@ class FusedHead:
         # In evaluation mode with gradients, the caller may differentiate through the logits, so they must be real.
         if hidden.shape[:-1] != call.labels.shape or not (model.training or not torch.is_grad_enabled()):
             return False
-        if fused_head_of(vars(model).get("_loss_function")) is not self or has_hooks_on_outputs(head):
+        if fused_head_of(vars(model).get("_loss_function")) is not self or has_hooks_on_logits(model, head):
             return False
         if not all(map(self._is_bound_to, head_linears(model))) or not self.form.holds(model):
             return False
@@ -232,6 +232,12 @@ def check_weights(model: nn.Module, linear: nn.Module) -> None:
             cls = type(tensor)
             kind = f"{cls.__name__} of {cls.__module__.partition('.')[0]}" if tensor.dtype in DTYPES else tensor.dtype
             raise Skip(f"its {name} is a {kind}, not a plain tensor of floating-point numbers")
+
+
+def has_hooks_on_logits(model: PreTrainedModel, head: nn.Module) -> bool:
+    """Whether something other than an engine looks at the output of ``head``, or of PEFT's wrapper around it."""
+    outermost = model.get_output_embeddings()
+    return has_hooks_on_outputs(head) or (outermost is not head and has_hooks_on_outputs(outermost))
 
 
 def check_loss_function(model: PreTrainedModel) -> None:

@@ -8,8 +8,7 @@ from transformers import PreTrainedModel
 
 from ..config import LigerConfig
 from ..head.form import probe_head
-from ..head.fused_head import FusedHead, check_loss_function, check_weights, head_linears
-from ..probing.hooks import has_hooks_on_outputs
+from ..head.fused_head import FusedHead, check_loss_function, check_weights, has_hooks_on_logits, head_linears
 from ..probing.rebinding import free_attribute
 from ..probing.rule import Match, Rule, Skip
 
@@ -56,13 +55,13 @@ def probe(model: nn.Module, config: LigerConfig) -> Match:
     )
 
 
-def _place(model: nn.Module, linear: nn.Module) -> str:
+def _place(model: PreTrainedModel, linear: nn.Module) -> str:
     """The attribute to set on ``linear``, a plain Linear.
 
     Raises:
         Skip: It is not plain, or its forward is taken.
     """
-    if has_hooks_on_outputs(linear):
+    if has_hooks_on_logits(model, linear):
         raise Skip("it has hooks on its output, which the fused loss does not compute")
     if hasattr(linear, "base_layer"):
         raise Skip(f"it carries an adapter ({type(linear).__module__.split('.')[-2]}): ordinary path")

@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from tiny_models import assert_same_training, batch, loss_and_gradients, tiny_model
 
-from liger_trainer import apply_liger
+from liger_trainer import apply_liger, revert_liger
 from liger_trainer.patching import patch_state
 
 
@@ -83,6 +83,22 @@ def test_what_the_fused_loss_would_get_wrong(labels_from):
         model.forward = lambda input_ids, labels, **kwargs: forward(input_ids, labels=input_ids, **kwargs)
         with pytest.raises(ValueError, match="labels: got another value in loss_function than LlamaForCausalLM was"):
             loss_and_gradients(model, inputs)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_hook_on_pefts_wrapper_of_the_head_counts(when):
+    """``get_output_embeddings()`` is that wrapper, so users register their hooks on it."""
+    model, inputs = tiny_model("llama"), batch()
+    lora = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], modules_to_save=["lm_head"])
+    model = get_peft_model(model, lora)
+    if when == "after":
+        apply_liger(model)
+    model.get_output_embeddings().register_forward_hook(lambda module, args, out: out * 20)
+    if when == "before":
+        assert "fused_loss" not in apply_liger(model).counts
+    ours = loss_and_gradients(model, inputs)
+    revert_liger(model)
+    assert_same_training(loss_and_gradients(model, inputs), ours)
 
 
 def test_copying_the_head_alone_does_not_copy_the_model():

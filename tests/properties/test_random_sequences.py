@@ -34,14 +34,12 @@ def _settings(count: int, **options: Any) -> settings:
 
 
 @pytest.mark.long  # until the faults that it finds are mended
-@pytest.mark.usefixtures("plain_definitions")
 def test_random_sequences() -> None:
     run_state_machine_as_test(Sequences, settings=_settings(60, derandomize=True))
 
 
 @pytest.mark.long
 @pytest.mark.timeout(0)
-@pytest.mark.usefixtures("plain_definitions")
 def test_many_random_sequences(capsys: pytest.CaptureFixture[str]) -> None:
     count = int(os.environ.get("LIGER_SEQUENCES", "2000"))
     number = int(os.environ.get("LIGER_SEED", random.SystemRandom().randrange(2**32)))
