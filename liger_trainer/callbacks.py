@@ -34,10 +34,12 @@ class LigerCallback(TrainerCallback):
         self.config = None if config is None else LigerConfig.parse(config)
         self._printed = False
         self._checked = False
+        self._was_there = False  # when the Trainer was made
         announce_loss_only_steps()
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Patch the model before it is wrapped for distributed training, and the reference models that follow it."""
+        self._was_there = True
         self._apply(args, state, kwargs["model"])
         bridge.patch_references(args, functools.partial(self._apply, args, state) if self.acts(args) else None)
 
@@ -46,6 +48,12 @@ class LigerCallback(TrainerCallback):
     ) -> None:
         """Patch a model that ``model_init`` has just made."""
         bridge.patch_references(args, None)
+        if self.acts(args) and not self._was_there and bridge.uses_fused_head(args):
+            logger.warning(
+                "liger_trainer: LigerCallback was added after the trainer was made, so a reference model, if there is "
+                "one, is not patched and differs from the policy by roundings. Pass callbacks=[LigerCallback()] to the "
+                "trainer."
+            )
         self._apply(args, state, kwargs["model"])
         patched = self._patched(args, kwargs["model"])
         if patched is not None:

@@ -1,5 +1,6 @@
 """Stock Trainer with the flag: same losses and weights as without it, in every mode users train in."""
 
+import inspect
 import json
 
 import numpy as np
@@ -202,6 +203,15 @@ def test_callback_by_hand_with_stock_arguments(tmp_path):
     trainer.train()
     assert "rope" not in patch_state(trainer.model).report.counts
     assert_same_run(train(tmp_path, False, **SGD), trainer)
+
+
+def test_a_callback_by_hand_announces_loss_only_steps(monkeypatch):
+    monkeypatch.setattr(Trainer, "prediction_step", inspect.unwrap(Trainer.prediction_step))
+    LigerCallback()
+    once = Trainer.prediction_step
+    assert once is not inspect.unwrap(once)
+    LigerCallback()
+    assert Trainer.prediction_step is once
 
 
 def test_labels_that_never_reach_the_model_are_noticed(tmp_path, caplog):

@@ -151,6 +151,11 @@ def _fused_trainers(args: object) -> list[Any]:
     return [module for module in found if hasattr(module, "add_fused_lm_head")]
 
 
+def uses_fused_head(args: object) -> bool:
+    """Whether the trainer of ``args`` computes the loss with TRL's fused head."""
+    return bool(_fused_trainers(args))
+
+
 def apply_for(args: object, model: nn.Module, config: LigerConfig, reasons: Mapping[str, str]) -> LigerReport:
     """``apply_liger`` for the trainer of ``args``: in TRL's fused head, ``linear_logprobs`` is the fused loss.
 
@@ -160,7 +165,7 @@ def apply_for(args: object, model: nn.Module, config: LigerConfig, reasons: Mapp
         config: The options.
         reasons: Why kinds cannot be used with ``args``.
     """
-    fused = config.fused_loss and "fused_loss" not in reasons and bool(_fused_trainers(args))
+    fused = config.fused_loss and "fused_loss" not in reasons and uses_fused_head(args)
     state = patch_state(model)
     if state is not None and state.config == config and (state.trl_head is not None) != fused:
         revert_liger(model)  # patched for another trainer

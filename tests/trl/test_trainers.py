@@ -16,7 +16,7 @@ from training import arguments, assert_same_run, train
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 import liger_trainer
-from liger_trainer import LigerSFTConfig
+from liger_trainer import LigerCallback, LigerSFTConfig
 from liger_trainer.patching import patch_state
 from liger_trainer.rules import padding_mask
 
@@ -281,6 +281,23 @@ def test_policy_and_reference_are_equal_at_the_first_step(name, options, saved):
         assert reference.report.counts == policy.report.counts
         assert reference.config == policy.config
         assert min(policy.trl_head.calls_fused, reference.trl_head.calls_fused) > 0
+
+
+@pytest.mark.parametrize("added", ["as an argument", "later"])
+def test_a_callback_by_hand_patches_the_reference_too(added, saved, caplog):
+    args = arguments(f"{saved}/out", cls=trl.DPOConfig, per_device_train_batch_size=4, max_steps=1)
+    rows = [{"prompt": text(4, i), "chosen": text(5, 30 + i), "rejected": text(6, 60 + i)} for i in range(8)]
+    callbacks = [LigerCallback()] if added == "as an argument" else []
+    trainer = trl.DPOTrainer(saved, args=args, train_dataset=Dataset.from_list(rows), callbacks=callbacks)
+    if added == "later":
+        trainer.add_callback(LigerCallback())
+    trainer.train()
+    assert patch_state(trainer.model).report.counts["fused_loss"] == 1
+    if added == "later":
+        assert "a reference model, if there is one, is not patched" in caplog.text
+    else:
+        assert trainer.state.log_history[0]["rewards/margins"] == 0.0
+        assert patch_state(trainer.ref_model).report.counts == patch_state(trainer.model).report.counts
 
 
 def test_the_reference_of_a_trainer_without_the_flag_stays_as_it_is(tmp_path):
