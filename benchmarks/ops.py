@@ -254,6 +254,7 @@ OPS: dict[str, Op] = {
         ),
         small=f"rowsx{VOCAB} 25% ignored",
     ),
+    "softmax": Op(plain(x="rows cols"), "x", lambda n: (2 * n["x"], 3 * n["x"])),
     "divergence": Op(
         logits_of_two, "logits", lambda n: (n["logits"] + n["teacher_logits"], 2 * n["logits"] + n["teacher_logits"]),
         variants=(

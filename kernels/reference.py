@@ -159,6 +159,11 @@ def clamped_swiglu(
     return (up + offset) * (gate * torch.sigmoid(gate * alpha))
 
 
+def softmax(x: Tensor) -> Tensor:
+    """Softmax over the last dimension in at least fp32, rounded to ``x``'s dtype."""
+    return x.softmax(-1, dtype=torch.promote_types(x.dtype, torch.float32)).to(x.dtype)
+
+
 def transform_logits(logits: Tensor, logit_scale: float = 1.0, softcap: float | None = None) -> Tensor:
     """``logits * logit_scale``, then ``softcap * tanh(logits / softcap)``, in at least fp32."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -12,6 +12,7 @@ from liger_trainer.kernels.layer_norm import layer_norm
 from liger_trainer.kernels.rms_norm import rms_norm
 from liger_trainer.kernels.rope import rope
 from liger_trainer.kernels.runtime.autograd import differentiate
+from liger_trainer.kernels.softmax import softmax
 from liger_trainer.kernels.swiglu import swiglu
 from torch.autograd import forward_ad
 
@@ -45,6 +46,7 @@ OPS = {
     "swiglu, packed": (swiglu, reference.swiglu, [(2, 3, WIDTH)]),
     "geglu": (geglu, reference.geglu, [(2, 3, WIDTH), (2, 3, WIDTH)]),
     "clamped_swiglu": (clamped_swiglu, reference.clamped_swiglu, [(2, 3, WIDTH)]),
+    "softmax": (softmax, reference.softmax, [(2, 3, WIDTH)]),
     "divergence": (from_a_teacher(divergence), from_a_teacher(reference.divergence), [(2, 3, WIDTH)]),
     "gated_linear": (gated_linear, plain_gated_linear, [(2, 3, WIDTH), (2, 3, WIDTH), (5, WIDTH), (5,)]),
     "rope": (rotation(rope), rotation(reference.rope), [(2, 4, 3, WIDTH), (2, 2, 3, WIDTH)]),
