@@ -22,7 +22,7 @@ from torch._C import _autograd
 from .runtime.autograd import Function, differentiate
 from .runtime.launch import cdiv, use_triton
 from .runtime.operators import opaque_op
-from .shared.gated import DEFINITIONS, GELU_ERF, GELU_TANH, SILU, check_gated, gated_bwd, gated_fwd
+from .shared.gated import GELU_ERF, GELU_TANH, SILU, Gating, check_gated, gated_bwd, gated_fwd
 
 ACTIVATIONS = {"silu": SILU, "gelu_tanh": GELU_TANH, "gelu": GELU_ERF}
 
@@ -38,11 +38,9 @@ def _halves(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
     return gate, up
 
 
-def _compute(
-    out: Tensor, gate: Tensor, up: Tensor | None, weight: Tensor, bias: Tensor | None, activation: int
-) -> None:
+def _compute(out: Tensor, gate: Tensor, up: Tensor | None, weight: Tensor, bias: Tensor | None, gating: Gating) -> None:
     """Fill ``out`` ``[..., H]``, contiguous."""
-    hidden = gated_fwd(*_halves(gate, up), activation)
+    hidden = gated_fwd(*_halves(gate, up), gating)
     rows, weight = hidden.view(-1, hidden.shape[-1]), weight.to(hidden.dtype)
     if bias is None:
         torch.mm(rows, weight.t(), out=out.view(-1, out.shape[-1]))
@@ -51,7 +49,7 @@ def _compute(
 
 
 def _backward_by_parts(
-    rows: Tensor, dhidden: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, activation: int
+    rows: Tensor, dhidden: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, gating: Gating
 ) -> Tensor:
     """Fill ``dgate``, overwrite ``dhidden`` with dup, and return dweight ``[H, I]`` in the dtype of ``rows``."""
     width = gate.shape[-1]
@@ -66,14 +64,14 @@ def _backward_by_parts(
         span = slice(start, min(start + part, tail))
         cut = dhidden[..., span]
         hidden = dgate[..., tail : tail + cut.shape[-1]]
-        gated_bwd(cut, gate[..., span], up[..., span], dgate[..., span], cut, activation, hidden)
+        gated_bwd(cut, gate[..., span], up[..., span], dgate[..., span], cut, gating, hidden)
         add(span, hidden)
     # The last part's h lies where its dgate belongs: use h first, then read gate and up again for dgate.
     last = slice(tail, width)
     cut, own = dhidden[..., last], dgate[..., last]
-    gated_bwd(cut, gate[..., last], up[..., last], None, None, activation, own)
+    gated_bwd(cut, gate[..., last], up[..., last], None, None, gating, own)
     add(last, own)
-    gated_bwd(cut, gate[..., last], up[..., last], own, cut, activation)
+    gated_bwd(cut, gate[..., last], up[..., last], own, cut, gating)
     return dweight
 
 
@@ -85,7 +83,7 @@ def _product(a: Tensor, b: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def gated_linear_bwd(
-    dout: Tensor, gate: Tensor, up: Tensor | None, weight: Tensor, activation: int, needs_gate: bool, needs_up: bool,
+    dout: Tensor, gate: Tensor, up: Tensor | None, weight: Tensor, gating: Gating, needs_gate: bool, needs_up: bool,
     needs_weight: bool, needs_bias: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """``(dgate, dup, dweight, dbias)``; ``h`` is recomputed only if the weight needs its gradient."""
@@ -93,22 +91,22 @@ def gated_linear_bwd(
     first, second = _halves(gate, up)
     dgate = dup = dweight = hidden = None
     if not (needs_gate or needs_up):
-        hidden = gated_fwd(first, second, activation).to(rows.dtype) if needs_weight else None
+        hidden = gated_fwd(first, second, gating).to(rows.dtype) if needs_weight else None
     elif up is None:
         dhidden = _product(rows, weight.to(rows.dtype), first.shape)
         dgate = torch.empty_like(gate, memory_format=torch.contiguous_format)
         hidden = dhidden if needs_weight else None
         dfirst, dsecond = dgate.chunk(2, dim=-1)
-        gated_bwd(dhidden, first, second, dfirst, dsecond, activation, hidden)
+        gated_bwd(dhidden, first, second, dfirst, dsecond, gating, hidden)
     else:
         dhidden = _product(rows, weight.to(rows.dtype), first.shape)
         dgate = torch.empty_like(dhidden) if needs_gate else None
         dup = dhidden if needs_up else None
         if dgate is not None and needs_up and needs_weight and dhidden.nbytes >= PARTED_BYTES:
-            dweight = _backward_by_parts(rows, dhidden, gate, up, dgate, activation)
+            dweight = _backward_by_parts(rows, dhidden, gate, up, dgate, gating)
         else:
             hidden = torch.empty_like(dhidden) if needs_weight else None
-            gated_bwd(dhidden, gate, up, dgate, dup, activation, hidden)
+            gated_bwd(dhidden, gate, up, dgate, dup, gating, hidden)
     if hidden is not None:
         dweight = _product(rows.t(), hidden.view(-1, first.shape[-1]), (rows.shape[1], first.shape[-1]))
     dweight = None if dweight is None else dweight.to(weight.dtype)
@@ -120,19 +118,19 @@ class _SaveInputs(Function):
     """The node that saves: it returns uninitialised memory for the result and runs the backward of the whole op."""
 
     @staticmethod
-    def definition(gate: Tensor, up: Tensor | None, weight: Tensor, bias: Tensor | None, activation: int) -> Tensor:
+    def definition(gate: Tensor, up: Tensor | None, weight: Tensor, bias: Tensor | None, gating: Gating) -> Tensor:
         """The whole op in plain PyTorch, whose GEMM runs in ``gate``'s dtype."""
-        hidden = DEFINITIONS[activation](gate, up)
+        hidden = gating.define(gate, up)
         with torch.autocast(hidden.device.type, enabled=False):
             return F.linear(hidden, weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype))
 
     @staticmethod
     def forward(
-        ctx: Any, gate: Tensor, up: Tensor | None, weight: Tensor, bias: Tensor | None, activation: int
+        ctx: Any, gate: Tensor, up: Tensor | None, weight: Tensor, bias: Tensor | None, gating: Gating
     ) -> Tensor:
         """Save the inputs, which are in memory anyway; compute nothing."""
         ctx.save_for_backward(gate, up, weight)
-        ctx.activation = activation
+        ctx.gating = gating
         return gate.new_empty((*gate.shape[:-1], weight.shape[0]))
 
     @staticmethod
@@ -142,8 +140,8 @@ class _SaveInputs(Function):
         if torch.is_grad_enabled():
             # Any bias will do: its gradient does not depend on its values.
             bias = weight.new_zeros(weight.shape[0], requires_grad=True) if ctx.needs_input_grad[3] else None
-            return differentiate(_SaveInputs.definition, (gate, up, weight, bias, ctx.activation), (dout,))
-        return *gated_linear_bwd(dout, gate, up, weight, ctx.activation, *ctx.needs_input_grad[:4]), None
+            return differentiate(_SaveInputs.definition, (gate, up, weight, bias, ctx.gating), (dout,))
+        return *gated_linear_bwd(dout, gate, up, weight, ctx.gating, *ctx.needs_input_grad[:4]), None
 
 
 class GatedLinearFunction(_SaveInputs):
@@ -151,11 +149,11 @@ class GatedLinearFunction(_SaveInputs):
 
     @staticmethod
     def forward(
-        ctx: Any, gate: Tensor, up: Tensor | None, weight: Tensor, bias: Tensor | None, activation: int
+        ctx: Any, gate: Tensor, up: Tensor | None, weight: Tensor, bias: Tensor | None, gating: Gating
     ) -> Tensor:
         """Save and compute."""
-        out = _SaveInputs.forward(ctx, gate, up, weight, bias, activation)
-        _compute(out, gate, up, weight, bias, activation)
+        out = _SaveInputs.forward(ctx, gate, up, weight, bias, gating)
+        _compute(out, gate, up, weight, bias, gating)
         return out
 
 
@@ -180,19 +178,30 @@ class _FillResult(Function):
         return dout, None, None, None, None, None
 
 
-def _fwd(gate: Tensor, up: Tensor | None, weight: Tensor, bias: Tensor | None, activation: int) -> Tensor:
-    out = _fake_fwd(gate, up, weight, bias, activation)
-    _compute(out, gate, up, weight, bias, activation)
+def _fwd(
+    gate: Tensor, up: Tensor | None, weight: Tensor, bias: Tensor | None, activation: int, gate_multiplier: float,
+    down_multiplier: float,
+) -> Tensor:  # fmt: skip
+    out = _fake_fwd(gate, up, weight)
+    _compute(out, gate, up, weight, bias, Gating(activation, gate_multiplier, down_multiplier))
     return out
 
 
-def _fake_fwd(gate: Tensor, up: Tensor | None, weight: Tensor, bias: Tensor | None, activation: int) -> Tensor:
+def _bwd(
+    dout: Tensor, gate: Tensor, up: Tensor | None, weight: Tensor, activation: int, gate_multiplier: float,
+    down_multiplier: float, needs_gate: bool, needs_up: bool, needs_weight: bool, needs_bias: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    gating = Gating(activation, gate_multiplier, down_multiplier)
+    return gated_linear_bwd(dout, gate, up, weight, gating, needs_gate, needs_up, needs_weight, needs_bias)
+
+
+def _fake_fwd(gate: Tensor, up: Tensor | None, weight: Tensor, *_: Any) -> Tensor:
     return gate.new_empty((*gate.shape[:-1], weight.shape[0]))
 
 
 def _fake_bwd(
-    dout: Tensor, gate: Tensor, up: Tensor | None, weight: Tensor, activation: int, needs_gate: bool, needs_up: bool,
-    needs_weight: bool, needs_bias: bool,
+    dout: Tensor, gate: Tensor, up: Tensor | None, weight: Tensor, activation: int, gate_multiplier: float,
+    down_multiplier: float, needs_gate: bool, needs_up: bool, needs_weight: bool, needs_bias: bool,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     return (
         gate.new_empty(gate.shape) if needs_gate else None,
@@ -203,15 +212,15 @@ def _fake_bwd(
 
 
 def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    gate, up, weight, _, ctx.activation = inputs
+    gate, up, weight, _, *ctx.gating = inputs
     ctx.save_for_backward(gate, up, weight)
 
 
 def _differentiate(ctx: Any, dout: Tensor) -> tuple[Tensor, ...]:
-    return _gated_linear_bwd_op(dout, *ctx.saved_tensors, ctx.activation, *ctx.needs_input_grad[:4])
+    return _gated_linear_bwd_op(dout, *ctx.saved_tensors, *ctx.gating, *ctx.needs_input_grad[:4])
 
 
-_gated_linear_bwd_op = opaque_op("gated_linear_bwd", gated_linear_bwd, _fake_bwd)
+_gated_linear_bwd_op = opaque_op("gated_linear_bwd", _bwd, _fake_bwd)
 _gated_linear_op = opaque_op("gated_linear", _fwd, _fake_fwd, _differentiate, _save)
 
 
@@ -221,9 +230,10 @@ def _are_saved_tensors_hooked() -> bool:
 
 
 def gated_linear(
-    gate: Tensor, up: Tensor | None, weight: Tensor, bias: Tensor | None = None, *, activation: str = "silu"
-) -> Tensor:
-    """``F.linear(act(gate) * up, weight, bias)`` without keeping the product for backward.
+    gate: Tensor, up: Tensor | None, weight: Tensor, bias: Tensor | None = None, *, activation: str = "silu",
+    gate_multiplier: float = 1.0, down_multiplier: float = 1.0,
+) -> Tensor:  # fmt: skip
+    """``F.linear(down_multiplier * act(gate_multiplier * gate) * up, weight, bias)``, whose product is not kept.
 
     Args:
         gate: ``[..., I]``, fp16, bf16, fp32 or fp64. Without ``up``, ``[..., 2 * I]``: gate, then up.
@@ -231,6 +241,8 @@ def gated_linear(
         weight: ``[H, I]`` in ``gate``'s dtype; in any dtype under autocast, where the GEMMs run in ``gate``'s.
         bias: ``[H]`` in ``weight``'s dtype, or None.
         activation: ``"silu"``, ``"gelu_tanh"`` or ``"gelu"`` (exact).
+        gate_multiplier, down_multiplier: constants. In Falcon-H1 the second one follows the projection, which has no
+            bias there: that is the same.
 
     Returns:
         ``[..., H]`` in ``gate``'s dtype. Where Triton does not run, the definition computes it and keeps the product.
@@ -252,13 +264,13 @@ def gated_linear(
             f"weight, up: got dtypes {weight.dtype}, {None if up is None else up.dtype}; must be gate.dtype = "
             f"{gate.dtype} (weight: any under autocast)"
         )
-    number = ACTIVATIONS[activation]
+    gating = Gating(ACTIVATIONS[activation], float(gate_multiplier), float(down_multiplier))
     if not use_triton(gate) or gate.dtype == torch.float64:
-        return F.linear(DEFINITIONS[number](gate, up), weight, bias)
+        return F.linear(gating.define(gate, up), weight, bias)
     inputs = (gate, up, weight, bias)
     if torch.compiler.is_compiling():
-        return _gated_linear_op(*inputs, number)
+        return _gated_linear_op(*inputs, *gating)
     if not _are_saved_tensors_hooked() or not torch.is_grad_enabled():
-        return GatedLinearFunction.apply(*inputs, number)
-    out = _SaveInputs.apply(*inputs, number)
-    return _FillResult.apply(out, *(None if t is None else t.detach() for t in inputs), number)
+        return GatedLinearFunction.apply(*inputs, gating)
+    out = _SaveInputs.apply(*inputs, gating)
+    return _FillResult.apply(out, *(None if t is None else t.detach() for t in inputs), gating)

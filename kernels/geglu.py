@@ -10,9 +10,9 @@ from torch import Tensor
 
 from . import reference
 from .runtime.launch import use_triton
-from .shared.gated import GELU_ERF, GELU_TANH, apply_gated, check_gated
+from .shared.gated import GELU_ERF, GELU_TANH, Gating, apply_gated, check_gated
 
-_ACTIVATIONS = {"tanh": GELU_TANH, "none": GELU_ERF}
+_GATINGS = {"tanh": Gating(GELU_TANH), "none": Gating(GELU_ERF)}
 
 
 def geglu(gate: Tensor, up: Tensor | None = None, *, approximate: str = "tanh") -> Tensor:
@@ -32,8 +32,8 @@ def geglu(gate: Tensor, up: Tensor | None = None, *, approximate: str = "tanh") 
             ``up``; ``approximate`` is unknown.
     """
     check_gated(gate, up)
-    if approximate not in _ACTIVATIONS:
+    if approximate not in _GATINGS:
         raise ValueError(f"approximate: got {approximate!r}; must be 'tanh' or 'none'")
     if not use_triton(gate) or torch.float64 in (gate.dtype, None if up is None else up.dtype):
         return reference.geglu(gate, up, approximate=approximate)
-    return apply_gated(gate, up, _ACTIVATIONS[approximate])
+    return apply_gated(gate, up, _GATINGS[approximate])

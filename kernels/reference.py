@@ -138,16 +138,25 @@ def _gate_and_up(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
     return gate, up
 
 
-def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
+def _times(x: Tensor, multiplier: float) -> Tensor:
+    return x if multiplier == 1.0 else x * multiplier
+
+
+def swiglu(
+    gate: Tensor, up: Tensor | None = None, *, gate_multiplier: float = 1.0, down_multiplier: float = 1.0
+) -> Tensor:
     """``silu(gate) * up``; with ``up=None``, ``gate`` holds both as ``[..., 2 * I]``, gate first."""
     gate, up = _gate_and_up(gate, up)
-    return F.silu(gate) * up
+    return _times(F.silu(_times(gate, gate_multiplier)) * up, down_multiplier)
 
 
-def geglu(gate: Tensor, up: Tensor | None = None, *, approximate: str = "tanh") -> Tensor:
+def geglu(
+    gate: Tensor, up: Tensor | None = None, *, approximate: str = "tanh", gate_multiplier: float = 1.0,
+    down_multiplier: float = 1.0,
+) -> Tensor:  # fmt: skip
     """``gelu(gate) * up``; ``approximate`` is ``"tanh"`` or ``"none"`` as in ``torch.nn.functional.gelu``."""
     gate, up = _gate_and_up(gate, up)
-    return F.gelu(gate, approximate=approximate) * up
+    return _times(F.gelu(_times(gate, gate_multiplier), approximate=approximate) * up, down_multiplier)
 
 
 def clamped_swiglu(

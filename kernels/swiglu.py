@@ -8,15 +8,18 @@ from torch import Tensor
 
 from . import reference
 from .runtime.launch import use_triton
-from .shared.gated import SILU, apply_gated, check_gated
+from .shared.gated import SILU, Gating, apply_gated, check_gated
 
 
-def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
-    """``silu(gate) * up``, computed in fp32 and rounded once.
+def swiglu(
+    gate: Tensor, up: Tensor | None = None, *, gate_multiplier: float = 1.0, down_multiplier: float = 1.0
+) -> Tensor:
+    """``down_multiplier * silu(gate_multiplier * gate) * up``, computed in fp32 and rounded once.
 
     Args:
         gate: ``[..., I]``, fp16, bf16, fp32 or fp64; any strides. Without ``up``, ``[..., 2 * I]``: gate, then up.
         up: of ``gate``'s shape, or None.
+        gate_multiplier, down_multiplier: constants, as in Falcon-H1, whose second one follows the down projection.
 
     Returns:
         ``[..., I]`` in the dtype that the two promote to.
@@ -28,5 +31,5 @@ def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
     """
     check_gated(gate, up)
     if not use_triton(gate) or torch.float64 in (gate.dtype, None if up is None else up.dtype):
-        return reference.swiglu(gate, up)
-    return apply_gated(gate, up, SILU)
+        return reference.swiglu(gate, up, gate_multiplier=gate_multiplier, down_multiplier=down_multiplier)
+    return apply_gated(gate, up, Gating(SILU, gate_multiplier, down_multiplier))

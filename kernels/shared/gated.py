@@ -1,13 +1,15 @@
-"""The kernels behind ``swiglu`` and ``geglu``: ``out = act(gate) * up``.
+"""The kernels behind ``swiglu`` and ``geglu``: ``out = d * act(g * gate) * up``.
 
-Backward: ``dup = dout * act(gate)`` and ``dgate = dout * up * act'(gate)``, in one kernel.
+g and d are constants, 1 by default.
+
+Backward: ``dup = dout * d * act(g * gate)`` and ``dgate = dout * d * up * g * act'(g * gate)``, in one kernel.
 Saved: gate and up. Moved: gate, up and out forward; dout, gate, up and both gradients backward.
 All arithmetic is fp32; results are rounded once. The tanh form of gelu is computed as ``g * sigmoid(2 u)``: the same
 function, without the cancellation in ``1 + tanh(u)`` for negative u.
 """
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +26,21 @@ DEFINITIONS = {
     GELU_TANH: partial(reference.geglu, approximate="tanh"),
     GELU_ERF: partial(reference.geglu, approximate="none"),
 }
+
+
+class Gating(NamedTuple):
+    """``down_multiplier * act(gate_multiplier * gate) * up``."""
+
+    activation: int
+    gate_multiplier: float = 1.0
+    down_multiplier: float = 1.0
+
+    def define(self, gate: Tensor, up: Tensor | None) -> Tensor:
+        """The same in plain PyTorch."""
+        multipliers = {"gate_multiplier": self.gate_multiplier, "down_multiplier": self.down_multiplier}
+        return DEFINITIONS[self.activation](gate, up, **multipliers)
+
+
 BLOCK_SIZE = 2048
 # Forward: with up to this many blocks per SM, blocks of half the size are faster.
 SMALL_GRID = 4
@@ -74,11 +91,14 @@ def _store(ptr, cols, num_cols, values, MASKED: tl.constexpr):
 
 
 @triton.jit
-def _gated_fwd_block(gate_ptr, up_ptr, out_ptr, cols, num_cols, ACTIVATION: tl.constexpr, MASKED: tl.constexpr):
-    gate = _load(gate_ptr, cols, num_cols, MASKED)
+def _gated_fwd_block(
+    gate_ptr, up_ptr, out_ptr, cols, num_cols, gate_multiplier, down_multiplier, ACTIVATION: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    gate = _load(gate_ptr, cols, num_cols, MASKED) * gate_multiplier
     up = _load(up_ptr, cols, num_cols, MASKED)
     value, _ = _activation(gate, ACTIVATION)
-    _store(out_ptr, cols, num_cols, value * up, MASKED)
+    _store(out_ptr, cols, num_cols, value * down_multiplier * up, MASKED)
 
 
 @triton.jit
@@ -91,6 +111,8 @@ def _gated_fwd_kernel(
     out_row_stride,
     num_cols,
     col_blocks,
+    gate_multiplier: float,
+    down_multiplier: float,
     ACTIVATION: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
 ):
@@ -101,19 +123,21 @@ def _gated_fwd_kernel(
     up_ptr += row * up_row_stride
     out_ptr += row * out_row_stride
     if start + BLOCK_COLS <= num_cols:
-        _gated_fwd_block(gate_ptr, up_ptr, out_ptr, cols, num_cols, ACTIVATION, False)
+        _gated_fwd_block(gate_ptr, up_ptr, out_ptr, cols, num_cols, gate_multiplier, down_multiplier, ACTIVATION, False)
     else:
-        _gated_fwd_block(gate_ptr, up_ptr, out_ptr, cols, num_cols, ACTIVATION, True)
+        _gated_fwd_block(gate_ptr, up_ptr, out_ptr, cols, num_cols, gate_multiplier, down_multiplier, ACTIVATION, True)
 
 
 @triton.jit
 def _gated_bwd_block(
-    dout_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, out_ptr, cols, num_cols, ACTIVATION: tl.constexpr,
-    MASKED: tl.constexpr,
+    dout_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, out_ptr, cols, num_cols, gate_multiplier, down_multiplier,
+    ACTIVATION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     dout = _load(dout_ptr, cols, num_cols, MASKED)
-    gate = _load(gate_ptr, cols, num_cols, MASKED)
+    gate = _load(gate_ptr, cols, num_cols, MASKED) * gate_multiplier
     value, slope = _activation(gate, ACTIVATION)
+    value *= down_multiplier
+    slope *= down_multiplier * gate_multiplier
     if dgate_ptr is not None or out_ptr is not None:
         up = _load(up_ptr, cols, num_cols, MASKED)
     if out_ptr is not None:
@@ -140,6 +164,8 @@ def _gated_bwd_kernel(
     out_row_stride,
     num_cols,
     col_blocks,
+    gate_multiplier: float,
+    down_multiplier: float,
     ACTIVATION: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
 ):
@@ -156,9 +182,15 @@ def _gated_bwd_kernel(
     if out_ptr is not None:
         out_ptr += row * out_row_stride
     if start + BLOCK_COLS <= num_cols:
-        _gated_bwd_block(dout_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, out_ptr, cols, num_cols, ACTIVATION, False)
+        _gated_bwd_block(
+            dout_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, out_ptr, cols, num_cols, gate_multiplier, down_multiplier,
+            ACTIVATION, False,
+        )  # fmt: skip
     else:
-        _gated_bwd_block(dout_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, out_ptr, cols, num_cols, ACTIVATION, True)
+        _gated_bwd_block(
+            dout_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, out_ptr, cols, num_cols, gate_multiplier, down_multiplier,
+            ACTIVATION, True,
+        )  # fmt: skip
 
 
 _launch_fwd = launcher(_gated_fwd_kernel)
@@ -179,8 +211,8 @@ def _shared_layout(*tensors: Tensor | None) -> tuple[int, int, list[Tensor | Non
     return numel // num_cols, num_cols, [t for t, _ in layouts], [stride for _, stride in layouts]
 
 
-def gated_fwd(gate: Tensor, up: Tensor, activation: int) -> Tensor:
-    """``act(gate) * up`` for ``gate`` and ``up`` of the same shape, in the dtype they promote to."""
+def gated_fwd(gate: Tensor, up: Tensor, gating: Gating) -> Tensor:
+    """The result for ``gate`` and ``up`` of the same shape, in the dtype they promote to."""
     dtype = gate.dtype if gate.dtype == up.dtype else torch.promote_types(gate.dtype, up.dtype)
     out = dense_like(gate, dtype)
     if out.numel():
@@ -201,7 +233,9 @@ def gated_fwd(gate: Tensor, up: Tensor, activation: int) -> Tensor:
             out_row_stride=out_stride,
             num_cols=num_cols,
             col_blocks=col_blocks,
-            ACTIVATION=activation,
+            gate_multiplier=gating.gate_multiplier,
+            down_multiplier=gating.down_multiplier,
+            ACTIVATION=gating.activation,
             BLOCK_COLS=block,
         )
     return out
@@ -213,7 +247,7 @@ def gated_bwd(
     up: Tensor,
     dgate: Tensor | None,
     dup: Tensor | None,
-    activation: int,
+    gating: Gating,
     out: Tensor | None = None,
 ) -> None:
     """Fill ``dgate``, ``dup`` and ``out`` (the forward's result, recomputed), each unless None.
@@ -244,87 +278,103 @@ def gated_bwd(
         out_row_stride=out_stride,
         num_cols=num_cols,
         col_blocks=col_blocks,
-        ACTIVATION=activation,
+        gate_multiplier=gating.gate_multiplier,
+        down_multiplier=gating.down_multiplier,
+        ACTIVATION=gating.activation,
         BLOCK_COLS=block,
     )
 
 
 def gated_grads(
-    dout: Tensor, gate: Tensor, up: Tensor | None, activation: int, needs_dgate: bool, needs_dup: bool
+    dout: Tensor, gate: Tensor, up: Tensor | None, gating: Gating, needs_dgate: bool, needs_dup: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of ``gate`` and ``up`` where needed; one packed gradient if ``gate`` holds both halves."""
     if up is None:
         dpacked = dense_like(gate)
         (gate, up), (dgate, dup) = gate.chunk(2, dim=-1), dpacked.chunk(2, dim=-1)
-        gated_bwd(dout, gate, up, dgate, dup, activation)
+        gated_bwd(dout, gate, up, dgate, dup, gating)
         return dpacked, None
     dgate = dense_like(gate) if needs_dgate else None
     dup = dense_like(up) if needs_dup else None
-    gated_bwd(dout, gate, up, dgate, dup, activation)
+    gated_bwd(dout, gate, up, dgate, dup, gating)
     return dgate, dup
 
 
-def _activate(gate: Tensor, up: Tensor | None, activation: int) -> Tensor:
+def _activate(gate: Tensor, up: Tensor | None, gating: Gating) -> Tensor:
     if up is None:
         gate, up = gate.chunk(2, dim=-1)
-    return gated_fwd(gate, up, activation)
+    return gated_fwd(gate, up, gating)
 
 
 class GatedFunction(Function):
-    """``act(gate) * up``; if ``up`` is None, ``gate`` holds both halves."""
+    """The gated activation; if ``up`` is None, ``gate`` holds both halves."""
 
     @staticmethod
-    def definition(gate: Tensor, up: Tensor | None, activation: int) -> Tensor:
+    def definition(gate: Tensor, up: Tensor | None, gating: Gating) -> Tensor:
         """The same in plain PyTorch."""
-        return DEFINITIONS[activation](gate, up)
+        return gating.define(gate, up)
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor | None, activation: int) -> Tensor:
+    def forward(ctx: Any, gate: Tensor, up: Tensor | None, gating: Gating) -> Tensor:
         """Save the inputs only."""
         ctx.save_for_backward(gate, up)
-        ctx.activation = activation
-        return _activate(gate, up, activation)
+        ctx.gating = gating
+        return _activate(gate, up, gating)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         """Compute only the gradients that are needed."""
         gate, up = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return differentiate(GatedFunction.definition, (gate, up, ctx.activation), (dout,))
+            return differentiate(GatedFunction.definition, (gate, up, ctx.gating), (dout,))
         needs_dgate, needs_dup, _ = ctx.needs_input_grad
-        return *gated_grads(dout, gate, up, ctx.activation, needs_dgate, needs_dup), None
+        return *gated_grads(dout, gate, up, ctx.gating, needs_dgate, needs_dup), None
 
 
-def _fake_fwd(gate: Tensor, up: Tensor | None, activation: int) -> Tensor:
+def _fwd(gate: Tensor, up: Tensor | None, activation: int, gate_multiplier: float, down_multiplier: float) -> Tensor:
+    return _activate(gate, up, Gating(activation, gate_multiplier, down_multiplier))
+
+
+def _bwd(
+    dout: Tensor, gate: Tensor, up: Tensor | None, activation: int, gate_multiplier: float, down_multiplier: float,
+    needs_dgate: bool, needs_dup: bool,
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    gating = Gating(activation, gate_multiplier, down_multiplier)
+    return gated_grads(dout, gate, up, gating, needs_dgate, needs_dup)
+
+
+def _fake_fwd(gate: Tensor, up: Tensor | None, *gating: float) -> Tensor:
     if up is None:
         return gate.new_empty(*gate.shape[:-1], gate.shape[-1] // 2)
     return gate.new_empty(gate.shape, dtype=torch.promote_types(gate.dtype, up.dtype))
 
 
 def _fake_bwd(
-    dout: Tensor, gate: Tensor, up: Tensor | None, activation: int, needs_dgate: bool, needs_dup: bool
-) -> tuple[Tensor | None, Tensor | None]:
+    dout: Tensor, gate: Tensor, up: Tensor | None, activation: int, gate_multiplier: float, down_multiplier: float,
+    needs_dgate: bool, needs_dup: bool,
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     dup = up.new_empty(up.shape) if needs_dup and up is not None else None
     return gate.new_empty(gate.shape) if needs_dgate else None, dup
 
 
 def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    gate, up, ctx.activation = inputs
+    gate, up, *ctx.gating = inputs
     ctx.save_for_backward(gate, up)
 
 
 def _differentiate(ctx: Any, dout: Tensor) -> tuple[Tensor, ...]:
-    return _gated_bwd_op(dout, *ctx.saved_tensors, ctx.activation, *ctx.needs_input_grad[:2])
+    return _gated_bwd_op(dout, *ctx.saved_tensors, *ctx.gating, *ctx.needs_input_grad[:2])
 
 
-_gated_bwd_op = opaque_op("gated_bwd", gated_grads, _fake_bwd)
-_gated_op = opaque_op("gated", _activate, _fake_fwd, _differentiate, _save)
+_gated_bwd_op = opaque_op("gated_bwd", _bwd, _fake_bwd)
+_gated_op = opaque_op("gated", _fwd, _fake_fwd, _differentiate, _save)
 
 
-def apply_gated(gate: Tensor, up: Tensor | None, activation: int) -> Tensor:
-    """``act(gate) * up``; if ``up`` is None, ``gate`` holds both halves. The arguments must have been checked."""
-    apply = _gated_op if torch.compiler.is_compiling() else GatedFunction.apply
-    return apply(gate, up, activation)
+def apply_gated(gate: Tensor, up: Tensor | None, gating: Gating) -> Tensor:
+    """The gated activation; if ``up`` is None, ``gate`` holds both halves. The arguments must have been checked."""
+    if torch.compiler.is_compiling():
+        return _gated_op(gate, up, gating.activation, float(gating.gate_multiplier), float(gating.down_multiplier))
+    return GatedFunction.apply(gate, up, gating)
 
 
 def check_gated(gate: Tensor, up: Tensor | None) -> None:

@@ -13,6 +13,7 @@ from liger_trainer.kernels import swiglu as swiglu_module
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 VARIANTS = {
     "swiglu": (swiglu, reference.swiglu, {}),
+    "swiglu-multiplied": (swiglu, reference.swiglu, {"gate_multiplier": 1.7, "down_multiplier": -0.3}),
     "geglu-tanh": (geglu, reference.geglu, {"approximate": "tanh"}),
     "geglu-none": (geglu, reference.geglu, {"approximate": "none"}),
 }

@@ -22,12 +22,12 @@ def make(packed=False, bias=True, frozen=(), tokens=(2, 7), width=36, out=20):
     return [None if t is None else t.requires_grad_(n not in frozen) for n, t in zip(names, inputs, strict=True)]
 
 
-def definition(gate, up, weight, bias, activation):
-    return F.linear(DEFINITIONS[ACTIVATIONS[activation]](gate, up), weight, bias)
+def definition(gate, up, weight, bias, activation, **multipliers):
+    return F.linear(DEFINITIONS[ACTIVATIONS[activation]](gate, up, **multipliers), weight, bias)
 
 
-def run(function, inputs, activation):
-    out = function(*inputs, activation=activation)
+def run(function, inputs, activation, **multipliers):
+    out = function(*inputs, activation=activation, **multipliers)
     leaves = [t for t in inputs if t is not None and t.requires_grad]
     torch.manual_seed(1)
     grad = torch.randn(out.shape, device=DEVICE).to(out.dtype)
@@ -46,6 +46,17 @@ def test_outputs_and_gradients(case, activation, dtype):
     rounded = as_dtype(make(**case), dtype)
     exact = run(definition, as_dtype(rounded, torch.float64), activation)
     ours, same = run(gated_linear, rounded, activation), run(definition, rounded, activation)
+    for number, row in enumerate(zip(ours, same, exact, strict=True)):
+        assert_no_worse_than_torch(*row, name=f"result {number}")
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("packed", [False, True])
+def test_multipliers(packed, activation):
+    multipliers = {"gate_multiplier": 1.7, "down_multiplier": -0.3}
+    inputs = make(packed)
+    exact = run(definition, as_dtype(inputs, torch.float64), activation, **multipliers)
+    ours, same = (run(function, inputs, activation, **multipliers) for function in (gated_linear, definition))
     for number, row in enumerate(zip(ours, same, exact, strict=True)):
         assert_no_worse_than_torch(*row, name=f"result {number}")
 

@@ -1,5 +1,7 @@
 """What autograd can do besides one backward: torch.func's transforms, forward mode, and gradients of gradients."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -43,6 +45,10 @@ OPS = {
     "add_rms_norm": (add_rms_norm, reference.add_rms_norm, [(2, 3, WIDTH), (2, 3, WIDTH), (WIDTH,)]),
     "layer_norm": (layer_norm, reference.layer_norm, [(2, 3, WIDTH), (WIDTH,), (WIDTH,)]),
     "swiglu": (swiglu, reference.swiglu, [(2, 3, WIDTH), (2, 3, WIDTH)]),
+    "swiglu, multiplied": (
+        partial(swiglu, gate_multiplier=1.5, down_multiplier=0.5),
+        partial(reference.swiglu, gate_multiplier=1.5, down_multiplier=0.5), [(2, 3, WIDTH), (2, 3, WIDTH)],
+    ),
     "swiglu, packed": (swiglu, reference.swiglu, [(2, 3, WIDTH)]),
     "geglu": (geglu, reference.geglu, [(2, 3, WIDTH), (2, 3, WIDTH)]),
     "clamped_swiglu": (clamped_swiglu, reference.clamped_swiglu, [(2, 3, WIDTH)]),
