@@ -4,7 +4,8 @@
 
 Forward reads the logits once and saves them, the labels and lse (fp32 [N]); backward reads them once and writes
 dlogits once, in the logits' dtype. The input is never written. Ignored rows are not read. See linear_loss/rows.py for
-the forward kernel and linear_loss/row_kernels.py for the gradient's formula.
+the forward kernel and linear_loss/row_kernels.py for the gradient's formula. Without Triton, and in fp64, rows go
+through linear_loss/plain_rows.py in blocks: there too, dlogits are the only memory of the logits' size.
 """
 
 from typing import Any
@@ -19,13 +20,16 @@ from .linear_loss.options import (
     check_loss_args,
     logit_transform,
     on_host_or_device,
+    sum_dtype,
 )
+from .linear_loss.plain_rows import dlogits as plain_dlogits
+from .linear_loss.plain_rows import row_blocks, runs_kernels
 from .linear_loss.row_kernels import write_dlogits
-from .linear_loss.rows import empty_rows, loss_rows, row_block, row_warps
+from .linear_loss.rows import empty_rows, loss_rows, row_block, row_coefficients, row_warps
 from .reference import IGNORE_INDEX
-from .runtime.autograd import Function
+from .runtime.autograd import Function, differentiate
 from .runtime.checks import as_rows, check_rows, dense_like
-from .runtime.launch import launcher, tl, triton, use_triton
+from .runtime.launch import launcher, tl, triton
 from .runtime.operators import opaque_op
 
 REDUCE_BLOCK = 4096
@@ -124,19 +128,24 @@ def cross_entropy_fwd(
     z_loss: float, reduction: str, num_items: Tensor | float | None, token_weights: Tensor | None,
     for_backward: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    """``(loss, lse, scale)`` of ``logits`` ``[N, V]``; ``scale`` (fp32 ``[1]``) is what the reduction multiplies by.
+    """``(loss, lse, scale)`` of ``logits`` ``[N, V]``; ``scale`` (``[1]``) is what the reduction multiplies by.
 
     ``lse`` and ``scale`` are None unless ``for_backward``.
     """
     num_rows, num_cols = logits.shape
-    device = logits.device
-    token_loss, loss = empty_rows(num_rows, device), torch.empty((), dtype=torch.float32, device=device)
-    lse, scale = (empty_rows(num_rows, device), empty_rows(1, device)) if for_backward else (None, None)
+    like = (logits.device, sum_dtype(logits.dtype))
+    token_loss, loss = empty_rows(num_rows, *like), empty_rows(1, *like).squeeze(0)
+    lse, scale = (empty_rows(num_rows, *like), empty_rows(1, *like)) if for_backward else (None, None)
     if num_rows:
         loss_rows(
             logits, labels, token_loss, lse, transform, ignore_index=ignore_index, label_smoothing=label_smoothing,
             z_loss=z_loss, token_weights=token_weights,
         )  # fmt: skip
+    if not runs_kernels(logits):
+        divisor = _divisor(token_loss, labels, reduction, num_items, ignore_index)
+        if scale is not None:
+            scale.copy_(1.0 / divisor)
+        return token_loss if reduction == "none" else token_loss.sum() / divisor, lse, scale
     items_on_device = num_items if isinstance(num_items, Tensor) else None
     _launch_reduce(
         (1, 1, 1),
@@ -157,6 +166,16 @@ def cross_entropy_fwd(
     return token_loss if reduction == "none" else loss, lse, scale
 
 
+def _divisor(
+    token_loss: Tensor, labels: Tensor, reduction: str, num_items: Tensor | float | None, ignore_index: int
+) -> Tensor:
+    """What the reduction divides the sum by, 0-d in ``token_loss``'s dtype; 1 for no items at all, whose sum is 0."""
+    if reduction == "none" or (reduction == "sum" and num_items is None):
+        return token_loss.new_ones(())
+    count = (labels != ignore_index).sum() if num_items is None else torch.as_tensor(num_items, device=labels.device)
+    return torch.where(count == 0, 1, count).to(token_loss.dtype).reshape(())
+
+
 def cross_entropy_bwd(
     grad: Tensor, logits: Tensor, labels: Tensor, lse: Tensor, scale: Tensor | None, token_weights: Tensor | None,
     transform: LogitTransform, *, ignore_index: int, label_smoothing: float, z_loss: float,
@@ -165,6 +184,15 @@ def cross_entropy_bwd(
     dlogits = dense_like(logits)
     num_rows, num_cols = logits.shape
     if num_rows == 0:
+        return dlogits
+    if not runs_kernels(logits):
+        row_grad = grad.to(lse.dtype) if scale is None else grad.to(lse.dtype) * scale
+        row_grad = row_grad.expand(num_rows) if token_weights is None else row_grad * token_weights.to(lse.dtype)
+        coefficients = row_coefficients(row_grad, lse, num_cols, label_smoothing, z_loss)
+        dlogits[labels == ignore_index] = 0
+        for block in row_blocks(num_cols, labels, ignore_index):
+            grads = plain_dlogits(logits[block], labels[block], lse[block], *coefficients.select(block), transform)
+            dlogits[block] = grads.to(dlogits.dtype)
         return dlogits
     lanes, launch_options = row_block(num_cols, row_warps(logits, two_passes=False))
     _launch_loss_grad(
@@ -196,12 +224,23 @@ class CrossEntropyFunction(Function):
     """Takes 2-D logits and 1-D labels; the public function does the reshaping."""
 
     @staticmethod
+    def definition(
+        logits: Tensor, labels: Tensor, token_weights: Tensor | None, num_items: Tensor | float | None,
+        transform: LogitTransform, ignore_index: int, label_smoothing: float, z_loss: float, reduction: str,
+    ) -> Tensor:  # fmt: skip
+        """The loss in plain PyTorch."""
+        return reference.cross_entropy(
+            logits, labels, ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss,
+            reduction=reduction, num_items=num_items, token_weights=token_weights, **transform.keywords,
+        )  # fmt: skip
+
+    @staticmethod
     def forward(
         ctx: Any, logits: Tensor, labels: Tensor, token_weights: Tensor | None, num_items: Tensor | float | None,
         transform: LogitTransform, ignore_index: int, label_smoothing: float, z_loss: float, reduction: str,
     ) -> Tensor:  # fmt: skip
         """Reduced loss, or token losses ``[N]``; saves lse and the reduction's factor."""
-        ctx.transform, ctx.per_token = transform, reduction == "none"
+        ctx.transform, ctx.reduction, ctx.num_items = transform, reduction, num_items
         ctx.options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "z_loss": z_loss}
         loss, lse, scale = cross_entropy_fwd(
             logits, labels, transform, reduction=reduction, num_items=num_items, token_weights=token_weights,
@@ -211,11 +250,13 @@ class CrossEntropyFunction(Function):
         return loss
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """dlogits for the upstream gradient of the loss."""
         logits, labels, token_weights, lse, scale = ctx.saved_tensors
-        scale = None if ctx.per_token else scale
+        if torch.is_grad_enabled():
+            args = (logits, labels, token_weights, ctx.num_items, ctx.transform, *ctx.options.values(), ctx.reduction)
+            return differentiate(CrossEntropyFunction.definition, args, (grad,))
+        scale = None if ctx.reduction == "none" else scale
         dlogits = cross_entropy_bwd(grad, logits, labels, lse, scale, token_weights, ctx.transform, **ctx.options)
         return dlogits, None, None, None, None, None, None, None, None
 
@@ -239,8 +280,9 @@ def _fwd(
 
 def _fake_fwd(logits: Tensor, labels: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
     rows = labels.shape[0]
-    loss = logits.new_empty(rows if options[-1] == "none" else (), dtype=torch.float32)
-    return loss, logits.new_empty(rows, dtype=torch.float32), logits.new_empty(1, dtype=torch.float32)
+    dtype = sum_dtype(logits.dtype)
+    loss = logits.new_empty(rows if options[-1] == "none" else (), dtype=dtype)
+    return loss, logits.new_empty(rows, dtype=dtype), logits.new_empty(1, dtype=dtype)
 
 
 def _bwd(
@@ -298,7 +340,7 @@ def cross_entropy(
         token_weights: ``[...]`` constants that multiply the token losses.
 
     Returns:
-        The loss in fp32, 0-d, or ``[...]`` with reduction ``"none"``.
+        The loss in fp32 (fp64 for fp64 logits), 0-d, or ``[...]`` with reduction ``"none"``.
 
     Raises:
         ValueError: a shape or option out of range. On CPU also a label that is neither ``ignore_index`` nor in
@@ -310,11 +352,6 @@ def cross_entropy(
     check_labels_form(labels, "logits", logits)
     check_loss_args(labels, label_smoothing, z_loss, reduction, num_items, token_weights)
     transform = logit_transform(logit_scale, softcap)
-    if not use_triton(logits) or logits.dtype == torch.float64:
-        return reference.cross_entropy(
-            logits, labels, ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap,
-            logit_scale=logit_scale, reduction=reduction, num_items=num_items, token_weights=token_weights,
-        )  # fmt: skip
     rows, flat_labels = as_rows(logits), _flat(labels)
     token_weights = None if token_weights is None else _flat(token_weights)
     if torch.compiler.is_compiling():

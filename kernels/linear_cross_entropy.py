@@ -5,6 +5,7 @@ then dX = dlogits W and dW += dlogits^T X. So gradients are computed in forward,
 multiplies them by the upstream gradient. Saved: the gradients, and neither hidden states nor weight, which a sharded
 engine may have freed by then. With reduction "none" the upstream gradient differs per token and is not known in
 forward: hidden, weight and lse are saved, and backward computes the logits again, four GEMMs in all.
+Without Triton, and in fp64, the same passes run with the row functions of linear_loss/plain_rows.py.
 linear_loss/passes.py has the computation, gradients.py and vocab_chunks.py beside it what it costs in memory.
 """
 
@@ -12,6 +13,7 @@ from typing import Any, Unpack
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from . import reference
 from .linear_loss.gradients import graph_is_kept, scale_gradients
@@ -27,15 +29,32 @@ from .linear_loss.options import (
     on_host_or_device,
     wanted_gradients,
 )
-from .linear_loss.passes import compiled_pass, loss_forward, recompute, spread_stats
+from .linear_loss.passes import compiled_pass, gemms_of, loss_forward, recompute, spread_stats
+from .linear_loss.plain_rows import runs_kernels
 from .linear_loss.token_chunks import ValidRows
 from .reference import IGNORE_INDEX, TokenStats
-from .runtime.autograd import Function
-from .runtime.launch import use_triton
+from .runtime.autograd import Function, differentiate
+
+NUM_ARGUMENTS, NUM_INPUTS = 7, 5  # of the function below; the tensors among them, num_items apart
 
 
 class LinearCrossEntropyFunction(Function):
     """``(loss, log_probs, entropy, is_top1)`` of ``hidden`` ``[N, H]``, or only the loss without statistics."""
+
+    @staticmethod
+    def definition(
+        hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, token_weights: Tensor | None,
+        num_items: Tensor | float | None, options: HeadOptions,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        """The same in plain PyTorch."""
+        with gemms_of(options, hidden, weight):
+            out = reference.linear_cross_entropy(
+                hidden, weight, labels, bias, ignore_index=options.ignore_index,
+                label_smoothing=options.label_smoothing, z_loss=options.z_loss, token_weights=token_weights,
+                reduction=options.reduction, num_items=num_items, return_stats=options.stats != NO_STATS,
+                **options.transform.keywords,
+            )  # fmt: skip
+        return (out[0], *out[1]) if isinstance(out, tuple) else (out,)
 
     @staticmethod
     def forward(
@@ -45,31 +64,44 @@ class LinearCrossEntropyFunction(Function):
         """Loss, statistics and, unless the reduction is "none", the gradients."""
         ctx.set_materialize_grads(False)
         result = loss_forward((hidden, weight, bias), labels, token_weights, num_items, options)
-        ctx.options, ctx.num_rows = options, labels.shape[0]
+        ctx.options, ctx.num_rows, ctx.num_items = options, labels.shape[0], num_items
         ctx.dtypes = [t.dtype if t is not None else None for t in (hidden, weight, bias)]
+        # Kernels have no second derivatives; elsewhere the inputs are kept for them, as F.linear would keep them.
+        ctx.is_twice_differentiable = any(options.wanted) and not runs_kernels(hidden)
+        inputs = (hidden, weight, bias, labels, token_weights) if ctx.is_twice_differentiable else (None,) * NUM_INPUTS
         if options.gradients_in_forward:
             ctx.late_scale = result.late_scale
-            ctx.save_for_backward(*result.grads, result.late_divisor)
+            ctx.save_for_backward(*inputs, *result.grads, result.late_divisor)
         elif any(options.wanted):
             rows = result.rows
-            ctx.save_for_backward(hidden, weight, bias, rows.labels, rows.index, token_weights, result.lse)
+            given = (hidden, weight, bias, rows.labels, rows.index, token_weights, result.lse)
+            ctx.save_for_backward(*inputs, *given)
         stats = spread_stats(result.rows, result.stats, options)
         ctx.mark_non_differentiable(*stats)
         return result.loss, *stats
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         """The gradients times the upstream gradient."""
         if grad is None:
-            return (None,) * 7
+            return (None,) * NUM_ARGUMENTS
+        if torch.is_grad_enabled() and ctx.is_twice_differentiable:
+            args = (*ctx.saved_tensors[:NUM_INPUTS], ctx.num_items, ctx.options)
+            return differentiate(LinearCrossEntropyFunction.definition, args, (grad,))
+        return LinearCrossEntropyFunction.gradients(ctx, grad)
+
+    @staticmethod
+    @once_differentiable
+    def gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """``backward`` by the op's own passes."""
+        saved = ctx.saved_tensors[NUM_INPUTS:]
         if not ctx.options.gradients_in_forward:
-            *params, labels, index, token_weights, lse = ctx.saved_tensors
+            *params, labels, index, token_weights, lse = saved
             rows = ValidRows(labels, index, ctx.num_rows)
             grads = recompute(tuple(params), rows, lse, ctx.options, rows.gradient(grad, token_weights))
             return *grads, None, None, None, None
-        *grads, divisor = ctx.saved_tensors
-        scale = grad.float() * ctx.late_scale
+        *grads, divisor = saved
+        scale = grad * ctx.late_scale
         if divisor is not None:
             scale = scale / divisor
         return *scale_gradients(grads, ctx.dtypes, scale, keep=graph_is_kept()), None, None, None, None
@@ -77,6 +109,11 @@ class LinearCrossEntropyFunction(Function):
 
 class _TieEmptyLogits(Function):
     """``(loss, empty logits)`` from one node; the gradient of the empty logits carries nothing."""
+
+    @staticmethod
+    def definition(loss: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The same from two nodes: no engine's hooks run in a transform."""
+        return loss, torch.empty(shape, dtype=dtype, device=loss.device)
 
     @staticmethod
     def forward(ctx: Any, loss: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -112,7 +149,7 @@ def linear_cross_entropy(
         **memory: the fields of ``linear_loss.options.MemoryOptions``, such as ``low_memory``.
 
     Returns:
-        The loss in fp32, or ``(loss, stats)`` with ``return_stats``.
+        The loss in fp32 (fp64 for fp64 GEMMs), or ``(loss, stats)`` with ``return_stats``.
 
     Raises:
         ValueError: a shape, dtype, option or label out of range.
@@ -122,12 +159,6 @@ def linear_cross_entropy(
     dtype = check_linear_args(hidden, weight, labels, bias)
     check_loss_args(labels, label_smoothing, z_loss, reduction, num_items, token_weights)
     transform = logit_transform(logit_scale, softcap)
-    if not use_triton(hidden) or dtype == torch.float64:
-        return reference.linear_cross_entropy(
-            hidden, weight, labels, bias, ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss,
-            softcap=softcap, logit_scale=logit_scale, token_weights=token_weights, reduction=reduction,
-            num_items=num_items, return_stats=return_stats,
-        )  # fmt: skip
     options = HeadOptions(
         transform, ignore_index, dtype, wanted_gradients(hidden, weight, bias), memory_of_op,
         LABEL_STATS if return_stats else NO_STATS, reduction, label_smoothing, z_loss,

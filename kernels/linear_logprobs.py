@@ -28,13 +28,13 @@ from .linear_loss.options import (
     check_linear_args,
     logit_transform,
     memory_options,
+    sum_dtype,
     wanted_gradients,
 )
-from .linear_loss.passes import compiled_pass, per_token, recompute, spread_stats
+from .linear_loss.passes import compiled_pass, gemms_of, per_token, recompute, spread_stats
 from .linear_loss.token_chunks import ValidRows, valid_rows
 from .reference import IGNORE_INDEX, TokenLogProbs
-from .runtime.autograd import Function
-from .runtime.launch import use_triton
+from .runtime.autograd import Function, differentiate
 
 
 @dataclass
@@ -47,8 +47,22 @@ class Speculation:
     active: bool = True
 
 
+NUM_INPUTS = 4  # hidden, weight, bias, labels
+
+
 class LinearLogProbsFunction(Function):
     """The five fields of ``TokenLogProbs``, each ``[N]``, of ``hidden`` ``[N, H]``."""
+
+    @staticmethod
+    def definition(
+        hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, options: HeadOptions,
+        speculation: Speculation | None,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        """The same in plain PyTorch."""
+        with gemms_of(options, hidden, weight):
+            return reference.linear_logprobs(
+                hidden, weight, labels, bias, ignore_index=options.ignore_index, **options.transform.keywords
+            )
 
     @staticmethod
     def forward(
@@ -70,18 +84,25 @@ class LinearLogProbsFunction(Function):
         ctx.dtypes = [t.dtype if t is not None else None for t in params]
         assert out.stats is not None  # ALL_STATS
         if differentiable:
-            ctx.save_for_backward(*params, rows.labels, rows.index, out.lse, out.stats[1])
+            ctx.save_for_backward(*params, labels, rows.labels, rows.index, out.lse, out.stats[1])
         stats = spread_stats(rows, out.stats, options)
         ctx.mark_non_differentiable(*stats[2:])
         return tuple(stats)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(
         ctx: Any, log_prob_grad: Tensor | None, entropy_grad: Tensor | None, *_: None
     ) -> tuple[Tensor | None, ...]:
+        """Gradients for any upstream gradients of log-probs and entropies."""
+        if not torch.is_grad_enabled():
+            return LinearLogProbsFunction.gradients(ctx, log_prob_grad, entropy_grad)
+        args = (*ctx.saved_tensors[:NUM_INPUTS], ctx.options, None)
+        return differentiate(LinearLogProbsFunction.definition, args, (log_prob_grad, entropy_grad))
+
+    @staticmethod
+    def gradients(ctx: Any, log_prob_grad: Tensor | None, entropy_grad: Tensor | None) -> tuple[Tensor | None, ...]:
         """The guessed gradients, scaled, where they are the right ones; otherwise they are computed now."""
-        *params, labels, index, lse, entropy = ctx.saved_tensors
+        *params, _, labels, index, lse, entropy = ctx.saved_tensors
         rows = ValidRows(labels, index, ctx.num_rows)
         log_prob_grad, entropy_grad = rows.gradient(log_prob_grad), rows.gradient(entropy_grad)
         if ctx.guess is not None:
@@ -111,10 +132,11 @@ def _common_gradient(log_prob_grad: Tensor | None, entropy_grad: Tensor | None) 
 
 def _scaled(grads: Gradients, dtypes: list[torch.dtype | None], factor: float, keep: bool) -> Gradients:
     """The guessed gradients times ``factor``."""
+    like = next(g for g in grads if g is not None)
+    dtype = sum_dtype(like.dtype)
     # Upstream -1/n against our 1/n: the two roundings of 1/n are the only difference from 1, and not worth a pass.
-    factor = 1.0 if math.isclose(factor, 1.0, rel_tol=2**-22) else factor
-    device = next(g.device for g in grads if g is not None)
-    return scale_gradients(grads, dtypes, torch.full((1,), factor, dtype=torch.float32, device=device), keep)
+    factor = 1.0 if math.isclose(factor, 1.0, rel_tol=2 * torch.finfo(dtype).eps) else factor
+    return scale_gradients(grads, dtypes, torch.full((), factor, dtype=dtype, device=like.device), keep)
 
 
 def linear_logprobs(
@@ -122,7 +144,7 @@ def linear_logprobs(
     temperature: float = 1.0, softcap: float | None = None, logit_scale: float = 1.0,
     speculation: Speculation | None = None, **memory: Unpack[MemoryKeywords],
 ) -> TokenLogProbs:  # fmt: skip
-    """Statistics of ``softmax(transform(hidden @ weight.T + bias) / temperature)`` at each position, in fp32.
+    """Statistics of ``softmax(transform(hidden @ weight.T + bias) / temperature)`` at each position, in fp32 or fp64.
 
     The host waits for the device once in forward, and once in backward after a speculation. Under ``torch.compile`` the
     op is one node of the graph, and does not speculate.
@@ -149,11 +171,6 @@ def linear_logprobs(
     memory_of_op = memory_options("linear_logprobs", memory)
     dtype = check_linear_args(hidden, weight, labels, bias)
     transform = logit_transform(logit_scale, softcap, temperature)
-    if not use_triton(hidden) or dtype == torch.float64:
-        return reference.linear_logprobs(
-            hidden, weight, labels, bias, ignore_index=ignore_index, temperature=temperature, softcap=softcap,
-            logit_scale=logit_scale,
-        )  # fmt: skip
     options = HeadOptions(
         transform, ignore_index, dtype, wanted_gradients(hidden, weight, bias), memory_of_op, ALL_STATS
     )

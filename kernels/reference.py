@@ -1,9 +1,10 @@
 """Every op of this package in plain PyTorch.
 
-These definitions are the contract: the Triton kernels must agree with them, tensors on devices without
-Triton are computed by them, and the tests and benchmarks compare against them. They follow the order of
-operations and the roundings of the transformers modules they stand for, so on CPU a patched model gives
-the numbers of an unpatched one. Formulas, saved tensors and bytes moved are in README.md.
+These definitions are the contract: the Triton kernels must agree with them, and the tests and benchmarks compare
+against them. Without Triton they compute all ops but the losses over a vocabulary, which go through their chunks there
+as well (linear_loss/plain_rows.py); of those they are what torch.func and second derivatives differentiate. They follow
+the order of operations and the roundings of the transformers modules they stand for, so on CPU a patched model gives
+the numbers of an unpatched one, and takes no more memory. Formulas, saved tensors and bytes moved are in README.md.
 """
 
 import math
@@ -53,8 +54,8 @@ def rms_norm(
 ) -> Tensor:
     """``x / sqrt(mean(x^2) + eps) * (weight_offset + weight)`` over the last dimension, statistics in fp32."""
     compute = torch.promote_types(x.dtype, torch.float32)
-    wide = x.to(compute)
-    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    normed = x.to(compute)
+    normed = normed * torch.rsqrt(normed.pow(2).mean(-1, keepdim=True) + eps)
     if weight is None:
         return normed.to(x.dtype)
     if scale_in_fp32:
@@ -80,6 +81,12 @@ def layer_norm(
     """``(x - mean) / sqrt(var + eps) * (weight_offset + weight) + bias``, rounded once to ``out_dtype``."""
     if out_dtype is None and torch.is_autocast_enabled(x.device.type) and x.device.type == "cuda":
         out_dtype = torch.float32  # what autocast does to torch's own layer_norm on CUDA
+    if (
+        not weight_offset
+        and out_dtype in (None, x.dtype)
+        and all(v is None or v.dtype == x.dtype for v in (weight, bias))
+    ):
+        return F.layer_norm(x, x.shape[-1:], weight, bias, eps)  # which computes in fp32 itself, without a copy of x
     compute = torch.promote_types(x.dtype, torch.float32)
     out = F.layer_norm(
         x.to(compute),
@@ -164,8 +171,10 @@ def clamped_swiglu(
 ) -> Tensor:
     """``(clamp(up) + offset) * g * sigmoid(alpha * g)``, ``g = min(gate, limit)``, of a packed ``[..., 2 * I]``."""
     gate, up = (gate_up[..., ::2], gate_up[..., 1::2]) if interleaved else gate_up.chunk(2, dim=-1)
-    gate, up = gate.clamp(max=limit), up.clamp(min=-limit, max=limit)
-    return (up + offset) * (gate * torch.sigmoid(gate * alpha))
+    gate = gate.clamp(max=limit)
+    gate = gate * torch.sigmoid(gate * alpha)
+    up = up.clamp(min=-limit, max=limit)
+    return (up + offset) * gate
 
 
 def softmax(x: Tensor) -> Tensor:

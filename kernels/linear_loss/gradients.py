@@ -5,7 +5,7 @@ first half of the vocabulary in the memory of the gradient itself, which has roo
 half elsewhere: 4 V H bytes until the end, 2 V H after it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,9 +13,11 @@ from torch import Tensor
 
 from ..runtime.launch import cdiv, launcher, tl, triton
 from .options import Gradients, Params
+from .plain_rows import runs_kernels
 
 ALIGNMENT = 16  # rows: the second half of 16-bit dlogits starts on 32 bytes
 FIRST_ROWS = 1024  # rounded through a temporary of this many rows; the rest needs none
+CONVERTED = 1024  # rows and columns of operands that a CPU converts to fp32 at a time
 SCALE_BLOCK = 8192
 MAX_PROGRAMS = 2048  # each program walks over several blocks, so that a factor of 1 starts few programs
 _torch_c: Any = torch._C  # its stubs lack what is used here
@@ -27,7 +29,7 @@ def mm_into(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
         return torch.mm(a, b, out=out)
     if out.is_cuda:
         return torch.mm(a, b, out_dtype=out.dtype, out=out)
-    return torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
+    return _mm_of_converted(mm_into, out, a, b)
 
 
 def add_mm_into(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -36,18 +38,33 @@ def add_mm_into(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
         return torch.addmm(out, a, b, out=out)
     if out.is_cuda:
         return torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
-    return torch.addmm(out, a.to(out.dtype), b.to(out.dtype), out=out)
+    return _mm_of_converted(add_mm_into, out, a, b)
+
+
+def _mm_of_converted(first: Callable[[Tensor, Tensor, Tensor], Tensor], out: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """``first`` on a CPU, whose GEMMs take operands of ``out``'s dtype: they are converted tile by tile."""
+    for inner in range(0, a.shape[1], CONVERTED):
+        b_tile = b[inner : inner + CONVERTED].to(out.dtype)
+        for row in range(0, a.shape[0], CONVERTED):
+            a_tile = a[row : row + CONVERTED, inner : inner + CONVERTED].to(out.dtype)
+            (add_mm_into if inner else first)(out[row : row + CONVERTED], a_tile, b_tile)
+    return out
+
+
+def is_sum_dtype(dtype: torch.dtype) -> bool:
+    """Whether sums of ``dtype`` are as precise as they must be: fp32 and fp64."""
+    return dtype.itemsize >= 4
 
 
 def lent_rows(vocab_size: int, dtype: torch.dtype) -> int:
     """Rows of the fp32 sum that lie in the memory of a gradient of ``dtype``."""
-    return 0 if dtype == torch.float32 else vocab_size // 2 // ALIGNMENT * ALIGNMENT
+    return 0 if is_sum_dtype(dtype) else vocab_size // 2 // ALIGNMENT * ALIGNMENT
 
 
 def bytes_over_gradient(weight: Tensor, dtype: torch.dtype) -> int:
     """Bytes that a ``WeightSum`` takes besides its result in ``dtype``."""
     vocab_size, width = weight.shape
-    return 0 if dtype == torch.float32 else (vocab_size - lent_rows(vocab_size, dtype)) * width * 4
+    return 0 if is_sum_dtype(dtype) else (vocab_size - lent_rows(vocab_size, dtype)) * width * 4
 
 
 class WeightSum:
@@ -58,7 +75,7 @@ class WeightSum:
         self.started, self.half = False, lent_rows(vocab_size, dtype)
         self.total = torch.empty((vocab_size, width), dtype=dtype, device=weight.device)
         self.parts: list[tuple[slice, Tensor]] = [(slice(None), self.total)]
-        if dtype != torch.float32:
+        if not is_sum_dtype(dtype):
             lent = self.total.view(-1)[: 2 * self.half * width].view(torch.float32).view(self.half, width)
             rest = torch.empty((vocab_size - self.half, width), dtype=torch.float32, device=weight.device)
             parts = [(slice(self.half), lent), (slice(self.half, None), rest)]
@@ -72,7 +89,7 @@ class WeightSum:
 
     def finish(self) -> Tensor:
         """The rounded sum; nothing may be added after this."""
-        if self.total.dtype == torch.float32:
+        if is_sum_dtype(self.total.dtype):
             return self.total
         if self.half:
             _narrow_in_place(self.parts[0][1], self.total)
@@ -161,7 +178,8 @@ def scale_gradients(
 ) -> list[Tensor | None]:
     """``grads`` (contiguous) times ``scale`` (one element on their device), rounded to ``dtypes``.
 
-    The host does not read ``scale``. It is nearly always 1: then a gradient scaled in place is not even read.
+    An accelerator's ``scale`` is not read by the host. It is nearly always 1: then a gradient scaled in place is not
+    even read.
 
     Args:
         grads: gradients; ``None`` stays ``None``.
@@ -176,7 +194,10 @@ def scale_gradients(
             continue
         in_place = grad.dtype == dtype and not keep
         target = grad if in_place else torch.empty(grad.shape, dtype=dtype, device=grad.device)
-        if grad.numel():
+        if not runs_kernels(grad):
+            if not in_place or scale.is_cuda or bool(scale != 1):
+                torch.mul(grad, scale, out=target)
+        elif grad.numel():
             _launch_scale(
                 (min(cdiv(grad.numel(), SCALE_BLOCK), MAX_PROGRAMS), 1, 1),
                 (("num_warps", 8),),

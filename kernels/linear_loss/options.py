@@ -1,7 +1,7 @@
 """Options of the vocabulary losses: their checks, and the form in which kernels and chunk loops take them."""
 
 from dataclasses import dataclass, fields
-from typing import NamedTuple, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from ..runtime.checks import check_device, check_floating
 REDUCTIONS = ("none", "mean", "sum")
 LOW_MEMORY_MIB = 64  # at most this much for the logits with low_memory
 NO_STATS, LABEL_STATS, ALL_STATS = 0, 1, 2  # none; the fields of TokenStats; the fields of TokenLogProbs
+NUM_STATS = 5  # the fields of TokenLogProbs
 Params = tuple[Tensor, Tensor, Tensor | None]  # hidden [N, H], weight [V, H], bias [V]
 Gradients = list[Tensor | None]  # of hidden, weight and bias
 Wanted = tuple[bool, bool, bool]  # which of hidden, weight and bias need a gradient
@@ -70,6 +71,13 @@ class LogitTransform(NamedTuple):
     outer: float
     has_softcap: bool
 
+    @property
+    def keywords(self) -> dict[str, Any]:
+        """The same as ``logit_scale`` and ``softcap``; a temperature is part of both."""
+        if not self.has_softcap:
+            return {"logit_scale": self.inner, "softcap": None}
+        return {"logit_scale": self.inner * self.outer, "softcap": self.outer}
+
 
 def logit_transform(logit_scale: float, softcap: float | None, temperature: float = 1.0) -> LogitTransform:
     """Scale, soft-cap and temperature as two factors; ``ValueError`` for a cap or temperature that is not positive."""
@@ -101,6 +109,11 @@ class HeadOptions:
     z_loss: float = 0.0
 
     @property
+    def sum_dtype(self) -> torch.dtype:
+        """Dtype of losses, statistics and sums: fp32, or fp64 where the GEMMs are in fp64."""
+        return sum_dtype(self.dtype)
+
+    @property
     def gradients_in_forward(self) -> bool:
         """Whether a loss's gradients are known in forward, up to one factor."""
         return self.reduction != "none" and any(self.wanted)
@@ -118,6 +131,11 @@ class HeadOptions:
         """
         only_hidden = self.wanted[0] and not self.sums_over_tokens
         return self.memory.low_memory and (self.stats == ALL_STATS or not only_hidden)
+
+
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype of sums of values of ``dtype``: fp32, or fp64 for fp64."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def wanted_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Wanted:

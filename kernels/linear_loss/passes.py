@@ -23,6 +23,7 @@ from .options import (
     LABEL_STATS,
     MEMORY_FIELDS,
     NO_STATS,
+    NUM_STATS,
     Gradients,
     HeadOptions,
     LogitTransform,
@@ -34,7 +35,7 @@ from .token_chunks import PerToken, ValidRows, forward_by_tokens, gradients_by_t
 from .vocab_chunks import VocabChunks, forward_by_vocabulary
 
 STATS_FIELDS = {NO_STATS: 0, LABEL_STATS: 3, ALL_STATS: 5}  # how many of TokenLogProbs
-STATS_DTYPES = (torch.float32, torch.float32, torch.bool, torch.float32, torch.float32)
+IS_TOP1 = 2  # its place among them
 NUM_PARAMS = 3  # hidden, weight, bias
 NUM_INPUTS = 11  # inputs of the forward operator
 
@@ -54,6 +55,12 @@ class LossResult(NamedTuple):
     late_divisor: Tensor | None
     lse: Tensor
     rows: ValidRows
+
+
+def gemms_of(options: HeadOptions, hidden: Tensor, weight: Tensor) -> torch.autocast:
+    """A context in which ``F.linear`` of these runs in the dtype of the op's GEMMs."""
+    cast = hidden.dtype != options.dtype or weight.dtype != options.dtype
+    return torch.autocast(hidden.device.type, options.dtype, enabled=cast)
 
 
 def _host_scale(options: HeadOptions, rows: ValidRows, num_items: Tensor | float | None) -> float:
@@ -91,10 +98,15 @@ def loss_forward(
     if options.reduction == "none":
         loss = rows.spread(out.loss)
     elif rows.count == 0:
-        loss = torch.zeros((), dtype=torch.float32, device=labels.device)
+        loss = torch.zeros((), dtype=options.sum_dtype, device=labels.device)
     else:
         loss = out.loss.sum() * scale if divisor is None else out.loss.sum() / divisor
     return LossResult(loss, out.stats, out.grads, scale if late else 1.0, divisor if late else None, out.lse, rows)
+
+
+def _stats_dtypes(options: HeadOptions) -> list[torch.dtype]:
+    """Dtypes of the fields of ``TokenLogProbs``."""
+    return [torch.bool if i == IS_TOP1 else options.sum_dtype for i in range(NUM_STATS)]
 
 
 def spread_stats(rows: ValidRows, stats: Tensor | None, options: HeadOptions) -> list[Tensor]:
@@ -116,7 +128,8 @@ def recompute(
         row_grad = row_grad / peak
         entropy_grad = None if entropy_grad is None else entropy_grad / peak
     with torch.autocast(lse.device.type, enabled=False):
-        coefficients = row_coefficients(row_grad, lse, params[1].shape[0], options, entropy_grad, entropy)
+        factors = (options.label_smoothing, options.z_loss)
+        coefficients = row_coefficients(row_grad, lse, params[1].shape[0], *factors, entropy_grad, entropy)
         if options.sums_over_tokens:
             grads = VocabChunks(params, rows, options).gradients(lse, coefficients, options.wanted)
         else:
@@ -152,14 +165,14 @@ def _forward(
 ) -> tuple[
     Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor, Tensor
 ]:  # fmt: skip
-    """Loss; the five statistics; gradients of hidden, weight and bias; their factor (fp32, 0-d); lse ``[N]``."""
+    """Loss; the five statistics; gradients of hidden, weight and bias; their factor (0-d); lse ``[N]``."""
     options = _unpack(ignore_index, reduction, dtype, numbers)
     divisor = num_items_number if num_items is None else num_items
     result = loss_forward((hidden, weight, bias), labels, token_weights, divisor, options)
-    factor = torch.full((), result.late_scale, dtype=torch.float32, device=hidden.device)
+    factor = torch.full((), result.late_scale, dtype=options.sum_dtype, device=hidden.device)
     factor = factor if result.late_divisor is None else factor / result.late_divisor
     stats = spread_stats(result.rows, result.stats, options)
-    stats += [labels.new_empty(0, dtype=dtype) for dtype in STATS_DTYPES[len(stats) :]]
+    stats += [labels.new_empty(0, dtype=dtype) for dtype in _stats_dtypes(options)[len(stats) :]]
     log_probs, entropy, is_top1, log_sum_sq_probs, mean_logits = stats
     hidden_grad, weight_grad, bias_grad = result.grads
     lse = result.rows.spread(result.lse)
@@ -174,7 +187,7 @@ def _fake_forward(
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     options = _unpack(*others[3:])
     given = STATS_FIELDS[options.stats]
-    stats = [labels.new_empty(labels.shape if i < given else 0, dtype=t) for i, t in enumerate(STATS_DTYPES)]
+    stats = [labels.new_empty(labels.shape if i < given else 0, dtype=t) for i, t in enumerate(_stats_dtypes(options))]
     half = options.dtype == torch.float16
     grads = [
         p.new_empty(p.shape, dtype=torch.float32 if half else p.dtype)
@@ -183,7 +196,7 @@ def _fake_forward(
         for p, want in zip((hidden, weight, bias), options.wanted, strict=True)
     ]
     loss, factor, lse = (
-        labels.new_empty(shape, dtype=torch.float32)
+        labels.new_empty(shape, dtype=options.sum_dtype)
         for shape in (labels.shape if options.reduction == "none" else (), (), labels.shape)
     )
     return loss, *stats, *grads, factor, lse
@@ -247,7 +260,7 @@ def _differentiate(
     wanted = ctx.options.wanted
     if loss_grad is not None and ctx.options.gradients_in_forward:
         *saved, factor = ctx.saved_tensors
-        scale = loss_grad.float() * factor
+        scale = loss_grad * factor
         triples = zip(saved, ctx.dtypes, wanted, strict=True)
         grads = [_scale_op(g, scale, dtype) if want else None for g, dtype, want in triples]
     else:

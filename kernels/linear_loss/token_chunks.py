@@ -13,8 +13,9 @@ from torch import Tensor
 from .. import reference
 from ..runtime.launch import cdiv
 from .gradients import WeightSum, bytes_over_gradient, gradient_dtype, in_gradient_dtypes, mm_into
-from .options import NOTHING_WANTED, Gradients, HeadOptions, Params, Wanted
-from .rows import NUM_STATS, RowCoefficients, dlogits_rows, empty_rows, loss_rows
+from .options import NOTHING_WANTED, NUM_STATS, Gradients, HeadOptions, Params, Wanted, sum_dtype
+from .plain_rows import halved_on_cpu
+from .rows import RowCoefficients, dlogits_rows, empty_rows, loss_rows
 
 ROW_ALIGNMENT = 16  # elements: rows of the logits buffer are 32-byte aligned for every vocabulary
 CHUNK_ALIGNMENT = 128  # tokens: a GEMM tile
@@ -40,10 +41,10 @@ class ValidRows(NamedTuple):
         return per_token.contiguous() if self.index is None else per_token.index_select(0, self.index)
 
     def gradient(self, per_token: Tensor | None, token_weights: Tensor | None = None) -> Tensor | None:
-        """``select`` of an upstream gradient in fp32, times ``token_weights``; ``None`` stays ``None``."""
+        """``select`` of an upstream gradient in at least fp32, times ``token_weights``; ``None`` stays ``None``."""
         if per_token is None:
             return None
-        grad = self.select(per_token.float())
+        grad = self.select(per_token.to(sum_dtype(per_token.dtype)))
         return grad if token_weights is None else grad * self.select(token_weights)
 
     def spread(self, values: Tensor) -> Tensor:
@@ -93,7 +94,8 @@ def equal_parts(total: int, limit: int, unit: int) -> int:
 class PerToken(NamedTuple):
     """The results of a forward pass for the ``n`` valid rows.
 
-    ``loss`` and ``lse`` are fp32 ``[n]``. ``stats`` are fp32 ``[5, n]`` in the order of ``TokenLogProbs``, or ``None``.
+    ``loss`` and ``lse`` are ``[n]`` in ``HeadOptions.sum_dtype``. ``stats`` are ``[5, n]`` in the order of
+    ``TokenLogProbs``, or ``None``.
     ``grads`` are ``None`` where they are not wanted.
     """
 
@@ -106,8 +108,9 @@ class PerToken(NamedTuple):
 class TokenChunks:
     """``hidden @ weight.T + bias`` for the valid rows, one chunk at a time, in the GEMMs' dtype.
 
-    A chunk fills the budget. A single chunk, however, needs no fp32 sum of the weight's gradient, and no memory traffic
-    for it. So all rows are one chunk if that takes no more memory than a chunk of the budget plus the sum.
+    A chunk fills the budget, or takes half of the logits on a CPU (see ``halved_on_cpu``). A single chunk, however,
+    needs no fp32 sum of the weight's gradient, and no memory traffic for it. So all rows are one chunk if that takes no
+    more memory than a chunk of the budget plus the sum.
 
     Args:
         params: hidden, weight and bias.
@@ -123,7 +126,9 @@ class TokenChunks:
         self.bias = None if bias is None else bias.to(dtype)
         self.size = rows_per_chunk(rows.count, weight.shape[0], dtype.itemsize, options.memory.buffer_mib)
         sum_bytes = bytes_over_gradient(weight, self.grad_dtype(weight))
-        if wanted[1] and self._all_at_once() <= self._in_chunks() + sum_bytes:
+        if wanted[1] and sum_bytes == 0 and halved_on_cpu(weight, rows.count * weight.shape[0]):
+            self.size = min(self.size, cdiv(rows.count, 2))
+        elif wanted[1] and self._all_at_once() <= self._in_chunks() + sum_bytes:
             self.size = rows.count
 
     def _all_at_once(self) -> int:
@@ -207,7 +212,7 @@ class GradientSums:
             out = torch.empty(weight.shape, dtype=self.chunks.grad_dtype(weight), device=weight.device)
             self.weight_grad = mm_into(out, dlogits.t(), x)
         if self.wanted[2]:
-            column_sums = dlogits.sum(0, dtype=torch.float32)
+            column_sums = dlogits.sum(0, dtype=sum_dtype(dlogits.dtype))
             self.bias_grad = column_sums if self.bias_grad is None else self.bias_grad.add_(column_sums)
 
     def finish(self) -> Gradients:
@@ -225,9 +230,9 @@ def forward_by_tokens(
 ) -> PerToken:  # fmt: skip
     """Losses and statistics and, if there is a ``grad_scale``, the gradients of the losses' scaled sum."""
     row_weights = None if token_weights is None else rows.select(token_weights)
-    device = params[0].device
-    loss, lse = empty_rows(rows.count, device), empty_rows(rows.count, device)
-    stats = empty_rows(NUM_STATS * rows.count, device).view(NUM_STATS, -1) if options.stats else None
+    like = {"device": params[0].device, "dtype": options.sum_dtype}
+    loss, lse = empty_rows(rows.count, **like), empty_rows(rows.count, **like)
+    stats = empty_rows(NUM_STATS * rows.count, **like).view(NUM_STATS, -1) if options.stats else None
     chunks = TokenChunks(params, rows, options, NOTHING_WANTED if grad_scale is None else options.wanted)
     sums = GradientSums(chunks, params)
     for span, x, logits in chunks:

@@ -12,9 +12,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .gradients import add_mm_into, gradient_dtype, in_gradient_dtypes, mm_into
+from ..runtime.launch import cdiv
+from .gradients import add_mm_into, gradient_dtype, in_gradient_dtypes, is_sum_dtype, mm_into
 from .options import Gradients, HeadOptions, Params
-from .rows import ChunkStats, RowCoefficients, dlogits_rows, row_coefficients
+from .plain_rows import halved_on_cpu
+from .rows import ChunkStats, RowCoefficients, dlogits_rows, row_coefficients, token_loss
 from .token_chunks import ROW_ALIGNMENT, PerToken, ValidRows, equal_parts, logits_width
 
 COLUMN_ALIGNMENT = 256  # columns: a GEMM tile
@@ -44,6 +46,8 @@ class VocabChunks:
         self.x = (hidden if rows.index is None else hidden.index_select(0, rows.index)).to(self.dtype)
         self.vocab_size = weight.shape[0]
         width = columns_per_chunk(rows.count, self.vocab_size, self.x.element_size(), options.memory.buffer_mib)
+        if is_sum_dtype(self.dtype) and halved_on_cpu(weight, rows.count * self.vocab_size):
+            width = min(width, cdiv(self.vocab_size, 2))
         self.spans = [slice(i, min(i + width, self.vocab_size)) for i in range(0, self.vocab_size, width)]
         self.width = logits_width(width)
         self.buffer: Tensor | None = None
@@ -70,7 +74,8 @@ class VocabChunks:
 
     def statistics(self) -> tuple[Tensor, Tensor]:
         """The first pass: lse ``[n]`` and statistics ``[5, n]``."""
-        stats = ChunkStats(self.rows.labels, self.options.transform, all_stats=self.options.stats > 0)
+        options = self.options
+        stats = ChunkStats(self.rows.labels, options.transform, options.stats > 0, options.sum_dtype)
         if self.rows.count:
             for span in self.spans:
                 stats.add(self.logits(span), span.start)
@@ -84,19 +89,19 @@ class VocabChunks:
         hidden, weight, _ = self.params
         hidden_grad = weight_grad = bias_grad = None
         if self.rows.count:
-            if wanted[1]:
-                dtype = gradient_dtype(weight, self.dtype)
-                weight_grad = torch.empty(weight.shape, dtype=dtype, device=weight.device)
             if wanted[2]:
-                bias_grad = torch.empty(self.vocab_size, dtype=torch.float32, device=weight.device)
+                bias_grad = torch.empty(self.vocab_size, dtype=self.options.sum_dtype, device=weight.device)
             for span in reversed(self.spans):  # the last chunk's logits are still in the buffer
                 dlogits = self.logits(span)
                 dlogits_rows(dlogits, self.rows.labels, lse, coefficients, self.options.transform, span.start)
                 self.held = None
-                if weight_grad is not None:
+                if wanted[1]:
+                    if weight_grad is None:  # after the first dlogits, which takes memory on a CPU
+                        dtype = gradient_dtype(weight, self.dtype)
+                        weight_grad = torch.empty(weight.shape, dtype=dtype, device=weight.device)
                     mm_into(weight_grad[span], dlogits.t(), self.x)
                 if bias_grad is not None:
-                    torch.sum(dlogits, 0, dtype=torch.float32, out=bias_grad[span])
+                    torch.sum(dlogits, 0, dtype=bias_grad.dtype, out=bias_grad[span])
                 if wanted[0]:
                     hidden_grad = self._add_hidden(hidden_grad, dlogits, span)
                 del dlogits
@@ -109,7 +114,7 @@ class VocabChunks:
     def _add_hidden(self, total: Tensor | None, dlogits: Tensor, span: slice) -> Tensor:
         if total is not None:
             return add_mm_into(total, dlogits, self.weight(span))
-        dtype = gradient_dtype(self.params[0], self.dtype) if len(self.spans) == 1 else torch.float32
+        dtype = gradient_dtype(self.params[0], self.dtype) if len(self.spans) == 1 else self.options.sum_dtype
         return mm_into(torch.empty(self.x.shape, dtype=dtype, device=self.x.device), dlogits, self.weight(span))
 
 
@@ -121,19 +126,16 @@ def forward_by_vocabulary(
     computed = compute_ignored_too(rows, labels)
     chunks = VocabChunks(params, computed, options)
     lse, stats = chunks.statistics()
-    loss = (
-        options.z_loss * lse.square()
-        - (1 - options.label_smoothing) * stats[0]
-        + options.label_smoothing * (lse - stats[4])
-    )
-    row_weights = torch.ones_like(lse) if token_weights is None else computed.select(token_weights).float()
+    factors = (options.label_smoothing, options.z_loss)
+    loss = token_loss(lse, stats, *factors)
+    row_weights = torch.ones_like(lse) if token_weights is None else computed.select(token_weights).to(lse.dtype)
     if computed is not rows:
         row_weights = row_weights.masked_fill(computed.labels == options.ignore_index, 0.0)
     loss *= row_weights
     grads: Gradients = [None, None, None]
     if grad_scale is not None:
         row_grad = row_weights * grad_scale if num_items is None else row_weights * grad_scale / num_items
-        coefficients = row_coefficients(row_grad, lse, chunks.vocab_size, options)
+        coefficients = row_coefficients(row_grad, lse, chunks.vocab_size, *factors)
         grads = chunks.gradients(lse, coefficients, options.wanted)
     if computed is not rows and rows.index is not None:
         loss, lse, stats = (t.index_select(-1, rows.index) for t in (loss, lse, stats))

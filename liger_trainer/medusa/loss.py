@@ -18,7 +18,6 @@ from torch import Tensor
 from ..kernels.linear_cross_entropy import linear_cross_entropy
 from ..kernels.linear_loss.gradients import graph_is_kept, scale_gradients
 from ..kernels.reference import IGNORE_INDEX
-from ..kernels.runtime.launch import use_triton
 
 # In fp16, the largest factor that gradients carry from forward to backward, like a loss scale of that size. It is kept
 # small because a GradScaler lowers its own scale when gradients overflow, but does not know about this one.
@@ -192,7 +191,8 @@ class _FusedHeadLoss(torch.autograd.Function):
             ctx.shared.upstream = upstream
         scale = upstream.float() if ctx.late is None else upstream.float() / ctx.late
         gate_grad = upstream.new_empty(0) if ctx.shared is not None else None
-        return gate_grad, None, None, None, *_scaled(ctx.saved_tensors, ctx.dtypes, scale)
+        grads = scale_gradients(ctx.saved_tensors, ctx.dtypes, scale, keep=graph_is_kept())
+        return gate_grad, None, None, None, *grads
 
 
 def _as_it_is(tensor: Tensor) -> Tensor:
@@ -222,12 +222,6 @@ def _late_scale(hidden: Tensor, call: HeadCall) -> Tensor | None:
     return (
         torch.as_tensor(call.num_items, dtype=torch.float32, device=hidden.device).reshape(()).clamp(max=MAX_LATE_SCALE)
     )
-
-
-def _scaled(grads: tuple[Tensor | None, ...], dtypes: list[torch.dtype], scale: Tensor) -> list[Tensor | None]:
-    if any(grad is not None and use_triton(grad) for grad in grads):
-        return scale_gradients(list(grads), dtypes, scale, keep=graph_is_kept())
-    return [None if grad is None else (grad * scale).to(dtype) for grad, dtype in zip(grads, dtypes, strict=True)]
 
 
 @torch.compiler.disable()  # the compiler cannot trace gradients that are computed inside a forward

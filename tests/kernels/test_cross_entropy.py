@@ -8,11 +8,10 @@ import torch
 from liger_trainer.kernels.cross_entropy import cross_entropy
 from numerics import as_dtype, assert_no_worse_than_torch
 
-from liger_trainer.kernels import cross_entropy as module
 from liger_trainer.kernels import reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
 def make_inputs(shape, ignored=0.3, scale=3.0):
@@ -54,7 +53,7 @@ def check(logits, labels, dtype, upstream=None, **options):
     ],
     ids=["mean", "sum-all", "none", "num_items"],
 )
-def test_matches_definition(shape, dtype, options):
+def test_matches_definition(backend, shape, dtype, options):
     logits, labels = make_inputs(shape)
     if "ignore_index" in options:
         labels = labels.clamp(min=0)
@@ -63,7 +62,7 @@ def test_matches_definition(shape, dtype, options):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_token_weights_and_device_num_items(reduction):
+def test_token_weights_and_device_num_items(backend, reduction):
     logits, labels = make_inputs((3, 6, 37))
     weights = torch.rand(3, 6, device=DEVICE).bfloat16()
     options = {"token_weights": weights, "reduction": reduction}
@@ -77,13 +76,13 @@ def test_token_weights_and_device_num_items(reduction):
             torch.testing.assert_close(a, b, rtol=1e-6, atol=0)
 
 
-def test_small_logits_under_softcap():
+def test_small_logits_under_softcap(backend):
     """tanh near 0 must not cancel."""
     logits, labels = make_inputs((4, 64), scale=1e-3)
     check(logits, labels, torch.float32, softcap=30.0, reduction="none")
 
 
-def test_layouts_and_untouched_input():
+def test_layouts_and_untouched_input(backend):
     logits, labels = make_inputs((6, 50))
     wide = torch.randn(6, 64, device=DEVICE)
     strided = wide[:, :50].requires_grad_()
@@ -101,7 +100,7 @@ def test_layouts_and_untouched_input():
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("rows", [0, 4])
-def test_no_valid_label_gives_zero_and_zero_gradients(rows, reduction):
+def test_no_valid_label_gives_zero_and_zero_gradients(backend, rows, reduction):
     logits = torch.randn(rows, 33, device=DEVICE, requires_grad=True)
     labels = torch.full((rows,), -100, device=DEVICE)
     loss, grad = run(cross_entropy, logits, labels, reduction=reduction)
@@ -110,7 +109,7 @@ def test_no_valid_label_gives_zero_and_zero_gradients(rows, reduction):
     assert torch.equal(grad, torch.zeros_like(logits))
 
 
-def test_ignored_rows_are_not_read():
+def test_ignored_rows_are_not_read(backend):
     logits, labels = make_inputs((4, 40), ignored=0.0)
     labels[1] = -100
     with torch.no_grad():
@@ -120,15 +119,24 @@ def test_ignored_rows_are_not_read():
     assert torch.equal(grad[1], torch.zeros_like(grad[1]))
 
 
-def test_without_triton_is_the_definition(monkeypatch):
-    logits, labels = make_inputs((5, 21))
-    theirs = run(reference.cross_entropy, logits, labels, z_loss=0.1)
-    monkeypatch.setattr(module, "use_triton", lambda x: False)
-    for a, b in zip(run(cross_entropy, logits, labels, z_loss=0.1), theirs, strict=True):
-        assert torch.equal(a, b)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_second_derivatives_and_transforms_are_the_definitions(backend, reduction):
+    logits, labels = make_inputs((5, 7))
+    logits = logits.detach().double().requires_grad_()
+
+    def op(logits):
+        return cross_entropy(logits, labels, label_smoothing=0.1, softcap=3.0, logit_scale=0.5, reduction=reduction)
+
+    assert torch.autograd.gradcheck(op, logits, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(op, logits)
+    (single,) = as_dtype([logits], torch.float32)
+    (grad,) = torch.autograd.grad(op(single).sum(), single, create_graph=True)
+    (second,) = torch.autograd.grad(grad.square().sum(), single)
+    (grad,) = torch.autograd.grad(op(logits).sum(), logits, create_graph=True)
+    (exact,) = torch.autograd.grad(grad.square().sum(), logits)
+    torch.testing.assert_close(second, exact.float())
 
 
-@pytest.mark.parametrize("triton", [True, False])
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -151,9 +159,7 @@ def test_without_triton_is_the_definition(monkeypatch):
     ],
     ids=lambda v: "-".join(v) if isinstance(v, dict) else None,
 )
-def test_bad_arguments(monkeypatch, triton, change, error, message):
-    if not triton:
-        monkeypatch.setattr(module, "use_triton", lambda x: False)
+def test_bad_arguments(backend, change, error, message):
     arguments = {"logits": torch.zeros(3, 7), "labels": torch.zeros(3, dtype=torch.int64)} | change
     with pytest.raises(error, match=message):
         cross_entropy(**arguments)

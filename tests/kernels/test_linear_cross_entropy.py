@@ -7,7 +7,6 @@ from liger_trainer.kernels.linear_loss import gradients, token_chunks, vocab_chu
 from linear_inputs import DEVICE, DTYPES, budget, make_inputs, run
 from numerics import as_dtype, assert_no_worse_than_torch
 
-from liger_trainer.kernels import linear_cross_entropy as module
 from liger_trainer.kernels import reference
 
 NAMES = ("hidden", "weight", "bias")
@@ -44,7 +43,7 @@ def check(params, labels, dtype, upstream=None, logits_budget_mib=512, low_memor
     ],
     ids=["mean", "all", "none", "sum"],
 )
-def test_matches_definition(dtype, chunk, low_memory, options, use_bias, ignored):
+def test_matches_definition(backend, dtype, chunk, low_memory, options, use_bias, ignored):
     params, labels = make_inputs(ignored=ignored)
     options = {"low_memory": low_memory} | options
     upstream = torch.randn(labels.shape, device=DEVICE) if options.get("reduction") == "none" else None
@@ -54,13 +53,13 @@ def test_matches_definition(dtype, chunk, low_memory, options, use_bias, ignored
 @pytest.mark.parametrize("low_memory", [False, True], ids=["token chunks", "vocabulary chunks"])
 @pytest.mark.parametrize(("reduction", "ignored"), [("mean", 0.05), ("none", 0.3)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_token_weights(reduction, ignored, dtype, low_memory):
+def test_token_weights(backend, reduction, ignored, dtype, low_memory):
     params, labels = make_inputs(ignored=ignored)
     options = {"token_weights": torch.rand(37, device=DEVICE), "reduction": reduction, "low_memory": low_memory}
     check(params, labels, dtype, None, budget(20, dtype), **options)
 
 
-def test_batched_and_non_contiguous():
+def test_batched_and_non_contiguous(backend):
     (hidden, weight, _), labels = make_inputs(tokens=40)
     hidden = hidden.detach().view(5, 8, 12).transpose(0, 1).requires_grad_()
     weight = weight.detach().t().contiguous().t().requires_grad_()
@@ -75,7 +74,7 @@ def test_batched_and_non_contiguous():
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("tokens", [0, 6])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_no_valid_label_gives_zero_and_zero_gradients(tokens, reduction, dtype, low_memory):
+def test_no_valid_label_gives_zero_and_zero_gradients(backend, tokens, reduction, dtype, low_memory):
     params, labels = make_inputs(tokens=tokens, ignored=2.0)
     params = as_dtype(params, dtype)
     options = {"reduction": reduction, "return_stats": True, "low_memory": low_memory}
@@ -102,7 +101,7 @@ def record_gemms(monkeypatch):
 @pytest.mark.parametrize("low_memory", [False, True], ids=["token chunks", "vocabulary chunks"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("trained", [(0,), (1,), (2,), (0, 2)], ids=str)
-def test_frozen_parameters_get_no_work(monkeypatch, trained, reduction, low_memory):
+def test_frozen_parameters_get_no_work(backend, monkeypatch, trained, reduction, low_memory):
     params, labels = make_inputs()
     _, expected, _ = run(reference.linear_cross_entropy, params, labels, reduction=reduction)
     params = [p.detach().requires_grad_(i in trained) for i, p in enumerate(params)]
@@ -118,7 +117,7 @@ def test_frozen_parameters_get_no_work(monkeypatch, trained, reduction, low_memo
 
 
 @pytest.mark.parametrize("low_memory", [False, True], ids=["token chunks", "vocabulary chunks"])
-def test_no_gradient_work_without_grad_mode(monkeypatch, low_memory):
+def test_no_gradient_work_without_grad_mode(backend, monkeypatch, low_memory):
     params, labels = make_inputs()
     widths = record_gemms(monkeypatch)
     with torch.no_grad():
@@ -130,7 +129,7 @@ def test_no_gradient_work_without_grad_mode(monkeypatch, low_memory):
 
 @pytest.mark.parametrize("options", [{}, {"reduction": "none"}], ids=["mean", "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_backward_twice(dtype, options):
+def test_backward_twice(backend, dtype, options):
     params, labels = make_inputs()
     params = as_dtype(params, dtype)
     loss = linear_cross_entropy(params[0], params[1], labels, params[2], **options)
@@ -176,7 +175,7 @@ def test_gradients_are_as_precise_in_parts_as_in_one_gemm(monkeypatch, dtype, lo
 @pytest.mark.parametrize(
     ("hidden_dtype", "low_memory"), [(torch.bfloat16, False), (torch.float32, False), (torch.float32, True)], ids=str
 )
-def test_autocast(hidden_dtype, low_memory, reduction):
+def test_autocast(backend, hidden_dtype, low_memory, reduction):
     params, labels = make_inputs(tokens=60)
     params[0] = params[0].detach().to(hidden_dtype).requires_grad_()
     exact = run(reference.linear_cross_entropy, as_dtype(params, torch.float64), labels, reduction=reduction)[1]
@@ -204,8 +203,7 @@ def test_empty_logits_share_the_loss_node(return_stats):
         assert torch.equal(a, b)
 
 
-def test_empty_logits_without_triton_and_under_autocast(monkeypatch):
-    monkeypatch.setattr(module, "use_triton", lambda x: False)
+def test_empty_logits_under_autocast(backend):
     params, labels = make_inputs()
     with torch.autocast(DEVICE, torch.bfloat16):
         loss, _, logits = linear_cross_entropy_with_empty_logits(params[0], params[1], labels)
@@ -213,13 +211,28 @@ def test_empty_logits_without_triton_and_under_autocast(monkeypatch):
     assert logits.grad_fn is loss.grad_fn
 
 
-def test_without_triton_is_the_definition(monkeypatch):
-    params, labels = make_inputs()
-    theirs = run(reference.linear_cross_entropy, params, labels, return_stats=True)
-    monkeypatch.setattr(module, "use_triton", lambda x: False)
-    ours = run(linear_cross_entropy, params, labels, return_stats=True)
-    for a, b in zip((ours[0], *ours[1], *ours[2]), (theirs[0], *theirs[1], *theirs[2]), strict=True):
-        assert torch.equal(a, b)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_second_derivatives_and_transforms_are_the_definitions(without_triton, reduction):
+    (hidden, weight, bias), labels = make_inputs(4, 3, 7)
+
+    def op(hidden, weight, bias):
+        options = {"z_loss": 0.1, "softcap": 3.0, "logit_scale": 0.5, "reduction": reduction}
+        return linear_cross_entropy(hidden, weight, labels, bias, **options)
+
+    params = as_dtype([hidden, weight, bias], torch.float64)
+    assert torch.autograd.gradcheck(op, params, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(op, params)
+
+    def second(params, autocast=False):
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
+            loss = op(*params).sum()
+        grads = torch.autograd.grad(loss, params, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in grads), params)
+
+    for name, *grads in zip(NAMES, second([hidden, weight, bias]), second(params), strict=True):
+        torch.testing.assert_close(grads[0], grads[1].float(), msg=name)
+    for grad, exact in zip(second([hidden, weight, bias], autocast=True), second(params), strict=True):
+        torch.testing.assert_close(grad, exact.float(), rtol=0.1, atol=0.1)
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ def upstreams(shape, *names, constant=None):
     [({}, 1000, False, False, 0.0), ({"temperature": 0.7, "softcap": 8.0, "logit_scale": 1.5}, 20, True, True, 0.3)],
     ids=["plain", "all"],
 )
-def test_matches_definition(dtype, names, options, chunk, low_memory, use_bias, ignored):
+def test_matches_definition(backend, dtype, names, options, chunk, low_memory, use_bias, ignored):
     params, labels = make_inputs(ignored=ignored)
     params = params if use_bias else [*params[:2], None]
     options = {"low_memory": low_memory} | options
@@ -64,7 +64,7 @@ def test_matches_definition(dtype, names, options, chunk, low_memory, use_bias, 
     [(-1 / 37, 0.0, False), (-1 / 500, 0.3, False), (2.0, 0.3, True), (-1 / 500, 0.05, True)],
 )
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_equal_upstream_gradients_use_the_speculation(monkeypatch, dtype, constant, ignored, low_memory):
+def test_equal_upstream_gradients_use_the_speculation(backend, monkeypatch, dtype, constant, ignored, low_memory):
     params, labels = make_inputs(ignored=ignored)
     monkeypatch.setattr(module, "recompute", lambda *_: pytest.fail("logits were computed again"))
     speculation, upstream = Speculation(), upstreams((37,), "log_probs", constant=constant)
@@ -76,7 +76,7 @@ def test_equal_upstream_gradients_use_the_speculation(monkeypatch, dtype, consta
 
 
 @pytest.mark.parametrize("names", [("log_probs",), ("entropy",)], ids=str)
-def test_wrong_speculation_is_recomputed_and_stops(monkeypatch, names):
+def test_wrong_speculation_is_recomputed_and_stops(backend, monkeypatch, names):
     params, labels = make_inputs()
     speculation = Speculation()
     check(params, labels, torch.float32, upstreams((37,), *names), speculation=speculation)
@@ -86,7 +86,7 @@ def test_wrong_speculation_is_recomputed_and_stops(monkeypatch, names):
 
 
 @pytest.mark.parametrize("equal", [True, False])
-def test_backward_twice(equal):
+def test_backward_twice(backend, equal):
     params, labels = make_inputs()
     log_probs = linear_logprobs(params[0], params[1], labels, params[2], speculation=Speculation()).log_probs
     upstream = upstreams((37,), "log_probs", constant=3.0 if equal else None)["log_probs"]
@@ -98,7 +98,7 @@ def test_backward_twice(equal):
         assert torch.equal(a, b)
 
 
-def test_speculation_then_unequal_gradients_on_a_kept_graph():
+def test_speculation_then_unequal_gradients_on_a_kept_graph(backend):
     params, labels = make_inputs()
     log_probs = linear_logprobs(params[0], params[1], labels, params[2], speculation=Speculation()).log_probs
     torch.autograd.grad(log_probs.sum(), params, retain_graph=True)
@@ -111,7 +111,7 @@ def test_speculation_then_unequal_gradients_on_a_kept_graph():
 @pytest.mark.parametrize("speculate", [True, False])
 @pytest.mark.parametrize("tokens", [0, 5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_no_valid_label(tokens, speculate, dtype):
+def test_no_valid_label(backend, tokens, speculate, dtype):
     params, labels = make_inputs(tokens=tokens, ignored=2.0)
     params = as_dtype(params, dtype)
     speculation = Speculation() if speculate else None
@@ -125,7 +125,7 @@ def test_no_valid_label(tokens, speculate, dtype):
 
 
 @pytest.mark.parametrize("speculate", [True, False])
-def test_batched_frozen_weight_and_no_grad(speculate):
+def test_batched_frozen_weight_and_no_grad(backend, speculate):
     (hidden, weight, _), labels = make_inputs(tokens=40)
     hidden = hidden.detach().view(5, 8, 12).transpose(0, 1).requires_grad_()
     labels = labels.view(8, 5)
@@ -137,7 +137,7 @@ def test_batched_frozen_weight_and_no_grad(speculate):
 
 
 @pytest.mark.parametrize("speculate", [True, False])
-def test_autocast(speculate):
+def test_autocast(backend, speculate):
     params, labels = make_inputs(tokens=50)
     upstream = upstreams((50,), "log_probs", constant=-0.01)
     exact = run(reference.linear_logprobs, as_dtype(params, torch.float64), labels, upstream)[1]
@@ -149,7 +149,7 @@ def test_autocast(speculate):
 
 
 @pytest.mark.parametrize("low_memory", [False, True], ids=["token chunks", "vocabulary chunks"])
-def test_first_argmax_wins_ties(low_memory):
+def test_first_argmax_wins_ties(backend, low_memory):
     weight = torch.ones(6, 4, device=DEVICE)
     weight[0] = 0.5  # the first of the tied maxima is in the second sixteen columns
     weight = weight.repeat_interleave(16, 0)  # the smallest vocabulary chunk
@@ -159,14 +159,24 @@ def test_first_argmax_wins_ties(low_memory):
     assert out.is_top1.tolist() == [True, False, False, False]
 
 
-def test_without_triton_is_the_definition(monkeypatch):
-    params, labels = make_inputs()
-    upstream = upstreams((37,), *DIFFERENTIABLE)
-    theirs = run(reference.linear_logprobs, params, labels, upstream, temperature=2.0)
-    monkeypatch.setattr(module, "use_triton", lambda x: False)
-    ours = run(linear_logprobs, params, labels, upstream, temperature=2.0)
-    for a, b in zip((*ours[0], *ours[1]), (*theirs[0], *theirs[1]), strict=True):
-        assert torch.equal(a, b)
+@pytest.mark.parametrize("speculate", [True, False])
+def test_second_derivatives_and_transforms_are_the_definitions(backend, speculate):
+    params, labels = make_inputs(4, 3, 7)
+    speculation = Speculation() if speculate else None
+
+    def op(hidden, weight, bias):
+        out = linear_logprobs(hidden, weight, labels, bias, temperature=2.0, softcap=3.0, speculation=speculation)
+        return out.log_probs, out.entropy
+
+    def second(params):
+        grads = torch.autograd.grad(op(*params)[0].sum(), params, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in grads), params)
+
+    exact = as_dtype(params, torch.float64)
+    assert torch.autograd.gradcheck(op, exact, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(op, exact)
+    for grad, truth in zip(second(params), second(exact), strict=True):
+        torch.testing.assert_close(grad, truth.float())
 
 
 @pytest.mark.parametrize(

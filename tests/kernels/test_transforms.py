@@ -7,10 +7,12 @@ import torch
 import torch.nn.functional as F
 from liger_trainer.kernels.add_rms_norm import add_rms_norm
 from liger_trainer.kernels.clamped_swiglu import clamped_swiglu
+from liger_trainer.kernels.cross_entropy import cross_entropy
 from liger_trainer.kernels.divergence import divergence
 from liger_trainer.kernels.gated_linear import gated_linear
 from liger_trainer.kernels.geglu import geglu
 from liger_trainer.kernels.layer_norm import layer_norm
+from liger_trainer.kernels.linear_logprobs import linear_logprobs
 from liger_trainer.kernels.rms_norm import rms_norm
 from liger_trainer.kernels.rope import rope
 from liger_trainer.kernels.runtime.autograd import differentiate
@@ -38,6 +40,15 @@ def from_a_teacher(op):
     return lambda logits: op(logits, teacher[: logits.shape[0]], kind="jsd", softcap=2.0, reduction="sum")
 
 
+def labelled(op):
+    """``op`` of its other arguments, with a label for each row of the first."""
+    return lambda first, *others: op(first, *others, torch.zeros(first.shape[:-1], dtype=torch.int64, device=DEVICE))
+
+
+def log_probs_and_entropy(op):
+    return labelled(lambda *args: op(*args)[:2])
+
+
 # op -> (ours, its definition, shapes of its arguments)
 OPS = {
     "rms_norm": (rms_norm, reference.rms_norm, [(2, 3, WIDTH), (WIDTH,)]),
@@ -55,6 +66,11 @@ OPS = {
     "softmax": (softmax, reference.softmax, [(2, 3, WIDTH)]),
     "divergence": (from_a_teacher(divergence), from_a_teacher(reference.divergence), [(2, 3, WIDTH)]),
     "gated_linear": (gated_linear, plain_gated_linear, [(2, 3, WIDTH), (2, 3, WIDTH), (5, WIDTH), (5,)]),
+    "cross_entropy": (labelled(cross_entropy), labelled(reference.cross_entropy), [(2, 3, WIDTH)]),
+    "linear_logprobs": (
+        log_probs_and_entropy(linear_logprobs), log_probs_and_entropy(reference.linear_logprobs),
+        [(2, 3, WIDTH), (5, WIDTH)],
+    ),
     "rope": (rotation(rope), rotation(reference.rope), [(2, 4, 3, WIDTH), (2, 2, 3, WIDTH)]),
 }  # fmt: skip
 
