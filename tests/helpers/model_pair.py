@@ -71,13 +71,16 @@ class ModelPair:
                 if len(getattr(theirs, hooks)) != len(getattr(ours, hooks)):
                     raise Difference(f"{name} has other {hooks}")
 
-    def both(self, action: Callable[[nn.Module], Any], promised: Sequence[str] = ()) -> tuple[Any, Any] | None:
+    def both(
+        self, action: Callable[[nn.Module], Any], promised: Sequence[str] = (), patched_may_do_more: bool = False
+    ) -> tuple[Any, Any] | None:
         """The results of ``action`` on the unpatched and the patched model, or None where both raised.
 
         Args:
             action: called with either model.
             promised: patterns of errors that only the patched model may raise, because the documentation says so;
                 the result is None then, too.
+            patched_may_do_more: the unpatched model alone may raise an error; the result is None then, too.
 
         Raises:
             Difference: only one of the two raised an error.
@@ -92,6 +95,8 @@ class ModelPair:
             raise Difference(
                 f"only the patched model raised {type(our_error).__name__}: {str(our_error)[:300]}"
             ) from our_error
+        if their_error is not None and patched_may_do_more:
+            return None
         if their_error is not None:
             raise Difference(
                 f"only the unpatched model raised {type(their_error).__name__}: {str(their_error)[:300]}"
@@ -178,12 +183,14 @@ def _compare_tensors(name: str, theirs: Tensor, ours: Tensor, tolerance: float) 
 
 
 def _compare_gradients(name: str, theirs: dict[str, Tensor], ours: dict[str, Tensor], tolerance: float) -> None:
-    largest = max((g.double().norm().item() for g in theirs.values()), default=0.0)
+    largest = max((g.double().nan_to_num().norm().item() for g in theirs.values()), default=0.0)
     for key, gradient in theirs.items():
         if gradient.dtype != ours[key].dtype or gradient.shape != ours[key].shape:
             raise Difference(f"{name} of {key}: other shape or dtype")
-        error = (gradient.double() - ours[key].double()).norm().item()
-        norm = max(gradient.double().norm().item(), 1e-2 * largest, 1e-6)
+        if not torch.equal(gradient.isnan(), ours[key].isnan()):
+            raise Difference(f"{name} of {key}: NaN elsewhere")
+        error = (gradient.double() - ours[key].double()).nan_to_num().norm().item()
+        norm = max(gradient.double().nan_to_num().norm().item(), 1e-2 * largest, 1e-6)
         if not error <= tolerance * norm:
             other = ours[key].double().norm().item()
             raise Difference(
