@@ -13,7 +13,6 @@ from typing import Any, Unpack
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import reference
 from .linear_loss.gradients import graph_is_kept, scale_gradients
@@ -33,9 +32,15 @@ from .linear_loss.passes import compiled_pass, gemms_of, loss_forward, recompute
 from .linear_loss.plain_rows import runs_kernels
 from .linear_loss.token_chunks import ValidRows
 from .reference import IGNORE_INDEX, TokenStats
-from .runtime.autograd import Function, differentiate
+from .runtime.autograd import Function, differentiate, once_differentiable
 
 NUM_ARGUMENTS, NUM_INPUTS = 7, 5  # of the function below; the tensors among them, num_items apart
+
+ONLY_ONCE = (
+    "linear_cross_entropy: its gradients cannot be differentiated again, because kernels compute them in forward and "
+    'keep neither hidden nor weight. Use reduction="none" and reduce the result, or, in a patched model, set '
+    "fused_loss: false"
+)
 
 
 class LinearCrossEntropyFunction(Function):
@@ -66,8 +71,9 @@ class LinearCrossEntropyFunction(Function):
         result = loss_forward((hidden, weight, bias), labels, token_weights, num_items, options)
         ctx.options, ctx.num_rows, ctx.num_items = options, labels.shape[0], num_items
         ctx.dtypes = [t.dtype if t is not None else None for t in (hidden, weight, bias)]
-        # Kernels have no second derivatives; elsewhere the inputs are kept for them, as F.linear would keep them.
-        ctx.is_twice_differentiable = any(options.wanted) and not runs_kernels(hidden)
+        # Second derivatives need the inputs. Without kernels they are kept, as F.linear would keep them.
+        keeps = not options.gradients_in_forward or not runs_kernels(hidden)
+        ctx.is_twice_differentiable = any(options.wanted) and keeps
         inputs = (hidden, weight, bias, labels, token_weights) if ctx.is_twice_differentiable else (None,) * NUM_INPUTS
         if options.gradients_in_forward:
             ctx.late_scale = result.late_scale
@@ -91,7 +97,7 @@ class LinearCrossEntropyFunction(Function):
         return LinearCrossEntropyFunction.gradients(ctx, grad)
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable(ONLY_ONCE)
     def gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """``backward`` by the op's own passes."""
         saved = ctx.saved_tensors[NUM_INPUTS:]

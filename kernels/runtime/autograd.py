@@ -1,7 +1,8 @@
 """The base class of the ops' autograd functions."""
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch.autograd import forward_ad
@@ -71,3 +72,21 @@ def differentiate(
     results, given = zip(*pairs, strict=True)
     found = iter(torch.autograd.grad(results, inputs, given, create_graph=True, allow_unused=True))
     return tuple(next(found) if torch.is_tensor(a) and a.requires_grad else None for a in arguments)
+
+
+def once_differentiable(message: str) -> Callable[[Callable], Callable]:
+    """Decorates a backward without second derivatives: differentiating its results is an error, ``message``."""
+
+    def decorate(backward: Callable) -> Callable:
+        @functools.wraps(backward)
+        def wrapper(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+            if not torch.is_grad_enabled():
+                return backward(ctx, *grads)
+            with torch.no_grad():
+                found = backward(ctx, *grads)
+            fails = cast(Any, torch._C)._functions.DelayedError(message.encode(), len(found))
+            return fails(*(None if grad is None else grad.detach().requires_grad_() for grad in found))
+
+        return wrapper
+
+    return decorate

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import re
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -130,6 +131,11 @@ class ModelPair:
         try:
             return action(model), None
         except Exception as error:
+            # What the frames hold, graphs and weights, would live on as long as the error.
+            cause: BaseException | None = error
+            while cause is not None:
+                traceback.clear_frames(cause.__traceback__)
+                cause = cause.__cause__ or cause.__context__
             return None, error
 
 

@@ -12,6 +12,7 @@ from liger_trainer.kernels.divergence import divergence
 from liger_trainer.kernels.gated_linear import gated_linear
 from liger_trainer.kernels.geglu import geglu
 from liger_trainer.kernels.layer_norm import layer_norm
+from liger_trainer.kernels.linear_cross_entropy import linear_cross_entropy
 from liger_trainer.kernels.linear_logprobs import linear_logprobs
 from liger_trainer.kernels.rms_norm import rms_norm
 from liger_trainer.kernels.rope import rope
@@ -67,6 +68,13 @@ OPS = {
     "divergence": (from_a_teacher(divergence), from_a_teacher(reference.divergence), [(2, 3, WIDTH)]),
     "gated_linear": (gated_linear, plain_gated_linear, [(2, 3, WIDTH), (2, 3, WIDTH), (5, WIDTH), (5,)]),
     "cross_entropy": (labelled(cross_entropy), labelled(reference.cross_entropy), [(2, 3, WIDTH)]),
+    "linear_cross_entropy": (
+        labelled(partial(linear_cross_entropy, reduction="none")),
+        labelled(partial(reference.linear_cross_entropy, reduction="none")), [(2, 3, WIDTH), (5, WIDTH)],
+    ),
+    "linear_cross_entropy, reduced": (
+        labelled(linear_cross_entropy), labelled(reference.linear_cross_entropy), [(2, 3, WIDTH), (5, WIDTH)],
+    ),
     "linear_logprobs": (
         log_probs_and_entropy(linear_logprobs), log_probs_and_entropy(reference.linear_logprobs),
         [(2, 3, WIDTH), (5, WIDTH)],
@@ -138,6 +146,8 @@ def checkpointed_gradients_of_gradients(op, args):
 )  # fmt: skip
 @pytest.mark.parametrize("name", OPS)
 def test_ops_can_be_differentiated_in_every_way(name, use):
+    if name.endswith("reduced") and use in (gradients_of_gradients, checkpointed_gradients_of_gradients):
+        return  # an error: see test_linear_cross_entropy.py
     ours, definition, shapes = OPS[name]
     random = torch.Generator().manual_seed(0)
     args = tuple(torch.randn(shape, generator=random).to(DEVICE) for shape in shapes)
