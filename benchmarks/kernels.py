@@ -99,7 +99,7 @@ def measure_arm(job: dict, seconds: float) -> Iterator[dict]:
 
 def describe(row: dict) -> str:
     """One line about one row."""
-    fields = ("fwd_ms", "bwd_ms", "full_ms", "floor_full_ms", "extra_mib", "host_us", "host_launch_us", "max_rel_err")
+    fields = ("fwd_ms", "bwd_ms", "full_ms", "floor_full_ms", "extra_mib", "host_us", "max_rel_err")
     numbers = " ".join(f"{f}={common.format_number(row[f])}" for f in fields if row.get(f) is not None)
     return f"{row['op']} {row['shape']} {row['arm']} {row['status']} {numbers} {row.get('note', '')}".rstrip()
 

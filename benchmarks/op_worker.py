@@ -123,13 +123,11 @@ def times(call: Callable[[], Any], case: cases.Case, device: str) -> dict:
 
 
 def host_times(call: Callable[[], Any], case: cases.Case) -> dict:
-    """Host microseconds of a call without gradients, with the graph recorded, and of the bare Triton launches."""
+    """Host microseconds of a call without gradients, with the graph recorded, and of forward and backward."""
     with torch.no_grad():
-        bare = captured_launches(call)
-        alone = host_us([call] if bare is None else [call, bare])
-    recorded, full = host_us([call, lambda: forward_backward(call, case)])
-    launch = alone[1] if bare is not None else None
-    return {"host_us": alone[0], "host_launch_us": launch, "host_autograd_us": recorded, "host_full_us": full}
+        alone = host_us(call)
+    recorded, full = host_us(call), host_us(lambda: forward_backward(call, case))
+    return {"host_us": alone, "host_autograd_us": recorded, "host_full_us": full}
 
 
 def describe_device(device: str) -> dict:
@@ -226,53 +224,21 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return error if math.isfinite(error) else INFINITE
 
 
-def host_us(fns: Sequence[Callable[[], object]], calls: int = 100, rounds: int = 30) -> list[float]:
-    """Host microseconds per call of each of ``fns`` in its fastest round.
+def host_us(fn: Callable[[], object], calls: int = 100, rounds: int = 30) -> float:
+    """Host microseconds per call of ``fn`` in its fastest round.
 
     The queue is drained between rounds, never inside one. Slower rounds contain other work of the machine: their median
-    differed by half from run to run. Rounds alternate, so that a slow spell does not hit one of ``fns`` alone.
+    differed by half from run to run.
     """
-    fastest = [math.inf] * len(fns)
+    fastest = math.inf
     for _ in range(rounds):
-        for index, fn in enumerate(fns):
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            for _ in range(calls):
-                fn()
-            fastest[index] = min(fastest[index], (time.perf_counter() - start) / calls * 1e6)
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            fn()
+        fastest = min(fastest, time.perf_counter() - start)
     torch.cuda.synchronize()
-    return fastest
-
-
-def captured_launches(fn: Callable[[], object]) -> Callable[[], None] | None:
-    """The Triton launches that one call of ``fn`` makes, without anything around them; None where it makes none.
-
-    This is the least that any Triton op costs on the host.
-    """
-    from liger_trainer.kernels.runtime import launch
-    from triton.runtime import JITFunction
-
-    launches = []
-    run = JITFunction.run
-
-    def record(self, *args, **kwargs):
-        launches.append((self, args, kwargs))
-        return run(self, *args, **kwargs)
-
-    JITFunction.run = record
-    direct, launch.DIRECT_LAUNCH = launch.DIRECT_LAUNCH, False  # ours goes past JITFunction.run
-    try:
-        fn()
-    finally:
-        JITFunction.run, launch.DIRECT_LAUNCH = run, direct
-    if not launches:
-        return None
-
-    def replay() -> None:
-        for kernel, args, kwargs in launches:
-            kernel.run(*args, **kwargs)
-
-    return replay
+    return fastest / calls * 1e6
 
 
 if __name__ == "__main__":

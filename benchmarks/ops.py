@@ -1,7 +1,4 @@
-"""The table of ops: each entry has inputs, measured shapes, the bytes that must move, and the variants to check.
-
-``bench kernels`` measures the shapes; the tests and ``tests/helpers/sanitize.py`` run the variants.
-"""
+"""The table of ops: each entry has inputs, measured shapes, and the bytes that must move."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,12 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from liger_trainer.kernels import reference
-
 Spec = dict[str, Any]  # a shape, as it travels to a worker and into a result file
 EPS = 1e-6
-VOCAB = 331  # of the variants
-FP32 = torch.float32
+VOCAB = 331  # of the small shapes
 
 
 @dataclass(frozen=True)
@@ -98,31 +92,6 @@ def head(draw: Draw) -> Inputs:
 
 
 @dataclass(frozen=True)
-class Variant:
-    """One call of an op on a small shape, to be compared with the op's definition.
-
-    Args:
-        note: what is special about this variant.
-        spec: sizes that differ from the op's other variants.
-        leaves: the arguments that get gradients; by default the op's ``leaves``.
-        without: arguments that are None.
-        options: keyword arguments of the op and of its definition; a function makes a value from the labels.
-        ours: keyword arguments of the op alone, in the same form.
-        outputs: how many outputs are used; by default all.
-        autocast: fp32 inputs, the op under autocast to bf16.
-    """
-
-    note: str = ""
-    spec: Spec = field(default_factory=dict)
-    leaves: str | None = None
-    without: str = ""
-    options: dict[str, Any] = field(default_factory=dict)
-    ours: dict[str, Any] = field(default_factory=dict)
-    outputs: int | None = None
-    autocast: bool = False
-
-
-@dataclass(frozen=True)
 class Op:
     """One op of ``liger_trainer.kernels``.
 
@@ -134,10 +103,8 @@ class Op:
         shapes: the measured shapes, by set. ``float32``, ``frozen weight`` and ``30% ignored`` (labels) may follow.
         sizes: names of the numbers in a shape.
         options: keyword arguments of the op and of its definition in measured calls.
-        variants: the calls that are checked.
-        small: the shape of the variants, where ``rows`` and ``cols`` stand for numbers; with 5 and 48, also the set
-            "smoke" unless ``shapes`` has one.
-        definition: the definition, if ``reference`` has none with the op's name.
+        small: the shape of tests, where ``rows`` and ``cols`` stand for numbers; with 5 and 48, also the set "smoke"
+            unless ``shapes`` has one.
     """
 
     inputs: Callable[[Draw], Inputs]
@@ -146,33 +113,13 @@ class Op:
     shapes: dict[str, str] = field(default_factory=dict)
     sizes: str = "rows cols"
     options: dict[str, Any] = field(default_factory=dict)
-    variants: tuple[Variant, ...] = (Variant(),)
     small: str = "rowsxcols"
-    definition: Callable | None = None
 
 
 HEAD = "tokens hidden vocab"
 SMALL_HEAD = (
     f"BTrows H8 V{VOCAB} 25% ignored"  # so small a hidden size that chunks of logits save memory (kernels/README.md)
 )
-NARROW = {"rows": 111, "cols": 24}
-TIGHT = {"logits_budget_mib": 0.01}  # many chunks
-LOW, LOW_TIGHT = {"low_memory": True}, {"low_memory": True, **TIGHT}
-
-
-def items(labels: Tensor) -> Tensor:
-    """A ``num_items`` on the device."""
-    return torch.tensor(7.0, device=labels.device)
-
-
-def speculation(labels: Tensor) -> object:
-    """A fresh state for ``linear_logprobs``."""
-    from liger_trainer.kernels.linear_logprobs import Speculation
-
-    return Speculation()
-
-
-CAPPED = {"softcap": 5.0, "label_smoothing": 0.1, "num_items": items}
 # Shapes "today" are layers of Llama-3.2-1B, Qwen2.5-1.5B, Llama-3-8B, Gemma-7B and GPT-OSS-20B (8192 tokens, four
 # experts each). Shapes "paper" are from Hsu et al., arXiv 2410.10989, section 4, and its authors' scripts.
 OPS: dict[str, Op] = {
@@ -183,11 +130,6 @@ OPS: dict[str, Op] = {
          "paper": "2048x4096, 2048x8192, 2048x16384, 2048x32768", "small": "64x2048, 64x4096, 4097x3001, 1x4096",
          "host": "64x2048"},
         options={"eps": EPS},
-        variants=(
-            Variant(), Variant("narrow", NARROW, leaves="x"), Variant("no weight", without="weight"),
-            Variant("weight alone", leaves="weight"), Variant("one row", {"rows": 1}),
-            Variant("gemma", options={"weight_offset": 1.0, "scale_in_fp32": True}),
-        ),
     ),
     "add_rms_norm": Op(  # both inputs have the same gradient: it is written once
         plain(2, x="rows cols", residual="rows cols", weight="cols"), "x residual weight",
@@ -201,30 +143,21 @@ OPS: dict[str, Op] = {
         {"anchors": "16384x4096", "paper": "4096x4096 float32, 4096x8192 float32, 4096x16384 float32",
          "small": "64x2048, 4097x3001", "host": "64x2048"},
         options={"eps": EPS},
-        variants=(
-            Variant(), Variant("narrow", NARROW, leaves="x weight"), Variant("no weight", without="weight bias"),
-            Variant("weights alone", leaves="weight bias"), Variant("bias alone", leaves="x bias", without="weight"),
-            Variant("one row", {"rows": 1}),
-        ),
     ),
     "swiglu": Op(
         plain(gate="rows cols", up="rows cols"), "gate up", lambda n: (3 * n["gate"], 5 * n["gate"]),
         {"anchors": "16384x14336", "today": "8192x8192, 8192x8960", "paper": "16384x11008, 32768x11008, 65536x11008",
          "small": "64x8192, 1023x5461", "host": "64x2048"},
-        variants=(Variant(), Variant("gate alone", leaves="gate"), Variant("up alone", leaves="up")),
     ),
     "geglu": Op(
         plain(gate="rows cols", up="rows cols"), "gate up", lambda n: (3 * n["gate"], 5 * n["gate"]),
         {"anchors": "16384x14336", "today": "8192x24576", "paper": "16384x11008, 32768x11008, 65536x11008",
          "small": "64x8192, 1023x5461"},
-        variants=(Variant("packed", without="up"), Variant("exact", options={"approximate": "none"})),
     ),
     "clamped_swiglu": Op(
         packed_gate_and_up, "gate_up", lambda n: (n["gate_up"] * 3 // 2, n["gate_up"] * 5 // 2),
         {"today": "32768x2880", "small": "64x2880"},
         options={"interleaved": True},  # as GPT-OSS has them
-        variants=(Variant(options={"limit": 1.0}),
-                  Variant("interleaved", options={"limit": 1.0, "interleaved": True})),
     ),
     "rope": Op(
         rotary, "q k", lambda n: (2 * n["q"] + 2 * n["k"] + n["cos"] + n["sin"],) * 2,
@@ -233,12 +166,6 @@ OPS: dict[str, Op] = {
          "paper": "B1 T2048 32q 8kv d256, B1 T16384 32q 8kv d256, B1 T2048 32q 8kv d512",
          "small": "B1 T64 32q 8kv d64, B2 T333 32q 8kv d128, B2 T333 6q 2kv d96", "host": "B1 T64 8q 8kv d64"},
         "batch seq q_heads kv_heads head_dim",
-        variants=(
-            Variant(spec={"rotary_dim": 16}), Variant("q alone", {"rotary_dim": 16}, leaves="q", without="k"),
-            Variant("interleaved", {"rotary_dim": 16}, options={"interleaved": True}),
-            Variant("deinterleaved", {"rotary_dim": 16, "one_per_pair": True},
-                    options={"interleaved": True, "deinterleave": True, "rotary_dim": 16}),
-        ),
         small="B2 T19 3q 1kv d24",
     ),
     "cross_entropy": Op(
@@ -246,22 +173,11 @@ OPS: dict[str, Op] = {
         {"anchors": "8192x32000, 8192x128256", "today": "8192x151936",
          "paper": "16384x40960, 16384x81920, 16384x122880, 16384x163840", "small": "64x32000, 1024x32003",
          "host": "64x2048"},
-        variants=(
-            Variant(), Variant("num_items", options={"num_items": items}),
-            Variant("not reduced", options={"reduction": "none"}),
-            Variant("every option", options={"label_smoothing": 0.1, "z_loss": 1e-3, "softcap": 5.0,
-                                             "token_weights": lambda labels: torch.rand_like(labels, dtype=FP32)}),
-        ),
         small=f"rowsx{VOCAB} 25% ignored",
     ),
     "softmax": Op(plain(x="rows cols"), "x", lambda n: (2 * n["x"], 3 * n["x"])),
     "divergence": Op(
         logits_of_two, "logits", lambda n: (n["logits"] + n["teacher_logits"], 2 * n["logits"] + n["teacher_logits"]),
-        variants=(
-            Variant(without="mask"), Variant("reverse", options={"kind": "reverse_kl", "softcap": 5.0}),
-            Variant("jsd", options={"kind": "jsd", "beta": 0.3, "teacher_softcap": 5.0, "temperature": 2.0}),
-            Variant("tvd", options={"kind": "tvd", "reduction": "none"}),
-        ),
         small=f"rowsx{VOCAB} 25% ignored",
     ),
     "linear_cross_entropy": Op(
@@ -273,28 +189,13 @@ OPS: dict[str, Op] = {
          "paper": "BT4096 H4096 V128256, BT8192 H4096 V128256, BT16384 H4096 V128256",
          "smoke": "BT12 H16 V33, BT12 H16 V33 frozen weight 30% ignored"},
         HEAD,
-        variants=(
-            *(Variant(str(ours), ours=ours) for ours in (TIGHT, LOW, LOW_TIGHT)),
-            *(Variant(f"capped {ours}", options=CAPPED, ours=ours) for ours in (TIGHT, LOW_TIGHT)),
-            Variant("autocast", autocast=True),
-        ),
         small=SMALL_HEAD,
     ),
     "linear_logprobs": Op(
         head, "hidden weight", None,
         {"anchors": "BT8192 H4096 V128256", "today": "BT8192 H1536 V151936", "smoke": "BT12 H16 V33 30% ignored"},
         HEAD,
-        variants=(
-            Variant(ours=TIGHT), Variant("speculated", ours={"speculation": speculation, **TIGHT}),
-            Variant("frozen", leaves="hidden", ours=TIGHT),
-            *(Variant(f"capped {ours}", leaves="hidden", options={"softcap": 5.0}, ours=ours, outputs=1)
-              for ours in (TIGHT, LOW_TIGHT)),
-        ),
         small=SMALL_HEAD,
-    ),
-    "gated_linear": Op(
-        plain(gate="rows cols", up="rows cols", weight="50 cols"), "gate up weight",
-        definition=lambda gate, up, weight: reference.swiglu(gate, up) @ weight.t(),
     ),
 }  # fmt: skip
 MEASURED = tuple(name for name, op in OPS.items() if op.shapes)

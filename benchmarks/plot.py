@@ -17,7 +17,7 @@ from typing import Any
 if not __package__:  # run as a script; see kernels.py
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from benchmarks import cases, common, models, tables
+from benchmarks import cases, common, tables
 from benchmarks.peers import PEERS, TRAIN_ARMS
 
 MARKER = re.compile(r"(<!-- table:(\S+) -->\n).*?(<!-- /table -->)", re.DOTALL)
@@ -202,7 +202,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     for file in args.results.glob("models*.json"):
         data = json.loads(file.read_text())
-        made |= models.make_tables(file.stem, data["results"])
+        made |= tables.survey_tables(file.stem, data["results"])
         made[file.stem] += f"\n{provenance_line(data)}\n"
     for path in args.update:
         update(path, made)

@@ -5,6 +5,7 @@ import statistics
 from benchmarks.common import format_number, text_table
 from benchmarks.peers import PEERS, TRAIN_ARMS
 from benchmarks.rows import GRAD_NORM_TOLERANCE, change, counts_text, judge, percent, percent_and_range, place_of
+from liger_trainer.config import KINDS
 
 # The metrics that averages over points are made of.
 COMPARED = {
@@ -60,6 +61,27 @@ def kernel_tables(rows: list[dict]) -> dict[str, str]:
     made |= {name: pivot(timed, f"{name}_ms", f"floor_{name}_ms") for name in ("full", "fwd", "bwd")}
     made["memory"] = pivot(timed, "extra_mib")
     return {name: table for name, table in made.items() if table}
+
+
+def survey_tables(name: str, rows: list[dict]) -> dict[str, str]:
+    """The tables of the survey of models by name: every model, and a summary in one sentence."""
+    rows = sorted(rows, key=lambda row: row["model_type"])
+    built = [row for row in rows if row["status"] != "not built"]
+    same = sum(row["status"] == "same" for row in rows)
+    fused = sum("fused_loss" in row.get("applied", {}) for row in rows)
+    summary = f"{len(rows)} model types, {len(built)} built: {same} with the same numbers, {fused} with the fused loss."
+    lines, left = [], {}
+    for row in built:
+        counts = [row.get("applied", {}).get(kind, "-") for kind in KINDS]
+        differ = f"{row['gradient']:.0e}" if "gradient" in row else row["note"]
+        lines.append([row["model_type"], row["status"], *counts, differ])
+        for skipped in row.get("skipped", []):
+            left.setdefault(f"{skipped['kind']}: {skipped['reason']}", []).append(row["model_type"])
+    table = text_table(["model type", "numbers", *KINDS, "gradients differ by"], lines)
+    kept = "\n".join(f"- {what} ({', '.join(models)})" for what, models in sorted(left.items()))
+    failed = (f"- {row['model_type']}: {row['note']}" for row in rows if row["status"] == "not built")
+    parts = (summary, table, "Left as they are:", kept, "Not built in this size:", "\n".join(failed))
+    return {name: "\n\n".join(parts) + "\n", f"{name}-summary": f"{summary}\n"}
 
 
 class Training:

@@ -1,4 +1,4 @@
-"""Compiles for an H100, without one, every kernel that the variants in ``benchmarks/ops.py`` launch.
+"""Compiles for an H100, without one, every kernel that the calls of ``variants.py`` launch.
 
     python tests/helpers/compile_offline.py [--every-size]
 
@@ -26,6 +26,7 @@ import triton
 from liger_trainer.kernels.runtime import launch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from variants import variants
 
 from liger_trainer.kernels import reference
 
@@ -103,7 +104,7 @@ def main() -> int:
     torch.version.cuda = torch.version.cuda or "13.0"  # register limits are for CUDA
     reference.check_labels = lambda *arguments: None
     for rows, cols in SHAPES:
-        for _, ours, _, leaves in sanitize.variants(rows, cols):
+        for _, ours, _, leaves in variants(rows, cols, "cpu"):
             sanitize.run(ours, leaves)
     missing = sorted(kernels - launched)
     narrow = sorted(WIDE - wide)

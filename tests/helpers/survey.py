@@ -1,8 +1,8 @@
 """Survey every causal LM of transformers, tiny and random: what is replaced, and does the model compute the same?
 
-    python benchmarks/models.py
-    python benchmarks/models.py --models llama,deepseek_v3
-    python benchmarks/models.py --auto AutoModelForImageTextToText   # with text alone
+    python tests/helpers/survey.py
+    python tests/helpers/survey.py --models llama,deepseek_v3
+    python tests/helpers/survey.py --auto AutoModelForImageTextToText   # with text alone
 
 Two batches, one with padding on the right and one with it on the left, run forward and backward and in evaluation, in
 fp32 on the CPU, where the ops run their definitions: this tests how a model is patched, not the kernels. Results go to
@@ -24,12 +24,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-if not __package__:  # run as a script; see kernels.py
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks import common
 from benchmarks.common import INFINITE
-from liger_trainer.config import KINDS
 
 LARGEST = 60_000_000  # parameters; a config with large defaults for sizes that SIZES lacks is left out
 RESULT_FILES = {"AutoModelForCausalLM": "models", "AutoModelForImageTextToText": "models-image-text"}
@@ -207,27 +206,6 @@ def check(auto: str, model_type: str) -> dict:
     if row["largest"] <= TOLERANCE:
         return row | {"status": "same"}
     return row | {"status": "not repeatable" if row["largest"] <= 2 * row["itself"] else "differs"}
-
-
-def make_tables(name: str, rows: list[dict]) -> dict[str, str]:
-    """Markdown by name: all about every model, and a summary in one sentence."""
-    rows = sorted(rows, key=lambda row: row["model_type"])
-    built = [row for row in rows if row["status"] != "not built"]
-    same = sum(row["status"] == "same" for row in rows)
-    fused = sum("fused_loss" in row.get("applied", {}) for row in rows)
-    summary = f"{len(rows)} model types, {len(built)} built: {same} with the same numbers, {fused} with the fused loss."
-    lines, left = [], {}
-    for row in built:
-        counts = [row.get("applied", {}).get(kind, "-") for kind in KINDS]
-        differ = f"{row['gradient']:.0e}" if "gradient" in row else row["note"]
-        lines.append([row["model_type"], row["status"], *counts, differ])
-        for skipped in row.get("skipped", []):
-            left.setdefault(f"{skipped['kind']}: {skipped['reason']}", []).append(row["model_type"])
-    table = common.text_table(["model type", "numbers", *KINDS, "gradients differ by"], lines)
-    kept = "\n".join(f"- {what} ({', '.join(models)})" for what, models in sorted(left.items()))
-    failed = (f"- {row['model_type']}: {row['note']}" for row in rows if row["status"] == "not built")
-    parts = (summary, table, "Left as they are:", kept, "Not built in this size:", "\n".join(failed))
-    return {name: "\n\n".join(parts) + "\n", f"{name}-summary": f"{summary}\n"}
 
 
 def main(argv: list[str] | None = None) -> int:
