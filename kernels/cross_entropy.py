@@ -26,6 +26,7 @@ from .linear_loss.plain_rows import dlogits as plain_dlogits
 from .linear_loss.plain_rows import row_blocks, runs_kernels
 from .linear_loss.row_kernels import write_dlogits
 from .linear_loss.rows import empty_rows, loss_rows, row_block, row_coefficients, row_warps
+from .linear_loss.weighting import check_class_weights, reduced_z_loss, weighted_by_class
 from .reference import IGNORE_INDEX
 from .runtime.autograd import Function, differentiate
 from .runtime.checks import as_rows, check_rows, dense_like
@@ -227,38 +228,46 @@ class CrossEntropyFunction(Function):
     def definition(
         logits: Tensor, labels: Tensor, token_weights: Tensor | None, num_items: Tensor | float | None,
         transform: LogitTransform, ignore_index: int, label_smoothing: float, z_loss: float, reduction: str,
-    ) -> Tensor:  # fmt: skip
-        """The loss in plain PyTorch."""
-        return reference.cross_entropy(
+        with_lse: bool,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        """The loss in plain PyTorch, and a constant lse."""
+        loss = reference.cross_entropy(
             logits, labels, ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss,
             reduction=reduction, num_items=num_items, token_weights=token_weights, **transform.keywords,
         )  # fmt: skip
+        if not with_lse:
+            return (loss,)
+        return loss, reference.transform_logits(logits.detach(), **transform.keywords).logsumexp(-1)
 
     @staticmethod
     def forward(
         ctx: Any, logits: Tensor, labels: Tensor, token_weights: Tensor | None, num_items: Tensor | float | None,
         transform: LogitTransform, ignore_index: int, label_smoothing: float, z_loss: float, reduction: str,
-    ) -> Tensor:  # fmt: skip
-        """Reduced loss, or token losses ``[N]``; saves lse and the reduction's factor."""
+        with_lse: bool,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        """Reduced loss, or token losses ``[N]``, and lse ``[N]`` if asked for; saves lse and the reduction's factor."""
         ctx.transform, ctx.reduction, ctx.num_items = transform, reduction, num_items
         ctx.options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "z_loss": z_loss}
         loss, lse, scale = cross_entropy_fwd(
             logits, labels, transform, reduction=reduction, num_items=num_items, token_weights=token_weights,
-            for_backward=ctx.needs_input_grad[0], **ctx.options,
+            for_backward=with_lse or ctx.needs_input_grad[0], **ctx.options,
         )  # fmt: skip
         ctx.save_for_backward(logits, labels, token_weights, lse, scale)
-        return loss
+        if not with_lse or lse is None:
+            return (loss,)
+        ctx.mark_non_differentiable(lse)
+        return loss, lse
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         """dlogits for the upstream gradient of the loss."""
         logits, labels, token_weights, lse, scale = ctx.saved_tensors
         if torch.is_grad_enabled():
             args = (logits, labels, token_weights, ctx.num_items, ctx.transform, *ctx.options.values(), ctx.reduction)
-            return differentiate(CrossEntropyFunction.definition, args, (grad,))
+            return differentiate(CrossEntropyFunction.definition, (*args, False), (grad,))
         scale = None if ctx.reduction == "none" else scale
         dlogits = cross_entropy_bwd(grad, logits, labels, lse, scale, token_weights, ctx.transform, **ctx.options)
-        return dlogits, None, None, None, None, None, None, None, None
+        return dlogits, *(None,) * 9
 
 
 def _fwd(
@@ -322,8 +331,9 @@ def _flat(t: Tensor) -> Tensor:
 def cross_entropy(
     logits: Tensor, labels: Tensor, *, ignore_index: int = IGNORE_INDEX, label_smoothing: float = 0.0,
     z_loss: float = 0.0, softcap: float | None = None, logit_scale: float = 1.0, reduction: str = "mean",
-    num_items: Tensor | float | None = None, token_weights: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+    num_items: Tensor | float | None = None, token_weights: Tensor | None = None, class_weights: Tensor | None = None,
+    return_z_loss: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Cross-entropy of logits against labels; a batch whose labels are all ignored gives 0.
 
     Args:
@@ -337,10 +347,13 @@ def cross_entropy(
         reduction: ``"mean"`` over labels that are not ignored, ``"sum"``, or ``"none"`` (0 where ignored).
         num_items: a number, or a one-element tensor on any device, that replaces the count of the mean. It also
             divides the sum.
-        token_weights: ``[...]`` constants that multiply the token losses.
+        token_weights: ``[...]`` constants that multiply the token losses, z-loss included.
+        class_weights: ``[V]`` constants; a token's loss is multiplied by its label's, and the mean divides by the sum
+            of the labels' weights, as in ``torch.nn.functional.cross_entropy``. Not with label smoothing.
+        return_z_loss: also return the z-loss that the loss contains, reduced like it and detached.
 
     Returns:
-        The loss in fp32 (fp64 for fp64 logits), 0-d, or ``[...]`` with reduction ``"none"``.
+        The loss in fp32 (fp64 for fp64 logits), 0-d, or ``[...]`` with reduction ``"none"``; or ``(loss, z_loss)``.
 
     Raises:
         ValueError: a shape or option out of range. On CPU also a label that is neither ``ignore_index`` nor in
@@ -351,6 +364,10 @@ def cross_entropy(
     check_rows("logits", logits)
     check_labels_form(labels, "logits", logits)
     check_loss_args(labels, label_smoothing, z_loss, reduction, num_items, token_weights)
+    check_class_weights(class_weights, logits.shape[-1], label_smoothing, logits)
+    if class_weights is not None:
+        args = (class_weights, labels, token_weights, num_items, reduction, ignore_index)
+        token_weights, num_items = weighted_by_class(*args)
     transform = logit_transform(logit_scale, softcap)
     rows, flat_labels = as_rows(logits), _flat(labels)
     token_weights = None if token_weights is None else _flat(token_weights)
@@ -359,12 +376,17 @@ def cross_entropy(
         items = num_items.detach().to(logits.device) if torch.is_tensor(num_items) else None
         number = None if num_items is None or items is not None else float(num_items)
         options = (ignore_index, float(label_smoothing), float(z_loss), reduction)
-        loss = _cross_entropy_op(rows, flat_labels, token_weights, items, number, *transform, *options)[0]
+        loss, lse, _ = _cross_entropy_op(rows, flat_labels, token_weights, items, number, *transform, *options)
     else:
         if not logits.is_cuda:
             reference.check_labels(labels, logits.shape[-1], ignore_index)
         items = on_host_or_device(num_items, logits.device)
-        loss = CrossEntropyFunction.apply(
-            rows, flat_labels, token_weights, items, transform, ignore_index, label_smoothing, z_loss, reduction
-        )
-    return loss.view(labels.shape) if reduction == "none" else loss
+        results = CrossEntropyFunction.apply(
+            rows, flat_labels, token_weights, items, transform, ignore_index, label_smoothing, z_loss, reduction,
+            return_z_loss,
+        )  # fmt: skip
+        loss, lse = results[0], results[-1]  # the loss again where lse was not asked for
+    if not return_z_loss:
+        return loss.view(labels.shape) if reduction == "none" else loss
+    z = reduced_z_loss(lse, flat_labels, z_loss, token_weights, reduction, num_items, ignore_index)
+    return (loss.view(labels.shape), z.view(labels.shape)) if reduction == "none" else (loss, z)

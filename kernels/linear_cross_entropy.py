@@ -31,10 +31,11 @@ from .linear_loss.options import (
 from .linear_loss.passes import compiled_pass, gemms_of, loss_forward, recompute, spread_stats
 from .linear_loss.plain_rows import runs_kernels
 from .linear_loss.token_chunks import ValidRows
+from .linear_loss.weighting import check_class_weights, reduced_z_loss, weighted_by_class
 from .reference import IGNORE_INDEX, TokenStats
 from .runtime.autograd import Function, differentiate, once_differentiable
 
-NUM_ARGUMENTS, NUM_INPUTS = 7, 5  # of the function below; the tensors among them, num_items apart
+NUM_ARGUMENTS, NUM_INPUTS = 8, 5  # of the function below; the tensors among them, num_items apart
 
 ONLY_ONCE = (
     "linear_cross_entropy: its gradients cannot be differentiated again, because kernels compute them in forward and "
@@ -44,12 +45,12 @@ ONLY_ONCE = (
 
 
 class LinearCrossEntropyFunction(Function):
-    """``(loss, log_probs, entropy, is_top1)`` of ``hidden`` ``[N, H]``, or only the loss without statistics."""
+    """``(loss, log_probs, entropy, is_top1, lse)`` of ``hidden`` ``[N, H]``, the last four only if asked for."""
 
     @staticmethod
     def definition(
         hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, token_weights: Tensor | None,
-        num_items: Tensor | float | None, options: HeadOptions,
+        num_items: Tensor | float | None, options: HeadOptions, with_lse: bool,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         """The same in plain PyTorch."""
         with gemms_of(options, hidden, weight):
@@ -59,14 +60,18 @@ class LinearCrossEntropyFunction(Function):
                 reduction=options.reduction, num_items=num_items, return_stats=options.stats != NO_STATS,
                 **options.transform.keywords,
             )  # fmt: skip
-        return (out[0], *out[1]) if isinstance(out, tuple) else (out,)
+            results = (out[0], *out[1]) if isinstance(out, tuple) else (out,)
+            if not with_lse:
+                return results
+            logits = reference.linear_logits(hidden.detach(), weight.detach(), None if bias is None else bias.detach())
+        return *results, reference.transform_logits(logits, **options.transform.keywords).logsumexp(-1)
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, token_weights: Tensor | None,
-        num_items: Tensor | float | None, options: HeadOptions,
+        num_items: Tensor | float | None, options: HeadOptions, with_lse: bool,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        """Loss, statistics and, unless the reduction is "none", the gradients."""
+        """Loss, statistics, lse if asked for and, unless the reduction is "none", the gradients."""
         ctx.set_materialize_grads(False)
         result = loss_forward((hidden, weight, bias), labels, token_weights, num_items, options)
         ctx.options, ctx.num_rows, ctx.num_items = options, labels.shape[0], num_items
@@ -83,6 +88,8 @@ class LinearCrossEntropyFunction(Function):
             given = (hidden, weight, bias, rows.labels, rows.index, token_weights, result.lse)
             ctx.save_for_backward(*inputs, *given)
         stats = spread_stats(result.rows, result.stats, options)
+        if with_lse:
+            stats.append(result.rows.spread(result.lse))
         ctx.mark_non_differentiable(*stats)
         return result.loss, *stats
 
@@ -92,7 +99,7 @@ class LinearCrossEntropyFunction(Function):
         if grad is None:
             return (None,) * NUM_ARGUMENTS
         if torch.is_grad_enabled() and ctx.is_twice_differentiable:
-            args = (*ctx.saved_tensors[:NUM_INPUTS], ctx.num_items, ctx.options)
+            args = (*ctx.saved_tensors[:NUM_INPUTS], ctx.num_items, ctx.options, False)
             return differentiate(LinearCrossEntropyFunction.definition, args, (grad,))
         return LinearCrossEntropyFunction.gradients(ctx, grad)
 
@@ -105,12 +112,13 @@ class LinearCrossEntropyFunction(Function):
             *params, labels, index, token_weights, lse = saved
             rows = ValidRows(labels, index, ctx.num_rows)
             grads = recompute(tuple(params), rows, lse, ctx.options, rows.gradient(grad, token_weights))
-            return *grads, None, None, None, None
+            return *grads, *(None,) * (NUM_ARGUMENTS - len(grads))
         *grads, divisor = saved
         scale = grad * ctx.late_scale
         if divisor is not None:
             scale = scale / divisor
-        return *scale_gradients(grads, ctx.dtypes, scale, keep=graph_is_kept()), None, None, None, None
+        scaled = scale_gradients(grads, ctx.dtypes, scale, keep=graph_is_kept())
+        return *scaled, *(None,) * (NUM_ARGUMENTS - len(scaled))
 
 
 class _TieEmptyLogits(Function):
@@ -135,8 +143,9 @@ def linear_cross_entropy(
     hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None = None, *, ignore_index: int = IGNORE_INDEX,
     label_smoothing: float = 0.0, z_loss: float = 0.0, softcap: float | None = None, logit_scale: float = 1.0,
     token_weights: Tensor | None = None, reduction: str = "mean", num_items: Tensor | float | None = None,
-    return_stats: bool = False, **memory: Unpack[MemoryKeywords],
-) -> Tensor | tuple[Tensor, TokenStats]:  # fmt: skip
+    return_stats: bool = False, class_weights: Tensor | None = None, return_z_loss: bool = False,
+    **memory: Unpack[MemoryKeywords],
+) -> Tensor | tuple[Any, ...]:  # fmt: skip
     """``cross_entropy(hidden @ weight.T + bias, labels)`` with the logits of one chunk at a time.
 
     The host waits for the device once, to count the labels that are not ignored. Under ``torch.compile`` the op is one
@@ -149,13 +158,16 @@ def linear_cross_entropy(
         labels: ``[...]`` (int64 or int32), not shifted. Positions with ``ignore_index`` cost nothing; if all are
             ignored, the loss is a differentiable zero.
         bias: ``[V]``.
-        ignore_index, label_smoothing, z_loss, softcap, logit_scale, token_weights, reduction, num_items: those of
-            ``cross_entropy``.
-        return_stats: also return detached per-token ``TokenStats``.
+        ignore_index, label_smoothing, z_loss, softcap, logit_scale, token_weights, reduction, num_items, class_weights:
+            those of ``cross_entropy``.
+        return_stats: also return detached per-token ``TokenStats``. The mean of its ``is_top1`` over the labels that
+            are not ignored is the token accuracy.
+        return_z_loss: also return the z-loss that the loss contains, reduced like it and detached.
         **memory: the fields of ``linear_loss.options.MemoryOptions``, such as ``low_memory``.
 
     Returns:
-        The loss in fp32 (fp64 for fp64 GEMMs), or ``(loss, stats)`` with ``return_stats``.
+        The loss in fp32 (fp64 for fp64 GEMMs), or ``(loss, stats)`` with ``return_stats``, ``(loss, z_loss)`` with
+        ``return_z_loss``, ``(loss, stats, z_loss)`` with both.
 
     Raises:
         ValueError: a shape, dtype, option or label out of range.
@@ -164,6 +176,10 @@ def linear_cross_entropy(
     memory_of_op = memory_options("linear_cross_entropy", memory)
     dtype = check_linear_args(hidden, weight, labels, bias)
     check_loss_args(labels, label_smoothing, z_loss, reduction, num_items, token_weights)
+    check_class_weights(class_weights, weight.shape[0], label_smoothing, hidden)
+    if class_weights is not None:
+        args = (class_weights, labels, token_weights, num_items, reduction, ignore_index)
+        token_weights, num_items = weighted_by_class(*args)
     transform = logit_transform(logit_scale, softcap)
     options = HeadOptions(
         transform, ignore_index, dtype, wanted_gradients(hidden, weight, bias), memory_of_op,
@@ -173,13 +189,21 @@ def linear_cross_entropy(
     flat_labels = labels.reshape(-1)
     token_weights = None if token_weights is None else token_weights.reshape(-1)
     if torch.compiler.is_compiling():
-        loss, *stats = compiled_pass(params, flat_labels, token_weights, num_items, options)
+        loss, *stats = compiled_pass(params, flat_labels, token_weights, num_items, options, return_z_loss)
     else:
         num_items = on_host_or_device(num_items, hidden.device)
-        loss, *stats = LinearCrossEntropyFunction.apply(*params, flat_labels, token_weights, num_items, options)
-    if reduction == "none":
-        loss = loss.view(labels.shape)
-    return (loss, TokenStats(*(s.view(labels.shape) for s in stats))) if return_stats else loss
+        args = (flat_labels, token_weights, num_items, options, return_z_loss)
+        loss, *stats = LinearCrossEntropyFunction.apply(*params, *args)
+    shape = labels.shape if reduction == "none" else ()
+    results = [loss.view(shape)]
+    z_losses = []
+    if return_z_loss:
+        args = (flat_labels, z_loss, token_weights, reduction, num_items, ignore_index)
+        z_losses = [reduced_z_loss(stats.pop(), *args).view(shape)]
+    if return_stats:
+        results.append(TokenStats(*(s.view(labels.shape) for s in stats)))
+    results += z_losses
+    return tuple(results) if len(results) > 1 else results[0]
 
 
 def linear_cross_entropy_with_empty_logits(

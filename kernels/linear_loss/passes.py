@@ -276,10 +276,11 @@ _forward_op = opaque_op("linear_loss", _forward, _fake_forward, _differentiate, 
 
 
 def compiled_pass(
-    params: Params, labels: Tensor, token_weights: Tensor | None, num_items: Tensor | float | None, options: HeadOptions
-) -> tuple[Tensor, ...]:
+    params: Params, labels: Tensor, token_weights: Tensor | None, num_items: Tensor | float | None,
+    options: HeadOptions, with_lse: bool = False,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """Loss and the statistics that were asked for, in the order of ``TokenLogProbs``, as one node of a graph."""
     on_device = num_items.detach().to(labels.device) if isinstance(num_items, Tensor) else None
     number = None if num_items is None or on_device is not None else float(num_items)
     outputs = _forward_op(*params, labels, token_weights, on_device, number, *_pack(options))
-    return outputs[: 1 + STATS_FIELDS[options.stats]]
+    return *outputs[: 1 + STATS_FIELDS[options.stats]], *(outputs[-1:] if with_lse else ())
