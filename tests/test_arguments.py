@@ -3,15 +3,19 @@
 import copy
 import io
 import pickle
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from training import arguments, assert_same_run
 from transformers import Seq2SeqTrainer, T5Config, T5ForConditionalGeneration, TrainingArguments
 
 import liger_trainer
+from liger_trainer import LigerConfig
 from liger_trainer.patching import patch_state
 
 
@@ -22,6 +26,13 @@ def test_trl_is_imported_with_the_first_of_its_classes():
         "from liger_trainer import LigerSFTConfig; assert 'trl' in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_readme_has_every_option_and_its_default():
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    rows = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \| `([^`]+)` \|", text, re.MULTILINE)
+    listed = {name: yaml.safe_load(default) for names, default in rows for name in re.findall(r"\w+", names)}
+    assert listed == LigerConfig().to_dict()
 
 
 class OlderPickler(pickle.Pickler):
