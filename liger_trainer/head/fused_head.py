@@ -124,6 +124,12 @@ class FusedHead:
             )
         return self.original_loss_function(logits, labels, *args, **kwargs)
 
+    def note_call(self) -> None:
+        """Count a call in which the loss was computed."""
+        # torch.compile would recompile for each value of a counter, so compiled code only sets it to 1.
+        self.calls_fused = 1 if torch.compiler.is_compiling() else self.calls_fused + 1
+        self.acted.note()
+
     def head_forward(self, head: nn.Linear, hidden: Tensor) -> Tensor:
         """``lm_head``'s forward: sets the call's loss.
 
@@ -134,10 +140,7 @@ class FusedHead:
         weight, bias = head.weight, head.bias
         if call is None or call.loss is not None or not self._fuses(head, hidden, weight, bias, call):
             return F.linear(hidden, weight, bias)
-        # torch.compile would recompile for each value of a counter, so compiled code only sets it to 1.
-        compiling = torch.compiler.is_compiling()
-        self.calls_fused = 1 if compiling else self.calls_fused + 1
-        self.acted.note()
+        self.note_call()
         check_materialized("lm_head.weight", weight)
         labels = self._shifted(call).to(hidden.device)
         options: dict[str, Any] = {
@@ -148,7 +151,7 @@ class FusedHead:
         }
         if torch.is_grad_enabled() or wants_loss_only():
             call.loss, _, empty = linear_cross_entropy_with_empty_logits(hidden, weight, labels, bias, **options)
-            if compiling:
+            if torch.compiler.is_compiling():
                 return empty
             return empty.as_subclass(UnbuiltLogits if torch.is_grad_enabled() else LossOnlyLogits)
         call.loss = cast(Tensor, linear_cross_entropy(hidden, weight, labels, bias, **options))

@@ -232,8 +232,7 @@ class MedusaModel(PreTrainedModel):
         loss, head_losses = self.medusa_heads(hidden, labels, _divisor(num_items_in_batch, labels), head_loss, options)
         state = patch_state(self)
         if head_loss is None and self.medusa.stage == 1 and state is not None and state.fused is not None:
-            state.fused.calls_fused += 1  # the heads' fused loss stands for that of lm_head, which does not run
-            state.fused.acted.note()
+            state.fused.note_call()  # the heads' fused loss stands for that of lm_head, which does not run
         if lm_output is None:
             return MedusaOutput(loss=loss, head_losses=head_losses)
         return MedusaOutput(
