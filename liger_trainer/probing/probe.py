@@ -92,6 +92,15 @@ def difference(ours: Tensor, theirs: Tensor) -> float:
     return error if error == error else float("inf")
 
 
+def autocast_states(*states: Tensor) -> list[Tensor]:
+    """The states in the dtype to which autocast would cast them in SDPA, because that decides about the kernel."""
+    device = states[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return list(states)
+    dtype = torch.get_autocast_dtype(device)
+    return [state if state.dtype == torch.float64 else state.to(dtype) for state in states]
+
+
 def forward_parameters(function: Callable) -> list[inspect.Parameter] | None:
     """The parameters of ``function`` after ``self``, or ``None`` if it has no readable signature."""
     try:
