@@ -10,9 +10,11 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from .config import LigerConfig
 from .head.per_thread import loss_only
-from .patching import PatchState, patch_state
+from .patching import PatchState, core_model, patch_state
 from .report import LigerReport
+from .rules.unpad import unpadded_stack
 from .trl import bridge
+from .unpadding.stack import Removed
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +82,26 @@ class LigerCallback(TrainerCallback):
                 "lm_head was replaced or wrapped after apply_liger."
             )
         self._checked = True
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add ``padding_removed`` to the training logs: the share of the batches' places that the layers did not see.
+
+        It counts this process's batches since the last log, and goes into ``log_history`` as well.
+        """
+        model = kwargs.get("model")
+        unpadded = unpadded_stack(core_model(model)) if self.acts(args) and model is not None else None
+        if unpadded is not None and logs is not None and "loss" in logs:
+            share = {"padding_removed": round(unpadded.removed.share(), 4)}
+            logs.update(share)
+            state.log_history[-1].update(share)
+            unpadded.removed = Removed()
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import json
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -42,11 +43,14 @@ class LigerConfig:
         attention: Pass grouped keys and values to SDPA as they are. transformers repeats them for each query head when
             there is a mask. Applies where torch has a fused kernel for grouped heads, and not under torch.compile.
         fused_loss: Compute the causal-LM loss inside ``lm_head``, for one chunk of tokens at a time.
-        padding_mask: Drop the padding mask of training batches that causal attention does not need: all padding is on
-            the right and has no labels. Loss and gradients stay the same; hidden states at padding change. Does not
-            apply under torch.compile.
+        unpad: Run padded batches through the decoder stack as one row of their real tokens, in training and where only
+            the loss or per-token values at real tokens are read. Before the first step, a few short rows run both ways.
+            Does not apply under torch.compile.
+        padding_mask: Drop the mask of training batches that stay padded and that causal attention does not need: all
+            padding is on the right and has no labels. Loss and gradients stay the same; hidden states at padding
+            change. Does not apply under torch.compile. Deprecated as an option: ``unpad`` takes its place.
         strict: Raise an error if a requested kernel cannot be applied, instead of listing it in the report.
-            ``padding_mask`` is exempt because it is decided per batch.
+            ``unpad`` and ``padding_mask`` are exempt because they are decided per batch.
         logits_budget_mib: Memory budget, in MiB, for one chunk of logits. Ignored when a single chunk needs no more
             memory than chunking plus its fp32 accumulator. Does not change the result.
         low_memory: Compute the logits of the fused loss twice, at most 64 MiB at a time, without an fp32 accumulator
@@ -67,6 +71,7 @@ class LigerConfig:
     glu: bool = _kind()
     attention: bool = _kind()
     fused_loss: bool = _kind()
+    unpad: bool = _kind()
     padding_mask: bool = _kind()
     strict: bool = False
     logits_budget_mib: int = _option_of("fused_loss", 512)
@@ -74,6 +79,9 @@ class LigerConfig:
     recompute_glu: bool = _option_of("glu", True)
 
     def __post_init__(self) -> None:
+        if self.padding_mask is False:
+            message = "liger_config.padding_mask is deprecated: unpad takes its place"
+            warnings.warn(message, FutureWarning, stacklevel=3)
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if type(value) is not field.type:

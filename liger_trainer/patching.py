@@ -5,6 +5,7 @@ sets instance attributes and registers hooks. Reverting undoes them: each attrib
 model's ``PatchState`` has the hooks. What patching adds holds no module, so a patched model is freed as others are.
 """
 
+import functools
 import itertools
 import types
 from collections import OrderedDict
@@ -126,6 +127,7 @@ def apply_with(model: nn.Module, config: LigerConfig, known: Mapping[str, Match 
     around = (m for m in model.modules() if m is not core)
     plan.no_hooks = next((type(m).__name__ for m in around if _calls_forward_of(m, core)), None)
     plan.add("", core, [rule for rule in RULES if rule.whole_model])
+    plan.bind_forwards()
     plan.report.none_here += [k for k in KINDS if config.wants(k) and k not in plan.report.kinds()]
     missing = [s for s in plan.report.skipped if s.kind not in PER_BATCH]
     if config.strict and missing:
@@ -214,10 +216,12 @@ class _Plan:
         # Results and forwards that modules share. They are kept for one plan only, because code may change later.
         self._probed: dict[Hashable, Match | str] = {}
         self._forwards: dict[Hashable, types.FunctionType] = {}
+        self._names: dict[nn.Module, dict[str, Any]] = {}
+        self._tables: dict[tuple[int, int], Any] = {}
+        self._wraps: dict[nn.Module, list[Callable[[Callable], Callable]]] = {}
 
     def add(self, name: str, module: nn.Module, rules: Iterable[Rule]) -> None:
         """Look at ``module``, called ``name`` in the report, with all of ``rules``."""
-        names: dict[str, Any] = {}
         for rule in rules:
             if not any(map(self.config.wants, rule.kinds)) or not rule.matches(module):
                 continue
@@ -234,13 +238,41 @@ class _Plan:
                     self.report.skipped.append(Skipped(kind, where, cls, str(skip)))
                 continue
             if self.config.wants(kind):
-                self.report.applied.append(Applied(kind, where, cls, match.variant))
+                applied = Applied(kind, where, cls, match.variant)
+                self.report.applied.append(applied)
+                match.acted.on_refusal = functools.partial(self.report.withdraw, applied)
                 self.bound += bound
                 self.hooks.append((match.before, match.after))
                 self.acted.setdefault(kind, []).append(match.acted)
-                names |= match.names
-        if names:
-            self.bound.append(_bound(module, "forward", self._forward(module, names)))
+                for other, names in ((module, match.names), *match.other_names):
+                    self._add_names(other, names)
+                for other, wrapper in match.wraps:
+                    self._wraps.setdefault(other, []).append(wrapper)
+
+    def _add_names(self, module: nn.Module, names: Mapping[str, Any]) -> None:
+        """Collect globals of a forward. Two tables of attention functions under one name become one."""
+        if not names:
+            return
+        collected = self._names.setdefault(module, {})
+        for name, value in names.items():
+            inner = collected.get(name)
+            if inner is not None:
+                key = (id(inner), id(value))
+                value = self._tables.setdefault(key, value.over(inner))
+            collected[name] = value
+
+    def bind_forwards(self) -> None:
+        """Make the new forwards, once all rules have said which globals they replace and what they wrap."""
+        methods = {method.module(): method for method in self.bound if method.attribute == "forward"}
+        for module in dict.fromkeys([*self._names, *self._wraps]):
+            names, taken = self._names.get(module), methods.get(module)
+            function = self._forward(module, names) if names else type(module).forward
+            if taken is not None:  # a rule has bound a whole forward, which is wrapped as it is
+                self.bound.remove(taken)
+                function = taken.function
+            for wrapper in self._wraps.get(module, []):
+                function = wrapper(function)
+            self.bound.append(_bound(module, "forward", function))
 
     def _probe(self, rule: Rule, module: nn.Module) -> Match:
         found = self.known.get(rule.kinds[0])
@@ -272,8 +304,9 @@ def _bound_by(module: nn.Module, match: Match) -> list[Bound]:
     Raises:
         Skip: Something else has replaced a method on the instance.
     """
-    if match.names:
-        free_attribute(module, "forward")
+    others = [*match.other_names, *match.wraps]
+    for other in (*([module] if match.names else []), *(other for other, _ in others)):
+        free_attribute(other, "forward")
     methods = [_bound(module, attribute, function) for attribute, function in match.methods.items()]
     return [*methods, *(Bound(function, other, attribute) for other, attribute, function in match.attributes)]
 

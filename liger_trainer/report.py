@@ -2,12 +2,14 @@
 
 import dataclasses
 import html
+import logging
 import textwrap
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+logger = logging.getLogger(__name__)
 COLUMNS = ("kind", "count", "module", "class", "applied as / why not")
 WIDTH = 120
 
@@ -64,6 +66,13 @@ class LigerReport:
     def kinds(self) -> set[str]:
         """The kinds of which there is a replacement or a candidate."""
         return {record.kind for record in (*self.applied, *self.skipped)}
+
+    def withdraw(self, applied: Applied, reason: str) -> None:
+        """Turn a replacement into a skipped candidate, for what shows only when the model runs."""
+        if applied in self.applied:
+            self.applied.remove(applied)
+            self.skipped.append(Skipped(applied.kind, applied.module, applied.cls, reason))
+            logger.warning("liger_trainer: %s of %s does not act: %s", applied.kind, applied.cls, reason)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain dicts and lists, for JSON."""

@@ -20,6 +20,7 @@ LAYERS = [
     {"kernels", "config", "report", "environment"},
     {"probing", "losses", "nn"},
     {"head"},
+    {"unpadding"},
     {"rules"},
     {"patching"},
     {"trl", "medusa", "auto"},

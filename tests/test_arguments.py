@@ -104,3 +104,9 @@ def test_seq2seq(tmp_path):
     with pytest.raises(TypeError, match=r"LigerTrainingArguments.*must be LigerSeq2SeqTrainingArguments"):
         seq2seq(tmp_path, liger_trainer.LigerTrainingArguments, True)
     assert not hasattr(arguments(tmp_path), "generation_config")
+
+
+def test_padding_mask_is_deprecated_and_still_works():
+    with pytest.warns(FutureWarning, match="unpad takes its place"):
+        assert liger_trainer.LigerConfig.parse({"padding_mask": False}).wants("padding_mask") is False
+    assert liger_trainer.LigerConfig().unpad is True

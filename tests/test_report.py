@@ -169,7 +169,7 @@ def test_adaption_prompt_is_not_called_fused():
     report = apply_liger(model)
     reasons = {s.kind: s.reason for s in report.skipped}
     assert reasons == dict.fromkeys(
-        ("fused_loss", "padding_mask"), "AdaptionPromptModel calls its forward without its hooks"
+        ("fused_loss", "unpad", "padding_mask"), "AdaptionPromptModel calls its forward without its hooks"
     )
     assert model.train()(**batch()).logits.shape[-1] == 131
 

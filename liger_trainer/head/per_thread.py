@@ -3,7 +3,10 @@
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
+
+from torch import Tensor
 
 
 class _Slot:
@@ -39,3 +42,29 @@ def loss_only() -> Iterator[None]:
 def wants_loss_only() -> bool:
     """Whether this thread is in ``loss_only``."""
     return _LOSS_ONLY.slot.value is True
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What is read of a forward's hidden states: those that predict a labelled token, and none at padding.
+
+    Args:
+        labels: ``[batch, tokens]``; ``None`` if they are not known.
+        lookahead: How many tokens ahead a hidden state predicts at most.
+    """
+
+    labels: Tensor | None = None
+    lookahead: int = 1
+
+
+_READING = PerThread()
+
+
+def set_reading(reading: Reading | None) -> None:
+    """Say what is read of the forwards that this thread runs from now on; ``None``: perhaps everything."""
+    _READING.slot.value = reading
+
+
+def reading() -> Reading | None:
+    """What is read of the forward that this thread runs, if it is known that padding is not."""
+    return _READING.slot.value or (Reading() if wants_loss_only() else None)

@@ -20,6 +20,7 @@ from transformers.configuration_utils import SubConfigSpec
 from transformers.utils import ModelOutput
 
 from ..head.form import HeadForm, probe_head
+from ..head.per_thread import Reading, set_reading
 from ..head.sharded_weights import check_materialized, gathered
 from ..patching import PatchState, patch_state
 from ..probing.rule import Skip
@@ -220,13 +221,17 @@ class MedusaModel(PreTrainedModel):
         inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
         optional = {"position_ids": position_ids, "inputs_embeds": inputs_embeds}  # not every LM takes them
         inputs |= kwargs | {name: tensor for name, tensor in optional.items() if tensor is not None}
-        if self.medusa.stage == 1:
-            with torch.no_grad():
-                hidden, lm_output = self.lm.base_model(**inputs).last_hidden_state, None
-        else:
-            if num_items_in_batch is not None:
-                inputs["num_items_in_batch"] = num_items_in_batch
-            hidden, lm_output = self._hidden_and_output(**inputs, labels=labels)
+        set_reading(Reading(labels, lookahead=1 + len(self.medusa_heads)))
+        try:
+            if self.medusa.stage == 1:
+                with torch.no_grad():
+                    hidden, lm_output = self.lm.base_model(**inputs).last_hidden_state, None
+            else:
+                if num_items_in_batch is not None:
+                    inputs["num_items_in_batch"] = num_items_in_batch
+                hidden, lm_output = self._hidden_and_output(**inputs, labels=labels)
+        finally:
+            set_reading(None)
         labels = labels.to(hidden.device)
         head_loss, options = self._head_loss_and_options()
         loss, head_losses = self.medusa_heads(hidden, labels, _divisor(num_items_in_batch, labels), head_loss, options)

@@ -46,6 +46,10 @@ def _is_of_model(file: str) -> bool:
     return not file.startswith(_PACKAGES) and Path(file).parent not in (_BASES, _BASES / "utils")
 
 
+def _ignore(reason: str) -> None:
+    """What happens to a refusal before a report has the match."""
+
+
 class Acted:
     """Whether a match has done its work: since the last reset (``on``), or in compiled code (``compiled``).
 
@@ -54,6 +58,11 @@ class Acted:
 
     def __init__(self) -> None:
         self.on = self.compiled = False
+        self.on_refusal: Callable[[str], None] = _ignore
+
+    def refuse(self, reason: str) -> None:
+        """Say that it will not do its work after all, which showed only at run time."""
+        self.on_refusal(reason)
 
     def note(self) -> None:
         """Note that it does its work now."""
@@ -80,6 +89,8 @@ class Match:
         variant: The form of the op that agreed, as the report shows it.
         methods: Functions to bind to the module, by the attribute that each replaces.
         names: Globals to replace in the module's ``forward``. Those of several matches become one new forward.
+        other_names: ``(module, names)``: the same for other modules.
+        wraps: ``(module, wrapper)``: ``wrapper`` turns the forward that other matches leave into another one.
         attributes: ``(module, attribute, function)``: functions to bind to other modules.
         before: Forward pre-hook ``(module, args, kwargs)``.
         after: Forward hook ``(module, args, output)``, also called after an error.
@@ -90,6 +101,8 @@ class Match:
     variant: str
     methods: Mapping[str, Callable] = field(default_factory=dict)
     names: Mapping[str, Any] = field(default_factory=dict)
+    other_names: tuple[tuple[nn.Module, Mapping[str, Any]], ...] = ()
+    wraps: tuple[tuple[nn.Module, Callable[[Callable], Callable]], ...] = ()
     attributes: tuple[tuple[nn.Module, str, Callable], ...] = ()
     before: Callable | None = None
     after: Callable | None = None

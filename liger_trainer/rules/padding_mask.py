@@ -10,18 +10,19 @@ compiled or traced forward and in a captured graph.
 """
 
 import functools
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.utils.import_utils import is_tracing
 
 from ..config import LigerConfig
 from ..head.fused_head import check_loss_function
 from ..kernels.reference import IGNORE_INDEX
 from ..probing.rebinding import forward_function
 from ..probing.rule import Acted, Match, Rule, Skip
+from ..unpadding.stack import cannot_be_read
+from .unpad import unpadded_stack
 
 # Arguments of a forward whose mask may be dropped. Others might say where tokens are, or ask for hidden states.
 HARMLESS_ARGUMENTS = {
@@ -62,11 +63,25 @@ def probe(model: nn.Module, config: LigerConfig) -> Match:
     return Match("padding_mask", "dropped where padding is on the right", before=before, acted=acted)
 
 
-def _drop_mask(acted: Acted, *args: Any) -> tuple[tuple, dict[str, Any]] | None:
-    changed = drop_mask(*args)
+def _drop_mask(
+    acted: Acted, module: PreTrainedModel, args: tuple, kwargs: dict[str, Any]
+) -> tuple[tuple, dict[str, Any]] | None:
+    unpadded = unpadded_stack(module)
+    if unpadded is not None and unpadded.may_unpad():  # it reads the mask anyway
+        unpadded.may_drop_mask.slot.value = functools.partial(_noted, acted, module, args, kwargs)
+        return None
+    changed = drop_mask(module, args, kwargs)
     if changed is not None:
         acted.note()
     return changed
+
+
+def _noted(acted: Acted, module: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> bool:
+    """``may_drop``; if so, note that the mask is dropped."""
+    drops = may_drop(module, args, kwargs)
+    if drops:
+        acted.note()
+    return drops
 
 
 def _is_known(cls: type) -> bool:
@@ -132,31 +147,33 @@ def _check_settings(model: PreTrainedModel) -> None:
 
 def drop_mask(module: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
     """Forward pre-hook: the arguments without ``attention_mask`` if loss and gradients are the same without it."""
+    if may_drop(module, args, kwargs) and _is_right_padding(kwargs["attention_mask"], kwargs["labels"]):
+        return args, {**kwargs, "attention_mask": None}
+    return None
+
+
+def may_drop(module: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> bool:
+    """Whether the mask makes no difference if all padding is on the right and has no labels."""
     mask, labels = kwargs.get("attention_mask"), kwargs.get("labels")
     if args or not module.training or not torch.is_tensor(mask) or not torch.is_tensor(labels):
-        return None
-    if _cannot_be_read(mask) or _cannot_be_read(labels):
-        return None
+        return False
+    if cannot_be_read(mask) or cannot_be_read(labels):
+        return False
     if not all(map(_is_harmless, kwargs, kwargs.values())) or mask.dim() != 2 or mask.shape != labels.shape:
-        return None
+        return False
     positions = getattr(module.config.get_text_config(), "max_position_embeddings", None)
     if positions and mask.shape[1] > positions:  # OPT has no embedding for padding beyond its table
-        return None
+        return False
     try:
         _check_settings(module)
         _check_attention(module)
     except Skip:
-        return None
-    return (args, {**kwargs, "attention_mask": None}) if _is_right_padding(mask, labels) else None
+        return False
+    return True
 
 
 def _is_harmless(name: str, value: Any) -> bool:
     return name in HARMLESS_ARGUMENTS or value is None or (name in HIDDEN_STATES and value is False)
-
-
-def _cannot_be_read(tensor: Tensor) -> bool:
-    """Whether reading its values is an error, or would fix them for all later calls."""
-    return is_tracing(tensor) or tensor.is_meta or cast(Any, torch._C)._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def _is_right_padding(mask: Tensor, labels: Tensor) -> bool:

@@ -20,7 +20,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from ..config import LigerConfig
 from ..head.fused_head import is_plain
-from ..head.per_thread import PerThread
+from ..head.per_thread import PerThread, Reading, set_reading
 from ..head.sharded_weights import check_materialized, gathered, is_partitioned
 from ..kernels.linear_logprobs import Speculation, linear_logprobs
 from ..patching import apply_with, patch_state, revert_liger
@@ -40,10 +40,12 @@ class _Head:
     def before_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Activate this head for a forward with ``fused_lm_head=True``."""
         _ACTIVE.slot.value = self if kwargs.get("fused_lm_head") else None
+        set_reading(None if _ACTIVE.slot.value is None else Reading())
 
     def after_forward(self, module: nn.Module, args: tuple, output: object) -> None:
         """Deactivate this head."""
         _ACTIVE.slot.value = None
+        set_reading(None)
 
 
 _ACTIVE = PerThread()  # the ``_Head`` whose model's forward a thread runs

@@ -62,6 +62,8 @@ def test_two_ranks_train_as_one_process_does(kernels, tmp_path):
         assert actual["engine"] == case.engine, case.name
         assert actual["calls_fused"] == STEPS * case.accumulation, case.name
         assert not actual["skipped"], case.name
+        # Alone with its row of SFT's data, a rank has no padding; otherwise one of the ranks has in each step.
+        assert (actual["steps_unpadded"] > 0) == (case.trainer != "sft"), case.name
         assert_same(actual, single[alone[case]], case.name)
         if case.checkpoint:
             assert_same_tensors(actual["resumed"], actual["weights"][-1], f"{case.name}, resumed", all_names=False)

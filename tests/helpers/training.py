@@ -8,16 +8,20 @@ from liger_trainer import LigerTrainingArguments
 
 
 class Rows(torch.utils.data.Dataset):
-    """Random token rows of one length; ``valid(i)`` says how many leading labels of row ``i`` count."""
+    """Random token rows, padded on the right to one length.
 
-    def __init__(self, rows=24, tokens=12, valid=lambda i: 12):
+    ``held(i)`` says how many tokens row ``i`` has, and ``valid(i)`` how many of its leading labels count.
+    """
+
+    def __init__(self, rows=24, tokens=12, valid=lambda i: 12, held=lambda i: 12):
         generator = torch.Generator().manual_seed(3)
         self.rows = []
         for i in range(rows):
             ids = torch.randint(3, VOCAB, (tokens,), generator=generator)
             labels = ids.clone()
-            labels[valid(i) :] = -100
-            self.rows.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels})
+            labels[min(valid(i), held(i)) :] = -100
+            mask = (torch.arange(tokens) < held(i)).long()
+            self.rows.append({"input_ids": ids, "attention_mask": mask, "labels": labels})
 
     def __len__(self):
         return len(self.rows)

@@ -10,7 +10,7 @@ from liger_trainer import apply_liger, revert_liger
 from liger_trainer.rules import attention
 
 GROUPED = ("llama", "mistral", "qwen3", "gemma3_text", "mixtral", "cohere", "glm4", "smollm3")
-ON = {"attention": True, "padding_mask": False}  # with a mask, also where it is on the right
+ON = {"attention": True, "padding_mask": False, "unpad": False}  # with a mask, also where it is on the right
 HEADS, KV_HEADS = 4, 2  # of the tiny models
 
 

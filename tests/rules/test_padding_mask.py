@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from liger_trainer import apply_liger, revert_liger
 from liger_trainer.rules import padding_mask
 
-ON = {"padding_mask": True, "attention": False}
+ON = {"padding_mask": True, "attention": False, "unpad": False}
 CAUSAL = ("llama", "mistral", "qwen3", "gemma3_text", "phi3", "olmo2", "cohere", "gpt_neox", "deepseek_v3")
 
 

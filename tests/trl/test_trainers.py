@@ -23,11 +23,13 @@ from liger_trainer.rules import padding_mask
 METRICS = ("entropy", "mean_token_accuracy", "num_tokens", "grad_norm")
 
 
-def tokenizer():
+def tokenizer(side="right"):
     words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, VOCAB)}
     backend = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>", padding_side=side
+    )
 
 
 def text(length, seed):
@@ -36,7 +38,9 @@ def text(length, seed):
 
 
 def sft_rows():
-    return Dataset.from_list([{"prompt": text(3 + i % 4, i), "completion": text(2 + i % 7, 50 + i)} for i in range(20)])
+    return Dataset.from_list(
+        [{"prompt": text(3 + i % 4, i), "completion": text(2 + 5 * i % 11, 50 + i)} for i in range(20)]
+    )
 
 
 def run_sft(output_dir, use_liger, model_type="llama", peft_config=None, **overrides):
@@ -98,7 +102,7 @@ def test_sft_without_masks_of_right_padding(tmp_path, monkeypatch):
     drop_mask = padding_mask.drop_mask
     monkeypatch.setattr(padding_mask, "drop_mask", spy)
     theirs = run_sft(tmp_path, False)
-    ours = run_sft(tmp_path, True, liger_config={"padding_mask": True, "attention": True})
+    ours = run_sft(tmp_path, True, liger_config={"unpad": False})
     assert_same_run(theirs, ours)
     assert_same_metrics(theirs, ours)
     assert left_out == [True] * 5
@@ -138,36 +142,42 @@ def test_trl_keeps_its_own_head_for_other_models(tmp_path):
     torch.testing.assert_close(theirs.log_probs, log_probs, rtol=1e-4, atol=1e-5)
 
 
-def make_sft(args):
-    return trl.SFTTrainer(tiny_model("llama"), args=args, train_dataset=sft_rows(), processing_class=tokenizer())
+def make_sft(args, model_type, tokens):
+    return trl.SFTTrainer(tiny_model(model_type), args=args, train_dataset=sft_rows(), processing_class=tokens)
 
 
-def make_dpo(args):
-    rows = [{"prompt": text(4, i), "chosen": text(5, 30 + i), "rejected": text(6, 60 + i)} for i in range(12)]
-    models = {"model": tiny_model("llama"), "ref_model": tiny_model("llama", seed=1)}
-    return trl.DPOTrainer(**models, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer())
+def make_dpo(args, model_type, tokens):
+    lengths = [(2 + i % 4, 3 + 2 * i % 7, 2 + i % 5) for i in range(20)]
+    rows = [
+        {"prompt": text(p, i), "chosen": text(c, 30 + i), "rejected": text(r, 60 + i)}
+        for i, (p, c, r) in enumerate(lengths)
+    ]
+    models = {"model": tiny_model(model_type), "ref_model": tiny_model(model_type, seed=1)}
+    return trl.DPOTrainer(**models, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokens)
 
 
-def make_kto(args):
-    rows = [{"prompt": text(4, i), "completion": text(5, 40 + i), "label": i % 2 == 0} for i in range(12)]
-    models = {"model": tiny_model("llama"), "ref_model": tiny_model("llama", seed=1)}
-    return trl.KTOTrainer(**models, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer())
+def make_kto(args, model_type, tokens):
+    rows = [
+        {"prompt": text(2 + i % 4, i), "completion": text(2 + 2 * i % 7, 40 + i), "label": i % 2 == 0}
+        for i in range(20)
+    ]
+    models = {"model": tiny_model(model_type), "ref_model": tiny_model(model_type, seed=1)}
+    return trl.KTOTrainer(**models, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokens)
 
 
-def make_online(trainer_class, args):
-    rows = [{"prompt": text(4, i)} for i in range(12)]
+def make_online(trainer_class, args, model_type, tokens):
+    rows = [{"prompt": text(1 + 6 * i % 13, i)} for i in range(12)]
     reward = lambda completions, **kwargs: [float(len(set(c.split()))) for c in completions]  # noqa: E731
     data = Dataset.from_list(rows)
-    return trainer_class(
-        tiny_model("llama"), reward_funcs=reward, args=args, train_dataset=data, processing_class=tokenizer()
-    )
+    model = tiny_model(model_type)
+    return trainer_class(model, reward_funcs=reward, args=args, train_dataset=data, processing_class=tokens)
 
 
-def make_reward(args):
-    rows = [{"chosen": text(6, i), "rejected": text(5, 40 + i)} for i in range(12)]
+def make_reward(args, model_type, tokens):
+    rows = [{"chosen": text(3 + 2 * i % 7, i), "rejected": text(2 + i % 5, 40 + i)} for i in range(20)]
     torch.manual_seed(0)
-    model = AutoModelForSequenceClassification.from_config(tiny_config("llama", num_labels=1))
-    return trl.RewardTrainer(model, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer())
+    model = AutoModelForSequenceClassification.from_config(tiny_config(model_type, num_labels=1))
+    return trl.RewardTrainer(model, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokens)
 
 
 class Case(NamedTuple):
@@ -177,7 +187,7 @@ class Case(NamedTuple):
 
 
 ONLINE = {
-    "num_generations": 4, "max_completion_length": 6, "beta": 0.0, "max_steps": 2, "per_device_train_batch_size": 4
+    "num_generations": 4, "max_completion_length": 6, "beta": 0.0, "max_steps": 2, "per_device_train_batch_size": 8
 }  # fmt: skip
 # Every class in liger_trainer/arguments/trl.py; beta 0: no reference model.
 TRAINERS = {
@@ -190,10 +200,11 @@ TRAINERS = {
 }
 
 
-def run(name, output_dir, use_liger):
+def run(name, output_dir, use_liger, model_type="llama", side="right", **options):
     cls, case = getattr(liger_trainer, f"Liger{name}Config"), TRAINERS[name]
-    options = {"optim": "sgd", "activation_checkpointing": False, **case.options}
-    trainer = case.make(arguments(output_dir, cls=cls, use_liger=use_liger, **options))
+    options = {"optim": "sgd", "activation_checkpointing": False, **case.options, **options}
+    args = arguments(output_dir, cls=cls, use_liger=use_liger, **options)
+    trainer = case.make(args, model_type, tokenizer(side))
     trainer.train()
     return trainer
 
@@ -202,8 +213,35 @@ def run(name, output_dir, use_liger):
 def test_every_trainer_is_the_same(name, tmp_path):
     runs = [run(name, tmp_path, flag) for flag in (False, True)]
     assert_same_run(*runs)
-    head = patch_state(runs[1].model).trl_head
+    state = patch_state(runs[1].model)
+    head = state.trl_head
     assert (head is not None and head.calls_fused > 0) == TRAINERS[name].fused_head
+    assert state.report.ran["unpad"] > 0
+
+
+# Metrics that are means over all logits, padding's included, when they are computed from full logits.
+SAME_METRICS = {
+    "SFT": METRICS,
+    "DPO": ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen", "grad_norm"),
+    "KTO": ("rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected", "kl", "grad_norm"),
+    "GRPO": ("reward", "entropy", "grad_norm", "completions/mean_length"),
+    "RLOO": ("reward", "entropy", "grad_norm", "completions/mean_length"),
+    "Reward": ("accuracy", "margin", "mean_reward", "grad_norm"),
+}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "qwen3"])
+@pytest.mark.parametrize("name", TRAINERS)
+def test_every_trainer_un_pads_models_of_three_kinds(name, model_type, side, tmp_path):
+    runs = [run(name, tmp_path, flag, model_type, side, max_steps=5) for flag in (False, True)]
+    assert_same_run(*runs)
+    for expected, actual in zip(*(r.state.log_history[:-1] for r in runs), strict=True):
+        assert set(SAME_METRICS[name]) & expected.keys()
+        for metric in expected.keys() & set(SAME_METRICS[name]):
+            assert actual[metric] == pytest.approx(expected[metric], rel=2e-5, abs=1e-6), metric
+    assert patch_state(runs[1].model).report.ran["unpad"] >= 3  # a batch may have hardly any padding
 
 
 def test_argument_classes_are_subclasses_of_trls():
@@ -224,7 +262,7 @@ def test_argument_classes_are_subclasses_of_trls():
 
 def test_reward_model_gets_the_layer_kernels(tmp_path):
     report = patch_state(run("Reward", tmp_path, True).model).report
-    assert report.counts == {"rms_norm": 5, "rope": 2, "glu": 2, "attention": 2}
+    assert report.counts == {"rms_norm": 5, "rope": 2, "glu": 2, "attention": 2, "unpad": 1}
     reasons = {s.kind: s.reason for s in report.skipped}
     assert reasons.keys() == {"fused_loss", "padding_mask"}
     assert all(reason.startswith("it has no output embeddings") for reason in reasons.values())

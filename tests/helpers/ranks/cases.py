@@ -58,6 +58,11 @@ def valid_labels(row: int) -> int:
     return 0 if row % 2 and row < 16 else (12, 3, 7, 9)[row // 2 % 4]
 
 
+def held_tokens(row: int) -> int:
+    """With two ranks and a row each, one has a full row and the other a padded one, in turn."""
+    return (12, 6, 9, 12)[row % 4]
+
+
 def build(case: Case, directory, use_liger: bool, world_size: int, origin=None, **overrides) -> Trainer:
     """The case's Trainer, with the same rows in a step whatever the number of ranks.
 
@@ -79,10 +84,13 @@ def build(case: Case, directory, use_liger: bool, world_size: int, origin=None, 
     if case.trainer == "trainer":
         model = get_peft_model(model, lora) if case.lora else model
         evaluation = {"eval_dataset": Rows(8), "compute_metrics": mean_of_largest_logits}
-        return Trainer(model, args, train_dataset=Rows(valid=valid_labels), **evaluation)
+        return Trainer(model, args, train_dataset=Rows(valid=valid_labels, held=held_tokens), **evaluation)
     common = {"args": args, "processing_class": tokenizer(), "peft_config": lora if case.lora else None}
     if case.trainer == "sft":
-        rows = [{key: row[key].tolist() for key in ("input_ids", "labels")} for row in Rows(valid=valid_labels)]
+        padded = Rows(valid=valid_labels, held=held_tokens)
+        rows = [
+            {key: row[key][row["attention_mask"] != 0].tolist() for key in ("input_ids", "labels")} for row in padded
+        ]
         return SFTTrainer(model, train_dataset=Dataset.from_list(rows), **common)
     reference = None if case.lora else AutoModelForCausalLM.from_pretrained(f"{origin}/reference")
     return DPOTrainer(model, ref_model=reference, train_dataset=dpo_rows(), **common)
@@ -116,6 +124,7 @@ def run(case: Case, directory, use_liger: bool, world_size: int, **overrides) ->
         "gradients": recorder.gradients,
         "metrics": {name: metrics[name] for name in metrics.keys() & {"eval_loss", "eval_logits"}},
         "calls_fused": calls_fused,
+        "steps_unpadded": 0 if state is None else state.report.ran["unpad"],
         "skipped": [] if state is None else [str(skipped) for skipped in state.report.skipped],
         "engine": engine_of(trainer),
     }
@@ -210,5 +219,5 @@ def text(length: int, seed: int) -> str:
 
 def dpo_rows() -> Dataset:
     return Dataset.from_list(
-        [{"prompt": text(4, i), "chosen": text(5, 30 + i), "rejected": text(6, 60 + i)} for i in range(16)]
+        [{"prompt": text(4, i), "chosen": text(2 + 3 * i % 7, 30 + i), "rejected": text(6, 60 + i)} for i in range(16)]
     )

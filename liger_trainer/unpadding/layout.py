@@ -1,0 +1,233 @@
+"""Where the tokens of a padded batch go in one row, and how the boundaries between rows reach the attention.
+
+The row holds the real tokens, row by row, and then a trailing part that attends to nothing: the padding just before a
+left-padded row, whose hidden state predicts that row's first token, and filler up to a round number of tokens.
+
+The boundaries travel as a 4-D attention mask, which transformers hands to every attention layer as it is. The mask is
+int32, ``[1, 2, longest row, rows + 1]``, and expanded along the third dimension, so it takes no memory.
+``mask[0, 0, 0]`` has the cumulative lengths of the queries and ``mask[0, 1, 0]`` those of the keys. The trailing part
+counts as rows that have no keys.
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from ..kernels.reference import IGNORE_INDEX
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One padded batch ``[batch, tokens]`` as a row.
+
+    Args:
+        shape: ``(batch, tokens)``.
+        index: ``[kept]``, int64: places in the flattened batch whose hidden states are returned.
+        row: ``[total]``, int64: places in the flattened batch that the row takes its inputs from.
+        slots: ``[1, total]``, int64: the column of each token.
+        counted: ``[1, total]``, int64: the number of real tokens before each token in its row.
+        bounds: The 4-D mask.
+        real: Number of real tokens.
+    """
+
+    shape: tuple[int, int]
+    index: Tensor
+    row: Tensor
+    slots: Tensor
+    counted: Tensor
+    bounds: Tensor
+    real: int
+
+    @property
+    def longest(self) -> int:
+        """Number of tokens in the longest row."""
+        return self.bounds.shape[2]
+
+    @property
+    def total(self) -> int:
+        """Number of tokens that the layers see."""
+        return self.row.shape[0]
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """``[..., batch, tokens]``, ``[batch, tokens, ...]`` or ``[1, tokens]`` as one row."""
+        if tuple(tensor.shape) == (1, self.shape[1]):
+            tensor = tensor.expand(self.shape)
+        if tensor.shape[:2] == self.shape:
+            return tensor.flatten(0, 1).index_select(0, self.row)[None]
+        return tensor.flatten(-2).index_select(-1, self.row)[..., None, :]
+
+    def takes(self, tensor: Tensor) -> bool:
+        """Whether ``gather`` can be used for this tensor."""
+        if tuple(tensor.shape) == (1, self.shape[1]):
+            return True
+        return tensor.dim() >= 2 and self.shape in (tuple(tensor.shape[:2]), tuple(tensor.shape[-2:]))
+
+    def scatter(self, tensor: Tensor) -> Tensor:
+        """An output of the layers in the shape of the batch; zero at padding.
+
+        Args:
+            tensor: ``[1, total, ...]``, or ``[total, ...]`` where the layers have flattened the batch.
+
+        Returns:
+            ``[batch, tokens, ...]``, or ``[batch * tokens, ...]``; tensors of another shape as they are.
+        """
+        batched = tensor.dim() > 1 and tuple(tensor.shape[:2]) == (1, self.total)
+        if not batched and (tensor.dim() < 2 or tensor.shape[0] != self.total):
+            return tensor
+        tokens = tensor[0] if batched else tensor
+        padded = tokens.new_zeros((self.shape[0] * self.shape[1], *tokens.shape[1:]))
+        padded = padded.index_copy(0, self.index, tokens[: self.index.shape[0]])
+        return padded.unflatten(0, self.shape) if batched else padded
+
+
+@dataclass(frozen=True)
+class RowLengths:
+    """What the host knows of a mask.
+
+    Args:
+        rows: Of each row with tokens: its number, first column and count.
+        shape: ``(batch, tokens)``.
+        predicts_first: Whether the first token of a left-padded row has a label.
+    """
+
+    rows: Sequence[tuple[int, int, int]]
+    shape: tuple[int, int]
+    predicts_first: bool = False
+
+    @property
+    def real(self) -> int:
+        """Number of real tokens."""
+        return sum(count for _, _, count in self.rows)
+
+    @property
+    def places(self) -> int:
+        """Number of places in the batch, padding included."""
+        return self.shape[0] * self.shape[1]
+
+    def are_padded_right(self) -> bool:
+        """Whether every row with tokens begins in the first column."""
+        return all(first == 0 for _, first, _ in self.rows)
+
+
+def read_mask(mask: Tensor, labels: Tensor | None) -> RowLengths | None:
+    """Read a 2-D mask, for which the host waits once.
+
+    Args:
+        mask: ``[batch, tokens]``; not 0 at real tokens.
+        labels: ``[batch, tokens]`` or ``None``.
+
+    Returns:
+        ``None`` if a row has a gap or padding has labels, whose loss would need the padding's hidden states.
+    """
+    held = mask != 0
+    tokens = mask.shape[1]
+    columns = torch.arange(tokens, device=mask.device)
+    count = held.sum(1)
+    first = torch.where(held, columns, tokens).amin(1)
+    last = torch.where(held, columns, -1).amax(1)
+    flags = count.new_zeros(2)
+    if labels is not None:
+        labelled = labels.to(mask.device) != IGNORE_INDEX
+        of_first = labelled & (columns == first[:, None]) & (columns > 0)
+        flags = torch.stack([(labelled & ~held).any(), of_first.any()]).to(count.dtype)
+    *numbers, at_padding, predicts_first = torch.cat([count, first, last, flags]).tolist()
+    batch = mask.shape[0]
+    counts, firsts, lasts = numbers[:batch], numbers[batch : 2 * batch], numbers[2 * batch :]
+    if at_padding or any(n and end - start + 1 != n for n, start, end in zip(counts, firsts, lasts, strict=True)):
+        return None
+    rows = [(b, first, n) for b, (n, first) in enumerate(zip(counts, firsts, strict=True)) if n]
+    return RowLengths(rows, (batch, tokens), bool(predicts_first))
+
+
+def layout_of(lengths: RowLengths, device: torch.device, multiple: int = 1, lookahead: int = 1) -> Layout:
+    """Lay the rows of a batch out one after another.
+
+    Args:
+        lengths: The rows. At least one of them has padding.
+        device: Where the result's tensors are.
+        multiple: The number of tokens is rounded up to a multiple of this.
+        lookahead: How many tokens ahead a hidden state predicts. So many places before a left-padded row are kept.
+    """
+    batch, tokens = lengths.shape
+    places = [torch.arange(b * tokens + first, b * tokens + first + n) for b, first, n in lengths.rows]
+    ahead = [
+        torch.arange(b * tokens + max(0, first - lookahead), b * tokens + first)
+        for b, first, _ in lengths.rows
+        if first
+    ]
+    counts = [n for _, _, n in lengths.rows]
+    index = torch.cat([*places, *ahead])
+    total = -(-index.shape[0] // multiple) * multiple
+    filler = torch.full((total - index.shape[0],), _padding(lengths))
+    row = torch.cat([index, filler])
+    slots = row % tokens
+    counted = torch.cat([*(torch.arange(n) for n in counts), torch.zeros(total - lengths.real, dtype=torch.int64)])
+    longest, real = max(counts), lengths.real
+    ends = list(itertools.accumulate(counts, initial=0))
+    trailing = [*range(real + longest, total, longest), *([total] if total > real else [])]
+    bounds = torch.tensor([[*ends, *trailing], [*ends, *(real for _ in trailing)]], dtype=torch.int32)
+    index, row, slots, counted, bounds = (t.to(device) for t in (index, row, slots[None], counted[None], bounds))
+    return Layout((batch, tokens), index, row, slots, counted, bounds[None, :, None].expand(1, 2, longest, -1), real)
+
+
+def _padding(lengths: RowLengths) -> int:
+    """A place in the flattened batch that is padding."""
+    batch, tokens = lengths.shape
+    held = {b: (first, n) for b, first, n in lengths.rows}
+    for b in range(batch):
+        first, n = held.get(b, (tokens, 0))
+        if n < tokens:
+            return b * tokens + (first - 1 if first else n)
+    raise AssertionError("a full batch has no layout")
+
+
+class Rows:
+    """The boundaries that a 4-D mask carries, as attention needs them.
+
+    Args:
+        bounds: The mask of a ``Layout``.
+        total: Number of tokens in the row.
+    """
+
+    def __init__(self, bounds: Tensor, total: int):
+        self.longest: int = bounds.shape[2]
+        self.total = total
+        self.queries, self.keys = bounds[0, 0, 0], bounds[0, 1, 0]  # [rows + 1]
+        starts, ends = self.queries[:-1].long(), self.queries[1:].long()
+        columns = torch.arange(self.longest, device=bounds.device)
+        tokens = torch.arange(total, device=bounds.device)
+        self.count = starts.shape[0]
+        self.held = columns < (ends - starts)[:, None]  # [rows, longest]
+        self._padded = (starts[:, None] + columns).clamp_(max=total - 1).flatten()
+        of_row = torch.searchsorted(ends, tokens, right=True)
+        self.trailing = tokens >= self.keys[-1]  # [total]
+        self._row = of_row * self.longest + tokens - starts[of_row]
+
+    def pad(self, tokens: Tensor) -> Tensor:
+        """``[1, total, ...]`` as ``[rows, longest, ...]``, padded on the right with other tokens."""
+        return tokens[0].index_select(0, self._padded).unflatten(0, (self.count, self.longest))
+
+    def unpad(self, tokens: Tensor) -> Tensor:
+        """``[rows, longest, ...]`` as ``[1, total, ...]``, zero in the trailing part."""
+        row = tokens.flatten(0, 1).index_select(0, self._row)
+        return row.masked_fill(self.trailing.view(-1, *[1] * (row.dim() - 1)), 0)[None]
+
+
+_ROWS = WeakTensorKeyDictionary()
+
+
+def is_bounds(mask: object) -> bool:
+    """Whether an attention mask is the one of a ``Layout``. No other implementation takes int32 in four dimensions."""
+    return isinstance(mask, Tensor) and mask.dim() == 4 and mask.dtype == torch.int32
+
+
+def rows_of(bounds: Tensor, total: int) -> Rows:
+    """The ``Rows`` of a mask; the layers of a model share them."""
+    rows = _ROWS.get(bounds)
+    if rows is None:
+        rows = _ROWS[bounds] = Rows(bounds, total)
+    return rows

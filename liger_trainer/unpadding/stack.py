@@ -1,0 +1,213 @@
+"""The forward of a decoder stack that takes padded batches as one row of their real tokens."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers.utils.import_utils import is_tracing
+
+from ..head.per_thread import PerThread, Reading, reading
+from ..kernels.reference import IGNORE_INDEX
+from ..probing.hooks import is_of_engine
+from ..probing.rebinding import ModuleRef
+from ..probing.rule import Acted
+from .check import UNCHECKED, Verdict, check
+from .layout import Layout, RowLengths, layout_of, read_mask
+from .mixers import Mixers
+from .run import run_unpadded, takes_all
+
+# Filler brings the number of tokens to a multiple of this. On a GPU another divisibility compiles kernels anew.
+MULTIPLE = {"cuda": 128}
+# Full batches are no faster as a row. A batch is un-padded if at most this share of its places is left.
+PAYS_BELOW = 0.9
+# Arguments that would be wrong for a row, or whose outputs would be.
+_ORDINARY = ("past_key_values", "use_cache", "output_attentions", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
+
+
+@dataclass
+class Removed:
+    """How many places of the batches were padding that the layers did not see."""
+
+    places: int = 0
+    removed: int = 0
+
+    def share(self) -> float:
+        """The share of the places that was removed."""
+        return self.removed / self.places if self.places else 0.0
+
+
+@dataclass
+class UnpaddedStack:
+    """The settings of one model's decoder stack; ``forward`` takes the place of the stack's.
+
+    Args:
+        core: The model that calls the stack.
+        acted: Set when a batch ran un-padded; refuses when the check fails.
+        pools: Whether the model reads one hidden state of each row, in evaluation too.
+    """
+
+    core: ModuleRef
+    acted: Acted
+    pools: bool
+    labels: PerThread = field(default_factory=PerThread)
+    may_drop_mask: PerThread = field(default_factory=PerThread)  # asks the rule that drops masks
+    mixers: Mixers = field(default_factory=Mixers)
+    masks_made_outside: bool = False  # a module around the stack hands it masks by kind of layer
+    verdict: Verdict = UNCHECKED
+    structure: tuple = ()  # of the stack when it was checked
+    removed: Removed = field(default_factory=Removed)
+
+    def before_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook of ``core``: note the labels, because labels at padding need its hidden states."""
+        shifted = kwargs.get("shift_labels")
+        self.labels.slot.value = kwargs.get("labels") if shifted is None else shifted
+
+    def after_forward(self, module: nn.Module, args: tuple, output: Any) -> None:
+        """Forward hook of ``core``: forget the labels."""
+        self.labels.slot.value = self.may_drop_mask.slot.value = None
+
+    def may_unpad(self) -> bool:
+        """Whether the check has not failed."""
+        return self.verdict.reason is None
+
+    def wrap(self, original: Callable) -> Callable:
+        """The forward that takes the place of the stack's."""
+        return functools.partial(self.forward, original)
+
+    def wrap_outer(self, original: Callable) -> Callable:
+        """The forward that takes the place of a module around the stack."""
+        return functools.partial(self.forward_outer, original)
+
+    def forward_outer(self, original: Callable, outer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """As ``forward``, for a module around the stack that makes the stack's masks from the 2-D mask.
+
+        Not where the module has images to place among the tokens, and not with sharded weights: processes that have
+        images would not gather them for a check that others make.
+        """
+        given = _by_name(original, args, kwargs)
+        mask: Any = given.get("attention_mask")
+        if not self.masks_made_outside or not is_readable(mask) or is_sharded(outer):
+            return original(outer, *args, **kwargs)
+        tensors = [value for value in given.values() if torch.is_tensor(value) and value.dim()]
+        if not all(mask.shape in (tensor.shape[:2], tensor.shape[-2:]) for tensor in tensors):
+            return original(outer, *args, **kwargs)
+        return self.forward(original, outer, **given)
+
+    def forward(self, original: Callable, stack: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """The stack's forward: un-padded where that gives the same and pays, or else the ``original`` one."""
+        if torch.compiler.is_compiling() or not (self.core().training or self.pools or reading() is not None):
+            return original(stack, *args, **kwargs)
+        given = _by_name(original, args, kwargs)
+        mask: Any = given.get("attention_mask")
+        self.masks_made_outside |= type(mask) is dict
+        may_drop = self.may_drop_mask.slot.value
+        fits = self._fits(original, stack, given) if is_readable(mask) else False
+        if not fits and (may_drop is None or not is_readable(mask)):
+            return original(stack, *args, **kwargs)
+        lengths = self._read(mask, given, stack)
+        if fits and lengths is not None:
+            layout = self._layout(lengths, mask.device)
+            if layout is not None and takes_all(layout, given):
+                self.acted.note()
+                self.removed.removed += lengths.places - lengths.real
+                return run_unpadded(original, stack, given, layout, self.verdict.positions)
+        if lengths is not None and may_drop is not None and lengths.are_padded_right() and may_drop():
+            given["attention_mask"] = None
+            return original(stack, **given)
+        return original(stack, *args, **kwargs)
+
+    def _fits(self, original: Callable, stack: Any, given: dict[str, Any]) -> bool:
+        """Whether the check holds for a stack with these arguments. It is made in the first such forward.
+
+        All processes then check together, because sharded weights are gathered by all.
+        """
+        unset = (given.get(name) is None or given[name] is False for name in _ORDINARY)
+        if not all(unset) or stack.config.output_attentions:
+            return False
+        structure = _structure(stack)
+        if structure is None:
+            return False
+        if self.structure != structure:
+            self.structure = structure
+            self.verdict = check(original, stack, given, self.mixers)
+            if self.verdict.reason is not None:
+                self.acted.refuse(self.verdict.reason)
+        return self.verdict.reason is None
+
+    def _read(self, mask: Tensor, given: dict[str, Any], stack: Any) -> RowLengths | None:
+        """The rows of the batch; ``None`` if the hidden states of padding are needed."""
+        self.removed.places += mask.numel()
+        labels, ids, pad = self._reading().labels, given.get("input_ids"), stack.config.pad_token_id
+        if self.pools and ids is not None:  # a model that pools finds a row's last token by its id, not by the mask
+            labels = ids if pad is None else ids.masked_fill(ids == pad, IGNORE_INDEX)
+        if labels is not None and labels.dim() == 2 and labels.shape != mask.shape:
+            return None
+        return read_mask(mask, labels if labels is not None and labels.dim() == 2 else None)
+
+    def _reading(self) -> Reading:
+        known = reading()
+        labels = self.labels.slot.value
+        if known is None:
+            return Reading(labels)
+        return Reading(labels if known.labels is None else known.labels, known.lookahead)
+
+    def _layout(self, lengths: RowLengths, device: torch.device) -> Layout | None:
+        """The batch as a row; ``None`` if it has hardly any padding, or the check does not hold for it."""
+        lookahead = self._reading().lookahead
+        if not lengths.rows or lengths.real > PAYS_BELOW * lengths.places or not self._holds_for(lengths, lookahead):
+            return None
+        layout = layout_of(lengths, device, MULTIPLE.get(device.type, 1), lookahead)
+        return (
+            layout if layout.total <= PAYS_BELOW * lengths.places and layout.longest <= self.verdict.longest else None
+        )
+
+    def _holds_for(self, lengths: RowLengths, lookahead: int) -> bool:
+        """Whether the check holds for rows that are padded like these."""
+        if lengths.are_padded_right() or self.pools:
+            return lengths.are_padded_right() or self.verdict.left
+        predicts_first = lengths.predicts_first or lookahead > 1
+        if self.labels.slot.value is None and reading() is None:  # any hidden state may be read
+            predicts_first = True
+        return self.verdict.left and (self.verdict.ahead or not predicts_first)
+
+
+def _by_name(original: Callable, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    names = list(inspect.signature(original).parameters)[1:] if args else ()
+    return dict(zip(names, args, strict=False)) | kwargs
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether using the parameters takes all processes: FSDP2's and ZeRO-3's."""
+    return any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in module.parameters())
+
+
+def is_readable(mask: Any) -> bool:
+    """Whether this is a 2-D mask whose values the host may read."""
+    return torch.is_tensor(mask) and mask.dim() == 2 and not cannot_be_read(mask)
+
+
+def cannot_be_read(tensor: Tensor) -> bool:
+    """Whether reading its values is an error, or would fix them for all later calls."""
+    return is_tracing(tensor) or tensor.is_meta or cast(Any, torch._C)._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def _structure(stack: Any) -> tuple | None:
+    """What the check's verdict depends on; ``None`` if hooks of the user's would see a row in place of the batch."""
+    classes: list[Any] = []
+    for module in stack.modules():
+        classes.append(type(module))
+        if module is not stack and (module._forward_hooks or module._forward_pre_hooks):
+            hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+            if not all(map(_is_known, hooks)):
+                return None
+    settings = vars(stack.config)
+    return (*classes, settings.get("_attn_implementation_internal"), settings.get("sliding_window"))
+
+
+def _is_known(hook: Any) -> bool:
+    return is_of_engine(hook) or (getattr(hook, "__module__", None) or "").startswith(("transformers.", "peft."))
