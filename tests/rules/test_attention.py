@@ -1,5 +1,7 @@
 """Grouped-query attention under a padding mask: SDPA gets keys and values as they are, and nothing else changes."""
 
+import inspect
+
 import pytest
 import torch
 from tiny_models import assert_same_training, loss_and_gradients, padded_batch, sdpa_model, tiny_model
@@ -121,7 +123,8 @@ def test_what_is_no_candidate():
 @pytest.fixture
 def table():
     """Llama's table of attention functions, put back as it was afterwards."""
-    table = type(sdpa_model().model.layers[0].self_attn).forward.__globals__["ALL_ATTENTION_FUNCTIONS"]
+    forward = inspect.unwrap(type(sdpa_model().model.layers[0].self_attn).forward)  # decorated since transformers 5.24
+    table = forward.__globals__["ALL_ATTENTION_FUNCTIONS"]
     shared, own = dict(AttentionInterface._global_mapping), dict(table._local_mapping)
     yield table
     for mapping, before in ((AttentionInterface._global_mapping, shared), (table._local_mapping, own)):
