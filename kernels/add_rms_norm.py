@@ -45,7 +45,7 @@ def add_rms_norm(
         sum_dtype = torch.promote_types(x.dtype, residual.dtype)
         x, residual = x.to(sum_dtype), residual.to(sum_dtype)
     dtype = out_dtype(x, weight, scale_in_fp32)
-    if not use_triton(x) or dtype == torch.float64:
+    if not use_triton(x, residual, weight) or dtype == torch.float64:
         return reference.add_rms_norm(
             x, residual, weight, eps, weight_offset=weight_offset, scale_in_fp32=scale_in_fp32
         )

@@ -30,7 +30,7 @@ from .linear_loss.weighting import check_class_weights, reduced_z_loss, weighted
 from .reference import IGNORE_INDEX
 from .runtime.autograd import Function, differentiate
 from .runtime.checks import as_rows, check_rows, dense_like
-from .runtime.launch import launcher, tl, triton
+from .runtime.launch import is_plain, launcher, tl, triton
 from .runtime.operators import opaque_op
 
 REDUCE_BLOCK = 4096
@@ -369,9 +369,10 @@ def cross_entropy(
         args = (class_weights, labels, token_weights, num_items, reduction, ignore_index)
         token_weights, num_items = weighted_by_class(*args)
     transform = logit_transform(logit_scale, softcap)
+    plain = is_plain(logits, labels, token_weights)
     rows, flat_labels = as_rows(logits), _flat(labels)
     token_weights = None if token_weights is None else _flat(token_weights)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() and plain:
         # Tensors stay tensors: reading one here would break the graph.
         items = num_items.detach().to(logits.device) if torch.is_tensor(num_items) else None
         number = None if num_items is None or items is not None else float(num_items)
@@ -381,7 +382,8 @@ def cross_entropy(
         if not logits.is_cuda:
             reference.check_labels(labels, logits.shape[-1], ignore_index)
         items = on_host_or_device(num_items, logits.device)
-        results = CrossEntropyFunction.apply(
+        run = CrossEntropyFunction.apply if plain else CrossEntropyFunction.definition
+        results = run(
             rows, flat_labels, token_weights, items, transform, ignore_index, label_smoothing, z_loss, reduction,
             return_z_loss,
         )  # fmt: skip

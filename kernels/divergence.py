@@ -381,7 +381,7 @@ def divergence(
         raise ValueError(f"mask: got shape {tuple(mask.shape)}; must be {expected}")
     transform = logit_transform(logit_scale, softcap, temperature)
     teacher_transform = logit_transform(teacher_logit_scale, teacher_softcap, temperature)
-    if not use_triton(logits) or torch.float64 in (logits.dtype, teacher_logits.dtype):
+    if not use_triton(logits, teacher_logits, mask) or torch.float64 in (logits.dtype, teacher_logits.dtype):
         return reference.divergence(
             logits, teacher_logits, mask, kind=kind, beta=beta, temperature=temperature, logit_scale=logit_scale,
             softcap=softcap, teacher_logit_scale=teacher_logit_scale, teacher_softcap=teacher_softcap,

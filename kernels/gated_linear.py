@@ -265,7 +265,7 @@ def gated_linear(
             f"{gate.dtype} (weight: any under autocast)"
         )
     gating = Gating(ACTIVATIONS[activation], float(gate_multiplier), float(down_multiplier))
-    if not use_triton(gate) or gate.dtype == torch.float64:
+    if not use_triton(gate, up, weight, bias) or gate.dtype == torch.float64:
         return F.linear(gating.define(gate, up), weight, bias)
     inputs = (gate, up, weight, bias)
     if torch.compiler.is_compiling():

@@ -34,6 +34,6 @@ def geglu(gate: Tensor, up: Tensor | None = None, *, approximate: str = "tanh") 
     check_gated(gate, up)
     if approximate not in _GATINGS:
         raise ValueError(f"approximate: got {approximate!r}; must be 'tanh' or 'none'")
-    if not use_triton(gate) or torch.float64 in (gate.dtype, None if up is None else up.dtype):
+    if not use_triton(gate, up) or torch.float64 in (gate.dtype, None if up is None else up.dtype):
         return reference.geglu(gate, up, approximate=approximate)
     return apply_gated(gate, up, _GATINGS[approximate])

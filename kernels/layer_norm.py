@@ -47,7 +47,7 @@ def layer_norm(
         check_vector("weight", weight, x)
     if bias is not None:
         check_vector("bias", bias, x)
-    if not use_triton(x) or x.dtype == torch.float64:
+    if not use_triton(x, weight, bias) or x.dtype == torch.float64:
         return reference.layer_norm(x, weight, bias, eps, weight_offset=weight_offset, out_dtype=out_dtype)
     check_width(x)
     # Autocast would widen x and keep the wide copy for backward; the kernel reads x as it is and writes fp32.

@@ -34,6 +34,7 @@ from .linear_loss.token_chunks import ValidRows
 from .linear_loss.weighting import check_class_weights, reduced_z_loss, weighted_by_class
 from .reference import IGNORE_INDEX, TokenStats
 from .runtime.autograd import Function, differentiate, once_differentiable
+from .runtime.launch import is_plain
 
 NUM_ARGUMENTS, NUM_INPUTS = 8, 5  # of the function below; the tensors among them, num_items apart
 
@@ -185,15 +186,17 @@ def linear_cross_entropy(
         transform, ignore_index, dtype, wanted_gradients(hidden, weight, bias), memory_of_op,
         LABEL_STATS if return_stats else NO_STATS, reduction, label_smoothing, z_loss,
     )  # fmt: skip
+    plain = is_plain(hidden, weight, bias, labels, token_weights)
     params = (hidden.reshape(-1, hidden.shape[-1]), weight, bias)
     flat_labels = labels.reshape(-1)
     token_weights = None if token_weights is None else token_weights.reshape(-1)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() and plain:
         loss, *stats = compiled_pass(params, flat_labels, token_weights, num_items, options, return_z_loss)
     else:
         num_items = on_host_or_device(num_items, hidden.device)
         args = (flat_labels, token_weights, num_items, options, return_z_loss)
-        loss, *stats = LinearCrossEntropyFunction.apply(*params, *args)
+        run = LinearCrossEntropyFunction.apply if plain else LinearCrossEntropyFunction.definition
+        loss, *stats = run(*params, *args)
     shape = labels.shape if reduction == "none" else ()
     results = [loss.view(shape)]
     z_losses = []

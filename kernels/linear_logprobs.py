@@ -35,6 +35,7 @@ from .linear_loss.passes import compiled_pass, gemms_of, per_token, recompute, s
 from .linear_loss.token_chunks import ValidRows, valid_rows
 from .reference import IGNORE_INDEX, TokenLogProbs
 from .runtime.autograd import Function, differentiate
+from .runtime.launch import is_plain
 
 
 @dataclass
@@ -174,6 +175,8 @@ def linear_logprobs(
     options = HeadOptions(
         transform, ignore_index, dtype, wanted_gradients(hidden, weight, bias), memory_of_op, ALL_STATS
     )
+    if not is_plain(hidden, weight, bias, labels):
+        return TokenLogProbs(*LinearLogProbsFunction.definition(hidden, weight, bias, labels, options, None))
     params = (hidden.reshape(-1, hidden.shape[-1]), weight, bias)
     if torch.compiler.is_compiling():
         _, *fields = compiled_pass(params, labels.reshape(-1), None, None, options)

@@ -52,7 +52,7 @@ def rms_norm(
     if weight is not None:
         check_vector("weight", weight, x)
     dtype = out_dtype(x, weight, scale_in_fp32)
-    if not use_triton(x) or dtype == torch.float64:
+    if not use_triton(x, weight) or dtype == torch.float64:
         return reference.rms_norm(x, weight, eps, weight_offset=weight_offset, scale_in_fp32=scale_in_fp32)
     check_width(x)
     return apply_norm(x, None, weight, None, eps, weight_offset, scale_in_fp32, False, dtype)

@@ -388,7 +388,7 @@ def rope(
             f"deinterleave: got True with interleaved={interleaved}, tables of width {cos.shape[-1]} and rotary_dim "
             f"{width}; must be False unless interleaved=True with one table entry per pair"
         )
-    if not use_triton(q) or torch.float64 in (q.dtype, q.dtype if k is None else k.dtype):
+    if not use_triton(q, k, cos, sin) or torch.float64 in (q.dtype, q.dtype if k is None else k.dtype):
         return reference.rope(
             q, k, cos, sin, interleaved=interleaved, rotary_dim=rotary_dim, deinterleave=deinterleave,
             unsqueeze_dim=unsqueeze_dim, compute_in_fp32=compute_in_fp32,

@@ -30,6 +30,6 @@ def swiglu(
             ``up``.
     """
     check_gated(gate, up)
-    if not use_triton(gate) or torch.float64 in (gate.dtype, None if up is None else up.dtype):
+    if not use_triton(gate, up) or torch.float64 in (gate.dtype, None if up is None else up.dtype):
         return reference.swiglu(gate, up, gate_multiplier=gate_multiplier, down_multiplier=down_multiplier)
     return apply_gated(gate, up, Gating(SILU, gate_multiplier, down_multiplier))

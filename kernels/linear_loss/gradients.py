@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..runtime.launch import cdiv, launcher, tl, triton
+from ..runtime.launch import cdiv, is_plain, launcher, tl, triton
 from .options import Gradients, Params
 from .plain_rows import runs_kernels
 
@@ -25,6 +25,8 @@ _torch_c: Any = torch._C  # its stubs lack what is used here
 
 def mm_into(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """``out = a @ b``; an fp32 ``out`` of 16-bit operands takes the GEMM's fp32 accumulator unrounded."""
+    if not is_plain(a, b):
+        return out.copy_(torch.mm(a, b))
     if out.dtype == a.dtype:
         return torch.mm(a, b, out=out)
     if out.is_cuda:

@@ -55,9 +55,21 @@ current_device: Any = getattr(torch._C, "_cuda_getDevice", None)
 current_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 
-def use_triton(x: torch.Tensor) -> bool:
-    """Whether ops on ``x`` run as Triton kernels; elsewhere they run their definition in ``reference``."""
-    return HAS_TRITON and (x.is_cuda or INTERPRET)
+def is_plain(*tensors: torch.Tensor | None) -> bool:
+    """Whether all are tensors of torch itself, whose memory holds their values.
+
+    Quantised and distributed tensors are subclasses. Their memory holds something else, or nothing, and where an
+    operation is told to write its result (``out=``) they need not do so.
+    """
+    for tensor in tensors:
+        if type(tensor) is not torch.Tensor and type(tensor) is not torch.nn.Parameter and tensor is not None:
+            return False
+    return True
+
+
+def use_triton(x: torch.Tensor, *others: torch.Tensor | None) -> bool:
+    """Whether an op on these tensors runs as Triton kernels; elsewhere it runs its definition in ``reference``."""
+    return HAS_TRITON and (x.is_cuda or INTERPRET) and is_plain(x, *others)
 
 
 def _has_hooks() -> bool:

@@ -83,7 +83,7 @@ ALL = ("x", "norm", "bias", "up", "head")
 def test_one_graph_and_the_numbers_of_eager(monkeypatch, with_triton, num_items, trained):
     if not with_triton:
         for module in MODULES:
-            monkeypatch.setattr(module, "use_triton", lambda x: False)
+            monkeypatch.setattr(module, "use_triton", lambda *_: False)
     compare("aot_eager", num_items, trained)
 
 

@@ -102,7 +102,7 @@ def test_without_triton_and_in_fp64_it_is_the_definition(variant, layout, monkey
     ours_fn, reference_fn, options = VARIANTS[variant]
     for dtype in (torch.float64, torch.float32):
         if dtype == torch.float32:
-            monkeypatch.setattr(MODULES[ours_fn], "use_triton", lambda x: False)
+            monkeypatch.setattr(MODULES[ours_fn], "use_triton", lambda *_: False)
         arguments = as_dtype(make((4, 10), layout), dtype)
         ours, grad = run(ours_fn, arguments, **options)
         assert all(map(torch.equal, ours, run(reference_fn, arguments, grad, **options)[0]))

@@ -168,7 +168,7 @@ def test_add_rms_norm_promotes_a_wide_residual():
 
 @pytest.mark.parametrize("op", OPS)
 def test_without_triton_it_is_the_definition(op, monkeypatch):
-    monkeypatch.setattr(MODULES[op], "use_triton", lambda x: False)
+    monkeypatch.setattr(MODULES[op], "use_triton", lambda *_: False)
     arguments = make(op, (5, 12))
     ours, our_grads, grads = run(OPS[op], arguments)
     theirs, their_grads, _ = run(getattr(reference, op), arguments, grads)

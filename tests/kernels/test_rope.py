@@ -122,7 +122,7 @@ def test_q_alone():
 def test_without_triton_and_in_fp64_it_is_the_definition(monkeypatch):
     wide = as_dtype(make(), torch.float64)
     assert all(torch.equal(a, b) for a, b in zip(rope(*wide), reference.rope(*wide), strict=True))
-    monkeypatch.setattr(rope_module, "use_triton", lambda x: False)
+    monkeypatch.setattr(rope_module, "use_triton", lambda *_: False)
     q, k, cos, sin = make(dim=20, width=8)
     ours, our_grads, grads = run(rope, q, k, cos, sin, interleaved=True)
     theirs, their_grads, _ = run(reference.rope, q, k, cos, sin, grads, interleaved=True)
