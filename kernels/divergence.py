@@ -379,6 +379,8 @@ def divergence(
     if mask is not None and mask.shape != logits.shape[:-1]:
         expected = f"logits.shape[:-1] = {tuple(logits.shape[:-1])}"
         raise ValueError(f"mask: got shape {tuple(mask.shape)}; must be {expected}")
+    if mask is not None:
+        check_device("mask", mask, logits)
     transform = logit_transform(logit_scale, softcap, temperature)
     teacher_transform = logit_transform(teacher_logit_scale, teacher_softcap, temperature)
     if not use_triton(logits, teacher_logits, mask) or torch.float64 in (logits.dtype, teacher_logits.dtype):

@@ -5,12 +5,12 @@ import pkgutil
 
 import pytest
 import torch
-from sanitize import build_variant
 from torch.utils._python_dispatch import TorchDispatchMode
+from variants import VARIANTS, Variant, calls
 
 import liger_trainer.kernels
 from benchmarks.cases import own_op
-from benchmarks.ops import OPS, Variant
+from benchmarks.ops import OPS
 from liger_trainer.kernels import (
     add_rms_norm,
     clamped_swiglu,
@@ -154,7 +154,7 @@ def test_operators_keep_their_promises(name, arguments):
 
 @pytest.mark.parametrize("name", OPS)
 def test_every_op_is_one_opaque_operator(name):
-    case, _, _ = build_variant(name, Variant(), 5, 48, DEVICE)
+    case, _, _ = calls(name, Variant(), 5, 48, DEVICE)
     seen = []
 
     def backend(graph, example_inputs):
@@ -183,13 +183,13 @@ class RecordedOperators(TorchDispatchMode):
 
 
 def variants():
-    return [(name, variant) for name, op in OPS.items() for variant in op.variants]
+    return [(name, variant) for name in OPS for variant in VARIANTS.get(name, (Variant(),))]
 
 
 @pytest.mark.parametrize(("name", "variant"), variants(), ids=lambda v: v if isinstance(v, str) else v.note)
 def test_every_op_calls_operators_that_keep_their_promises(name, variant, monkeypatch):
     """What a traced call runs, forward and backward, with the arguments that the op gives its operators."""
-    case, ours, _ = build_variant(name, variant, 5, 48, DEVICE)
+    case, ours, _ = calls(name, variant, 5, 48, DEVICE)
     with RecordedOperators() as recorded:
         with monkeypatch.context() as tracing:
             tracing.setattr(torch.compiler, "is_compiling", lambda: True)
