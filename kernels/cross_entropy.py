@@ -8,7 +8,7 @@ the forward kernel and linear_loss/row_kernels.py for the gradient's formula. Wi
 through linear_loss/plain_rows.py in blocks: there too, dlogits are the only memory of the logits' size.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -24,16 +24,15 @@ from .linear_loss.options import (
 )
 from .linear_loss.plain_rows import dlogits as plain_dlogits
 from .linear_loss.plain_rows import row_blocks, runs_kernels
+from .linear_loss.reduction import reduced
 from .linear_loss.row_kernels import write_dlogits
 from .linear_loss.rows import empty_rows, loss_rows, row_block, row_coefficients, row_warps
-from .linear_loss.weighting import check_class_weights, reduced_z_loss, weighted_by_class
+from .linear_loss.weighting import check_class_weights, reduced_z_loss, scaled_by_probability, weighted_by_class
 from .reference import IGNORE_INDEX
 from .runtime.autograd import Function, differentiate
 from .runtime.checks import as_rows, check_rows, dense_like
 from .runtime.launch import is_plain, launcher, tl, triton
 from .runtime.operators import opaque_op
-
-REDUCE_BLOCK = 4096
 
 
 @triton.jit
@@ -81,47 +80,7 @@ def _loss_grad_rows_kernel(
     )  # fmt: skip
 
 
-# ``debug`` keeps the assert; it would also add overflow checks, which the launch disables. The interpreter has no
-# asserts; labels on the CPU are checked before.
-@triton.jit(debug=True)
-def _reduce_kernel(
-    loss_ptr,  # [num_rows] fp32
-    labels_ptr,  # [num_rows] int64 or int32
-    num_items_ptr,  # [1] or None
-    out_ptr,  # [1] fp32
-    scale_ptr,  # [1] fp32, or None
-    num_rows,
-    num_cols,
-    ignore_index,
-    scale: float,
-    MEAN: tl.constexpr,
-    HAS_NUM_ITEMS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-):
-    total = tl.zeros([BLOCK_ROWS], tl.float32)
-    count = tl.zeros([BLOCK_ROWS], tl.int32)
-    for start in range(0, num_rows, BLOCK_ROWS):
-        rows = start + tl.arange(0, BLOCK_ROWS)
-        mask = rows < num_rows
-        total += tl.load(loss_ptr + rows, mask=mask, other=0.0)
-        label = tl.load(labels_ptr + rows, mask=mask, other=0)
-        valid = mask & (label != ignore_index)
-        count += valid.to(tl.int32)
-        tl.device_assert(
-            ~valid | ((label >= 0) & (label < num_cols)),
-            "cross_entropy: a label is neither ignore_index nor in [0, V)",
-        )
-    if MEAN:
-        scale = 1.0 / tl.maximum(tl.sum(count, 0), 1).to(tl.float32)
-    if HAS_NUM_ITEMS:
-        scale = 1.0 / tl.load(num_items_ptr).to(tl.float32)
-    tl.store(out_ptr, tl.sum(total, 0) * scale)
-    if scale_ptr is not None:
-        tl.store(scale_ptr, scale)
-
-
 _launch_loss_grad = launcher(_loss_grad_rows_kernel)
-_launch_reduce = launcher(_reduce_kernel)
 
 
 def cross_entropy_fwd(
@@ -135,46 +94,16 @@ def cross_entropy_fwd(
     """
     num_rows, num_cols = logits.shape
     like = (logits.device, sum_dtype(logits.dtype))
-    token_loss, loss = empty_rows(num_rows, *like), empty_rows(1, *like).squeeze(0)
+    token_loss = empty_rows(num_rows, *like)
     lse, scale = (empty_rows(num_rows, *like), empty_rows(1, *like)) if for_backward else (None, None)
     if num_rows:
         loss_rows(
             logits, labels, token_loss, lse, transform, ignore_index=ignore_index, label_smoothing=label_smoothing,
             z_loss=z_loss, token_weights=token_weights,
         )  # fmt: skip
-    if not runs_kernels(logits):
-        divisor = _divisor(token_loss, labels, reduction, num_items, ignore_index)
-        if scale is not None:
-            scale.copy_(1.0 / divisor)
-        return token_loss if reduction == "none" else token_loss.sum() / divisor, lse, scale
-    items_on_device = num_items if isinstance(num_items, Tensor) else None
-    _launch_reduce(
-        (1, 1, 1),
-        (("num_warps", 16), ("sanitize_overflow", False)),
-        loss_ptr=token_loss,
-        labels_ptr=labels,
-        num_items_ptr=items_on_device,
-        out_ptr=loss,
-        scale_ptr=scale,
-        num_rows=num_rows,
-        num_cols=num_cols,
-        ignore_index=ignore_index,
-        scale=1.0 if num_items is None or items_on_device is not None else 1.0 / num_items,
-        MEAN=reduction == "mean" and num_items is None,
-        HAS_NUM_ITEMS=items_on_device is not None and reduction != "none",
-        BLOCK_ROWS=REDUCE_BLOCK,
-    )
+    divisors = (num_cols, ignore_index, reduction, num_items)
+    loss = reduced(token_loss, labels, scale, *divisors, by_kernel=runs_kernels(logits))
     return token_loss if reduction == "none" else loss, lse, scale
-
-
-def _divisor(
-    token_loss: Tensor, labels: Tensor, reduction: str, num_items: Tensor | float | None, ignore_index: int
-) -> Tensor:
-    """What the reduction divides the sum by, 0-d in ``token_loss``'s dtype; 1 for no items at all, whose sum is 0."""
-    if reduction == "none" or (reduction == "sum" and num_items is None):
-        return token_loss.new_ones(())
-    count = (labels != ignore_index).sum() if num_items is None else torch.as_tensor(num_items, device=labels.device)
-    return torch.where(count == 0, 1, count).to(token_loss.dtype).reshape(())
 
 
 def cross_entropy_bwd(
@@ -332,7 +261,7 @@ def cross_entropy(
     logits: Tensor, labels: Tensor, *, ignore_index: int = IGNORE_INDEX, label_smoothing: float = 0.0,
     z_loss: float = 0.0, softcap: float | None = None, logit_scale: float = 1.0, reduction: str = "mean",
     num_items: Tensor | float | None = None, token_weights: Tensor | None = None, class_weights: Tensor | None = None,
-    return_z_loss: bool = False,
+    token_scaling: bool = False, return_z_loss: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Cross-entropy of logits against labels; a batch whose labels are all ignored gives 0.
 
@@ -350,6 +279,8 @@ def cross_entropy(
         token_weights: ``[...]`` constants that multiply the token losses, z-loss included.
         class_weights: ``[V]`` constants; a token's loss is multiplied by its label's, and the mean divides by the sum
             of the labels' weights, as in ``torch.nn.functional.cross_entropy``. Not with label smoothing.
+        token_scaling: weight each token by its label's probability, a constant (DFT, arXiv 2508.05629). Costs another
+            reading of the logits.
         return_z_loss: also return the z-loss that the loss contains, reduced like it and detached.
 
     Returns:
@@ -368,6 +299,16 @@ def cross_entropy(
     if class_weights is not None:
         args = (class_weights, labels, token_weights, num_items, reduction, ignore_index)
         token_weights, num_items = weighted_by_class(*args)
+    if token_scaling:
+        nll = cross_entropy(
+            logits.detach(),
+            labels,
+            ignore_index=ignore_index,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            reduction="none",
+        )
+        token_weights = scaled_by_probability(-cast(Tensor, nll), token_weights)
     transform = logit_transform(logit_scale, softcap)
     plain = is_plain(logits, labels, token_weights)
     rows, flat_labels = as_rows(logits), _flat(labels)

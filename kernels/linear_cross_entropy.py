@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .linear_logprobs import linear_logprobs
 from .linear_loss.gradients import graph_is_kept, scale_gradients
 from .linear_loss.options import (
     LABEL_STATS,
@@ -31,7 +32,7 @@ from .linear_loss.options import (
 from .linear_loss.passes import compiled_pass, gemms_of, loss_forward, recompute, spread_stats
 from .linear_loss.plain_rows import runs_kernels
 from .linear_loss.token_chunks import ValidRows
-from .linear_loss.weighting import check_class_weights, reduced_z_loss, weighted_by_class
+from .linear_loss.weighting import check_class_weights, reduced_z_loss, scaled_by_probability, weighted_by_class
 from .reference import IGNORE_INDEX, TokenStats
 from .runtime.autograd import Function, differentiate, once_differentiable
 from .runtime.launch import is_plain
@@ -144,8 +145,8 @@ def linear_cross_entropy(
     hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None = None, *, ignore_index: int = IGNORE_INDEX,
     label_smoothing: float = 0.0, z_loss: float = 0.0, softcap: float | None = None, logit_scale: float = 1.0,
     token_weights: Tensor | None = None, reduction: str = "mean", num_items: Tensor | float | None = None,
-    return_stats: bool = False, class_weights: Tensor | None = None, return_z_loss: bool = False,
-    **memory: Unpack[MemoryKeywords],
+    return_stats: bool = False, class_weights: Tensor | None = None, token_scaling: bool = False,
+    return_z_loss: bool = False, **memory: Unpack[MemoryKeywords],
 ) -> Tensor | tuple[Any, ...]:  # fmt: skip
     """``cross_entropy(hidden @ weight.T + bias, labels)`` with the logits of one chunk at a time.
 
@@ -161,6 +162,7 @@ def linear_cross_entropy(
         bias: ``[V]``.
         ignore_index, label_smoothing, z_loss, softcap, logit_scale, token_weights, reduction, num_items, class_weights:
             those of ``cross_entropy``.
+        token_scaling: that of ``cross_entropy``. Costs another GEMM, and under ``torch.compile`` another node.
         return_stats: also return detached per-token ``TokenStats``. The mean of its ``is_top1`` over the labels that
             are not ignored is the token accuracy.
         return_z_loss: also return the z-loss that the loss contains, reduced like it and detached.
@@ -181,6 +183,13 @@ def linear_cross_entropy(
     if class_weights is not None:
         args = (class_weights, labels, token_weights, num_items, reduction, ignore_index)
         token_weights, num_items = weighted_by_class(*args)
+    if token_scaling:
+        with torch.no_grad():
+            scores = linear_logprobs(
+                hidden, weight, labels, bias, ignore_index=ignore_index, softcap=softcap, logit_scale=logit_scale,
+                **memory,
+            )  # fmt: skip
+        token_weights = scaled_by_probability(scores.log_probs, token_weights)
     transform = logit_transform(logit_scale, softcap)
     options = HeadOptions(
         transform, ignore_index, dtype, wanted_gradients(hidden, weight, bias), memory_of_op,

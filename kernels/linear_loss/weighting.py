@@ -1,4 +1,4 @@
-"""What the losses' public functions make of class weights, and the z-loss as a number of its own."""
+"""What becomes of class weights and token scaling: token weights. And the z-loss as a number of its own."""
 
 import torch
 from torch import Tensor
@@ -36,6 +36,12 @@ def weighted_by_class(
         total = of_label.sum()
         num_items = total + (total == 0)  # without weight the sum of the losses is 0 too
     return of_label if token_weights is None else of_label * token_weights, num_items
+
+
+def scaled_by_probability(log_probs: Tensor, token_weights: Tensor | None) -> Tensor:
+    """Token weights times the probabilities of the labels."""
+    probs = log_probs.detach().exp()
+    return probs if token_weights is None else probs * token_weights
 
 
 def reduced_z_loss(

@@ -1,4 +1,4 @@
-"""Class weights and the returned z-loss of cross_entropy and linear_cross_entropy."""
+"""Class weights, token scaling and the returned z-loss of cross_entropy and linear_cross_entropy."""
 
 import pytest
 import torch
@@ -58,12 +58,28 @@ def test_class_weights_are_torchs(op, reduction):
 def test_on_the_kernels(op):
     params, labels = make_inputs(tokens=8)
     options = {"class_weights": WEIGHTS, "z_loss": 0.01}
+    weighted = op(params, labels, token_scaling=True, reduction="sum")
+    probs = F.linear(*params).softmax(-1)[labels != -100].gather(-1, labels[labels != -100].unsqueeze(-1)).squeeze(-1)
+    assert_same(params, weighted, -(probs.detach() * probs.log()).sum())
     loss, z_loss = op(params, labels, return_z_loss=True, **options)
     valid, lse = labels != -100, F.linear(*params).logsumexp(-1)
     weights = WEIGHTS[labels.clamp(min=0)].where(valid, 0.0)
     expected = (0.01 * lse.square() * weights).sum() / weights.sum()
     assert_same(params, loss, of_torch(params, labels) + expected)
     torch.testing.assert_close(z_loss, expected.detach())
+
+
+@OPS
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_token_scaling_weighs_by_the_labels_probability(op, reduction):
+    params, labels = make_inputs(tokens=15)
+    valid, tokens = labels != -100, torch.rand(labels.shape, device=DEVICE)
+    log_probs = (8 * torch.tanh(F.linear(*params) / 8)).log_softmax(-1)
+    log_probs = log_probs.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    expected = (-tokens * log_probs.exp().detach() * log_probs).where(valid, 0.0)
+    expected = expected.sum() / valid.sum() if reduction == "mean" else expected
+    ours = op(params, labels, token_scaling=True, token_weights=tokens, softcap=8.0, reduction=reduction)
+    assert_same(params, ours, expected)
 
 
 @OPS
@@ -116,7 +132,7 @@ def test_one_graph(op):
     params, labels = make_inputs(tokens=15)
 
     def function(labels):
-        return op(params, labels, z_loss=0.01, class_weights=WEIGHTS, return_z_loss=True)
+        return op(params, labels, z_loss=0.01, class_weights=WEIGHTS, token_scaling=True, return_z_loss=True)
 
     torch._dynamo.reset()
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")(labels)
