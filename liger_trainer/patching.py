@@ -57,6 +57,17 @@ class PatchState:
     trl_head: CountsCalls | None = None
     handles: list[RemovableHandle] = field(default_factory=list)
 
+    def register_forward_pre_hook(self, core: nn.Module, *args: Any, **kwargs: Any) -> RemovableHandle:
+        """The method of that name of the patched model ``core``: our own hooks stay the last.
+
+        They judge labels, mask and positions, so they must see them as forward will, after the hooks of others.
+        """
+        handle, hooks = type(core).register_forward_pre_hook(core, *args, **kwargs), core._forward_pre_hooks
+        for ours in self.handles:
+            if ours.id in hooks:
+                cast(OrderedDict, hooks).move_to_end(ours.id)
+        return handle
+
     def forget_acted(self) -> None:
         """Forget what has acted until now."""
         for acted in itertools.chain(*self.acted.values()):
@@ -133,8 +144,6 @@ def apply_with(model: nn.Module, config: LigerConfig, known: Mapping[str, Match 
     if config.strict and missing:
         lines = "\n".join(f"  {s.kind} {s.module} ({s.cls}): {s.reason}" for s in missing)
         raise ValueError(f"strict=True, and these kernels cannot be applied:\n{lines}")
-    if plan.hooks:
-        plan.bound.append(Bound(_register_before_ours, core, "register_forward_pre_hook"))
     for bound in plan.bound:
         bound.apply()
     fused = next(filter(None, map(fused_head_of, plan.bound)), None)
@@ -142,6 +151,9 @@ def apply_with(model: nn.Module, config: LigerConfig, known: Mapping[str, Match 
     setattr(core, _STATE, state)
     for before, after in plan.hooks:
         add_hooks(core, state, before, after)
+    if plan.hooks:
+        Bound(state.register_forward_pre_hook, core, "register_forward_pre_hook").apply()
+        state.bound_methods += 1
     return state.report
 
 
@@ -182,19 +194,6 @@ def add_hooks(core: nn.Module, state: PatchState, before: Callable | None, after
         state.handles.append(core.register_forward_pre_hook(before, with_kwargs=True))
     if after is not None:
         state.handles.append(core.register_forward_hook(after, always_call=True))  # also after an exception
-
-
-def _register_before_ours(core: nn.Module, *args: Any, **kwargs: Any) -> RemovableHandle:
-    """``register_forward_pre_hook`` of a patched model: our own hooks stay the last.
-
-    They judge labels, mask and positions, so they must see them as forward will, after the hooks of others.
-    """
-    handle = type(core).register_forward_pre_hook(core, *args, **kwargs)
-    state, hooks = patch_state(core), cast(OrderedDict, core._forward_pre_hooks)
-    for ours in state.handles if state is not None else ():
-        if ours.id in hooks:
-            hooks.move_to_end(ours.id)
-    return handle
 
 
 class _Plan:

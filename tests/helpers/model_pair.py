@@ -127,7 +127,7 @@ class ModelPair:
             model.zero_grad(set_to_none=True)
 
     def _attempt(self, action: Callable[[nn.Module], Any], model: nn.Module) -> tuple[Any, Exception | None]:
-        torch.manual_seed(self.steps)
+        torch.default_generator.manual_seed(self.steps)  # torch.manual_seed takes as long as a forward
         try:
             return action(model), None
         except Exception as error:

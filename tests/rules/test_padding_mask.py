@@ -1,6 +1,7 @@
 """Padding masks that change neither loss nor gradients are left out, and all others stay."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -229,8 +230,12 @@ def test_attention_that_changes_after_applying_is_seen(change):
     assert padding_mask.drop_mask(model, (), inputs) is None
 
 
+def unpickled(model):
+    return pickle.loads(pickle.dumps(model))
+
+
 @pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("life", [lambda model: model, copy.deepcopy], ids=["itself", "copied"])
+@pytest.mark.parametrize("life", [lambda model: model, copy.deepcopy, unpickled], ids=["itself", "copied", "unpickled"])
 def test_what_a_later_hook_makes_of_the_batch_counts(fused, life, masks):
     """Our hooks judge the batch last, also after hooks that users register later; then come labels at padding."""
 
