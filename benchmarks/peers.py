@@ -181,6 +181,22 @@ def report_of_ours(trainer: "Trainer", *options: str) -> Evidence:
     return evidence
 
 
+def unpad_alone(trainer: "Trainer") -> Evidence:
+    """Run padded batches as one row, with the layers and the loss as another library has left them."""
+    from liger_trainer import apply_liger
+    from liger_trainer.config import KINDS
+    from liger_trainer.patching import core_model
+    from liger_trainer.rules.unpad import unpadded_stack
+
+    apply_liger(trainer.model, dict.fromkeys(KINDS, False) | {"unpad": True, "padding_mask": True})
+
+    def evidence() -> dict[str, Any]:
+        stack = unpadded_stack(core_model(trainer.model))
+        return {"padding_removed": stack.removed.share() if stack else 0.0}
+
+    return evidence
+
+
 def graphs(trainer: "Trainer") -> Evidence:
     """Whether ``torch_compile`` wrapped the model, and how many graphs were compiled."""
 
@@ -279,6 +295,9 @@ PEERS = {
         "liger_trainer, low_memory", "#edae49", (), ours_low_memory, ON | {"liger_config": '{"low_memory": true}'},
         (lambda trainer: report_of_ours(trainer, "low_memory"),),
     ),
+    "ours_padded": Peer(
+        "liger_trainer, padded", "#e07a85", (), None, ON | {"liger_config": '{"unpad": false}'}, (report_of_ours,)
+    ),
     "hf": Peer("HF eager", "#8d99ae", (), hf, OFF),
     "torch": Peer("PyTorch op", "#c0c7d3", (), torch_own),
     "compile": Peer("torch.compile", "#5c677d", (), compiled, OFF | {"torch_compile": True}, (graphs,)),
@@ -288,6 +307,10 @@ PEERS = {
     ),
     "liger": Peer(
         "liger-kernel", "#00798c", ("liger_kernel",), liger, OFF | {"use_liger_kernel": True}, (use_liger_kernel,)
+    ),
+    "liger_unpadded": Peer(  # our un-padding around its layers and its loss: the best pairing of existing parts
+        "liger-kernel, un-padded", "#0b5563", ("liger_kernel",), None, OFF | {"use_liger_kernel": True},
+        (use_liger_kernel, unpad_alone),
     ),
     "liger_fp32": Peer("liger-kernel, fp32 dW", "#66b3bf", ("liger_kernel",), liger_fp32),
     "trl": Peer("TRL", "#6a994e", ("trl",), trl),

@@ -23,7 +23,7 @@ SHAPED = [
 PARAMETERS = {
     "llama3_8b": 8.030, "llama3_8b_lengths": 8.030, "llama3_8b_alpaca": 8.030, "llama3_8b_zero3": 8.030,
     "medusa_stage1": 8.030, "medusa_stage2": 8.030, "qwen2_7b": 7.616, "gemma_7b": 8.538, "mistral_7b": 7.242,
-    "phi3_mini": 3.821, "qwen3_8b_lora_ddp": 8.191, "llama3.2_1b": 1.236, "qwen2.5_1.5b": 1.544,
+    "phi3_mini": 3.821, "qwen3_8b_lora_ddp": 8.191, "llama3.2_1b": 1.236, "llama3.2_3b": 3.213, "qwen2.5_1.5b": 1.544,
 }  # fmt: skip
 TINY = {
     "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 8,
