@@ -9,6 +9,7 @@ int32, ``[1, 2, longest row, rows + 1]``, and expanded along the third dimension
 counts as rows that have no keys.
 """
 
+import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,21 +27,35 @@ class Layout:
 
     Args:
         shape: ``(batch, tokens)``.
-        index: ``[kept]``, int64: places in the flattened batch whose hidden states are returned.
         row: ``[total]``, int64: places in the flattened batch that the row takes its inputs from.
-        slots: ``[1, total]``, int64: the column of each token.
-        counted: ``[1, total]``, int64: the number of real tokens before each token in its row.
         bounds: The 4-D mask.
-        real: Number of real tokens.
+        real: Number of real tokens, which come first.
+        kept: Number of places whose hidden states are returned; the others are filler.
     """
 
     shape: tuple[int, int]
-    index: Tensor
     row: Tensor
-    slots: Tensor
-    counted: Tensor
     bounds: Tensor
     real: int
+    kept: int
+
+    @property
+    def index(self) -> Tensor:
+        """``[kept]``, int64: places in the flattened batch whose hidden states are returned."""
+        return self.row[: self.kept]
+
+    @property
+    def slots(self) -> Tensor:
+        """``[1, total]``, int64: the column of each token."""
+        return (self.row % self.shape[1])[None]
+
+    @property
+    def counted(self) -> Tensor:
+        """``[1, total]``, int64: the number of real tokens before each token in its row; 0 in the trailing part."""
+        starts, ends = self.bounds[0, 1, 0, :-1].long(), self.bounds[0, 1, 0, 1:].long()
+        tokens = torch.arange(self.total, device=self.row.device)
+        of_row = torch.searchsorted(ends, tokens, right=True).clamp_(max=ends.shape[0] - 1)
+        return torch.where(tokens < self.real, tokens - starts[of_row], 0)[None]
 
     @property
     def longest(self) -> int:
@@ -80,7 +95,7 @@ class Layout:
             return tensor
         tokens = tensor[0] if batched else tensor
         padded = tokens.new_zeros((self.shape[0] * self.shape[1], *tokens.shape[1:]))
-        padded = padded.index_copy(0, self.index, tokens[: self.index.shape[0]])
+        padded = padded.index_copy(0, self.index, tokens[: self.kept])
         return padded.unflatten(0, self.shape) if batched else padded
 
 
@@ -160,18 +175,15 @@ def layout_of(lengths: RowLengths, device: torch.device, multiple: int = 1, look
         if first
     ]
     counts = [n for _, _, n in lengths.rows]
-    index = torch.cat([*places, *ahead])
-    total = -(-index.shape[0] // multiple) * multiple
-    filler = torch.full((total - index.shape[0],), _padding(lengths))
-    row = torch.cat([index, filler])
-    slots = row % tokens
-    counted = torch.cat([*(torch.arange(n) for n in counts), torch.zeros(total - lengths.real, dtype=torch.int64)])
+    kept = sum(len(part) for part in (*places, *ahead))
+    total = -(-kept // multiple) * multiple
+    row = torch.cat([*places, *ahead, torch.full((total - kept,), _padding(lengths))])
     longest, real = max(counts), lengths.real
     ends = list(itertools.accumulate(counts, initial=0))
     trailing = [*range(real + longest, total, longest), *([total] if total > real else [])]
-    bounds = torch.tensor([[*ends, *trailing], [*ends, *(real for _ in trailing)]], dtype=torch.int32)
-    index, row, slots, counted, bounds = (t.to(device) for t in (index, row, slots[None], counted[None], bounds))
-    return Layout((batch, tokens), index, row, slots, counted, bounds[None, :, None].expand(1, 2, longest, -1), real)
+    bounds = torch.tensor([[*ends, *trailing], [*ends, *(real for _ in trailing)]], dtype=torch.int32).to(device)
+    bounds = bounds[None, :, None].expand(1, 2, longest, -1)
+    return Layout((batch, tokens), row.to(device), bounds, real, kept)
 
 
 def _padding(lengths: RowLengths) -> int:
@@ -196,16 +208,34 @@ class Rows:
     def __init__(self, bounds: Tensor, total: int):
         self.longest: int = bounds.shape[2]
         self.total = total
+        self.count: int = bounds.shape[3] - 1
         self.queries, self.keys = bounds[0, 0, 0], bounds[0, 1, 0]  # [rows + 1]
-        starts, ends = self.queries[:-1].long(), self.queries[1:].long()
-        columns = torch.arange(self.longest, device=bounds.device)
-        tokens = torch.arange(total, device=bounds.device)
-        self.count = starts.shape[0]
-        self.held = columns < (ends - starts)[:, None]  # [rows, longest]
-        self._padded = (starts[:, None] + columns).clamp_(max=total - 1).flatten()
-        of_row = torch.searchsorted(ends, tokens, right=True)
-        self.trailing = tokens >= self.keys[-1]  # [total]
-        self._row = of_row * self.longest + tokens - starts[of_row]
+
+    @functools.cached_property
+    def _starts(self) -> Tensor:
+        return self.queries[:-1].long()
+
+    @functools.cached_property
+    def _ends(self) -> Tensor:
+        return self.queries[1:].long()
+
+    @functools.cached_property
+    def held(self) -> Tensor:
+        """``[rows, longest]``, bool: where the padded rows have tokens."""
+        return torch.arange(self.longest, device=self.keys.device) < (self._ends - self._starts)[:, None]
+
+    @functools.cached_property
+    def _padded(self) -> Tensor:
+        """``[rows * longest]``: the token at each place of the padded rows."""
+        columns = torch.arange(self.longest, device=self.keys.device)
+        return (self._starts[:, None] + columns).clamp_(max=self.total - 1).flatten()
+
+    @functools.cached_property
+    def _place(self) -> tuple[Tensor, Tensor]:
+        """``[total]``: the place of each token in the padded rows, and whether it is in the trailing part."""
+        tokens = torch.arange(self.total, device=self.keys.device)
+        of_row = torch.searchsorted(self._ends, tokens, right=True)
+        return of_row * self.longest + tokens - self._starts[of_row], tokens >= self.keys[-1]
 
     def pad(self, tokens: Tensor) -> Tensor:
         """``[1, total, ...]`` as ``[rows, longest, ...]``, padded on the right with other tokens."""
@@ -213,8 +243,9 @@ class Rows:
 
     def unpad(self, tokens: Tensor) -> Tensor:
         """``[rows, longest, ...]`` as ``[1, total, ...]``, zero in the trailing part."""
-        row = tokens.flatten(0, 1).index_select(0, self._row)
-        return row.masked_fill(self.trailing.view(-1, *[1] * (row.dim() - 1)), 0)[None]
+        place, trailing = self._place
+        row = tokens.flatten(0, 1).index_select(0, place)
+        return row.masked_fill(trailing.view(-1, *[1] * (row.dim() - 1)), 0)[None]
 
 
 _ROWS = WeakTensorKeyDictionary()
