@@ -24,12 +24,13 @@ from torch import Tensor
 
 from . import reference
 from .linear_loss.options import REDUCTIONS, LogitTransform, check_num_items, logit_transform
+from .linear_loss.plain_rows import RowLosses
 from .linear_loss.row_kernels import _tanh, _transform
 from .linear_loss.rows import row_block, row_warps
 from .reference import DIVERGENCES
 from .runtime.autograd import Function, differentiate
 from .runtime.checks import as_rows, check_device, check_rows, dense_like
-from .runtime.launch import launcher, tl, triton, use_triton
+from .runtime.launch import is_plain, launcher, tl, triton, use_triton
 from .runtime.operators import opaque_op
 
 NUM_STATS = 3  # both logsumexps; the sum that the gradient subtracts
@@ -383,18 +384,15 @@ def divergence(
         check_device("mask", mask, logits)
     transform = logit_transform(logit_scale, softcap, temperature)
     teacher_transform = logit_transform(teacher_logit_scale, teacher_softcap, temperature)
-    if not use_triton(logits, teacher_logits, mask) or torch.float64 in (logits.dtype, teacher_logits.dtype):
-        return reference.divergence(
-            logits, teacher_logits, mask, kind=kind, beta=beta, temperature=temperature, logit_scale=logit_scale,
-            softcap=softcap, teacher_logit_scale=teacher_logit_scale, teacher_softcap=teacher_softcap,
-            reduction=reduction, num_items=num_items,
-        )  # fmt: skip
     counts = torch.ones(logits.shape[:-1], dtype=torch.bool, device=logits.device) if mask is None else mask != 0
     number = DIVERGENCES.index(kind)
     settings = (number, float(beta), _numbers(transform), _numbers(teacher_transform))
     rows = (as_rows(logits), as_rows(teacher_logits.detach()), None if mask is None else counts.reshape(-1).int())
-    if torch.compiler.is_compiling():
-        losses, _ = _divergence_op(*rows, *settings)
+    compiling = torch.compiler.is_compiling()
+    if use_triton(logits, teacher_logits, mask) and torch.float64 not in (logits.dtype, teacher_logits.dtype):
+        losses = _divergence_op(*rows, *settings)[0] if compiling else DivergenceFunction.apply(*rows, *settings)
+    elif compiling or not is_plain(logits, teacher_logits, mask):
+        losses = DivergenceFunction.definition(*rows, *settings)
     else:
-        losses = DivergenceFunction.apply(*rows, *settings)
+        losses = RowLosses.apply(DivergenceFunction.definition, *rows, *settings)
     return reference.reduce_loss(losses.view(counts.shape), counts, reduction, num_items)

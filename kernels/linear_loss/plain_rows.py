@@ -4,11 +4,13 @@ The formulas are the same. ``row_blocks`` cuts the rows into blocks whose interm
 add little to the memory that the logits take.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..runtime.autograd import Function, differentiate
 from ..runtime.launch import cdiv, use_triton
 from .options import LogitTransform
 
@@ -117,3 +119,40 @@ def dlogits(
     grad.sub_(d.unsqueeze(1))
     grad.scatter_add_(1, columns, torch.where(here, -c.unsqueeze(1), 0.0))
     return grad if isinstance(slope, float) and slope == 1.0 else grad.mul_(slope)
+
+
+class RowLosses(Function):
+    """Losses ``[N]`` of rows of logits ``[N, V]`` and a teacher's, computed block by block, and again in backward."""
+
+    @staticmethod
+    def definition(row_losses: Callable, logits: Tensor, others: Tensor, mask: Tensor | None, *settings: Any) -> Tensor:
+        """All rows at once."""
+        return row_losses(logits, others, mask, *settings)
+
+    @staticmethod
+    def forward(
+        ctx: Any, row_losses: Callable, logits: Tensor, others: Tensor, mask: Tensor | None, *settings: Any
+    ) -> Tensor:
+        """Keep the inputs."""
+        ctx.save_for_backward(logits, others, mask)
+        ctx.row_losses, ctx.settings = row_losses, settings
+        losses = logits.new_empty(logits.shape[0], dtype=torch.promote_types(logits.dtype, torch.float32))
+        for block in row_blocks(logits.shape[1], losses):
+            losses[block] = row_losses(
+                logits[block], others[block], None if mask is None else mask[block], *settings
+            ).to(losses.dtype)
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Differentiate block after block."""
+        logits, others, mask = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return differentiate(RowLosses.definition, (ctx.row_losses, logits, others, mask, *ctx.settings), (grad,))
+        dlogits = torch.empty_like(logits)
+        for block in row_blocks(logits.shape[1], grad):
+            x = logits[block].detach().requires_grad_()
+            with torch.enable_grad():
+                losses = ctx.row_losses(x, others[block], None if mask is None else mask[block], *ctx.settings)
+            (dlogits[block],) = torch.autograd.grad(losses, x, grad[block].to(losses.dtype))
+        return None, dlogits, None, None, *(None,) * len(ctx.settings)

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from liger_trainer.kernels.add_rms_norm import add_rms_norm
 from liger_trainer.kernels.clamped_swiglu import clamped_swiglu
 from liger_trainer.kernels.cross_entropy import cross_entropy
+from liger_trainer.kernels.divergence import divergence
 from liger_trainer.kernels.gated_linear import gated_linear
 from liger_trainer.kernels.geglu import geglu
 from liger_trainer.kernels.layer_norm import layer_norm
@@ -13,6 +14,7 @@ from liger_trainer.kernels.linear_cross_entropy import linear_cross_entropy
 from liger_trainer.kernels.linear_logprobs import linear_logprobs
 from liger_trainer.kernels.rms_norm import rms_norm
 from liger_trainer.kernels.rope import rope
+from liger_trainer.kernels.softmax import softmax
 from liger_trainer.kernels.swiglu import swiglu
 from torch.profiler import ProfilerActivity, profile
 
@@ -62,6 +64,11 @@ def plain_clamped(packed):
     return (up + 1) * (gate * torch.sigmoid(gate * 1.702))
 
 
+def plain_divergence(student, teacher):
+    student, teacher = F.log_softmax(student.float(), -1), F.log_softmax(teacher.detach().float(), -1)
+    return F.kl_div(student, teacher, log_target=True, reduction="batchmean")
+
+
 def plain_logprobs(hidden, weight, labels):
     return torch.log_softmax(F.linear(hidden, weight).float(), -1).gather(-1, labels[:, None]).squeeze(-1)
 
@@ -97,6 +104,8 @@ OPS = {
     "geglu": (geglu, lambda gate, up: F.gelu(gate, approximate="tanh") * up, of("n c", "n c")),
     "clamped_swiglu": (clamped_swiglu, plain_clamped, of("n 2c")),
     "gated_linear": (gated_linear, lambda g, u, w: F.linear(F.silu(g) * u, w), of("n c", "n c", "c c")),
+    "softmax": (softmax, lambda x: F.softmax(x, -1, dtype=torch.float32).to(x.dtype), of("n v")),
+    "divergence": (divergence, plain_divergence, of("n v", "n v")),
     "cross_entropy": (cross_entropy, F.cross_entropy, labelled("n v")),
     "linear_cross_entropy": (linear_cross_entropy, plain_head, labelled("n c", "v c")),
     "linear_cross_entropy per token": (
