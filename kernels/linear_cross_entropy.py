@@ -29,7 +29,7 @@ from .linear_loss.options import (
     on_host_or_device,
     wanted_gradients,
 )
-from .linear_loss.passes import compiled_pass, gemms_of, loss_forward, recompute, spread_stats
+from .linear_loss.passes import compiled_pass, gemms_of, loss_forward, recompute, spread_predictions, spread_stats
 from .linear_loss.plain_rows import runs_kernels
 from .linear_loss.token_chunks import ValidRows
 from .linear_loss.weighting import check_class_weights, reduced_z_loss, scaled_by_probability, weighted_by_class
@@ -47,7 +47,7 @@ ONLY_ONCE = (
 
 
 class LinearCrossEntropyFunction(Function):
-    """``(loss, log_probs, entropy, is_top1, lse)`` of ``hidden`` ``[N, H]``, the last four only if asked for."""
+    """``(loss, log_probs, entropy, is_top1, predictions, lse)`` of ``hidden`` ``[N, H]``; what is wanted of them."""
 
     @staticmethod
     def definition(
@@ -63,10 +63,12 @@ class LinearCrossEntropyFunction(Function):
                 **options.transform.keywords,
             )  # fmt: skip
             results = (out[0], *out[1]) if isinstance(out, tuple) else (out,)
-            if not with_lse:
+            if not (with_lse or options.predictions):
                 return results
             logits = reference.linear_logits(hidden.detach(), weight.detach(), None if bias is None else bias.detach())
-        return *results, reference.transform_logits(logits, **options.transform.keywords).logsumexp(-1)
+        z = reference.transform_logits(logits, **options.transform.keywords)
+        predicted = z.argmax(-1).masked_fill(labels == options.ignore_index, options.ignore_index)
+        return *results, *((predicted,) if options.predictions else ()), *((z.logsumexp(-1),) if with_lse else ())
 
     @staticmethod
     def forward(
@@ -90,6 +92,8 @@ class LinearCrossEntropyFunction(Function):
             given = (hidden, weight, bias, rows.labels, rows.index, token_weights, result.lse)
             ctx.save_for_backward(*inputs, *given)
         stats = spread_stats(result.rows, result.stats, options)
+        predicted = spread_predictions(result, options)
+        stats += [] if predicted is None else [predicted]
         if with_lse:
             stats.append(result.rows.spread(result.lse))
         ctx.mark_non_differentiable(*stats)
@@ -146,7 +150,7 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0, z_loss: float = 0.0, softcap: float | None = None, logit_scale: float = 1.0,
     token_weights: Tensor | None = None, reduction: str = "mean", num_items: Tensor | float | None = None,
     return_stats: bool = False, class_weights: Tensor | None = None, token_scaling: bool = False,
-    return_z_loss: bool = False, **memory: Unpack[MemoryKeywords],
+    return_z_loss: bool = False, return_predictions: bool = False, **memory: Unpack[MemoryKeywords],
 ) -> Tensor | tuple[Any, ...]:  # fmt: skip
     """``cross_entropy(hidden @ weight.T + bias, labels)`` with the logits of one chunk at a time.
 
@@ -166,11 +170,13 @@ def linear_cross_entropy(
         return_stats: also return detached per-token ``TokenStats``. The mean of its ``is_top1`` over the labels that
             are not ignored is the token accuracy.
         return_z_loss: also return the z-loss that the loss contains, reduced like it and detached.
+        return_predictions: also return the most probable tokens ``[...]``, int64, the first of several, and
+            ``ignore_index`` where the label is.
         **memory: the fields of ``linear_loss.options.MemoryOptions``, such as ``low_memory``.
 
     Returns:
-        The loss in fp32 (fp64 for fp64 GEMMs), or ``(loss, stats)`` with ``return_stats``, ``(loss, z_loss)`` with
-        ``return_z_loss``, ``(loss, stats, z_loss)`` with both.
+        The loss in fp32 (fp64 for fp64 GEMMs), or a tuple of it and what else is returned, in the order stats, z-loss,
+        predictions.
 
     Raises:
         ValueError: a shape, dtype, option or label out of range.
@@ -193,7 +199,7 @@ def linear_cross_entropy(
     transform = logit_transform(logit_scale, softcap)
     options = HeadOptions(
         transform, ignore_index, dtype, wanted_gradients(hidden, weight, bias), memory_of_op,
-        LABEL_STATS if return_stats else NO_STATS, reduction, label_smoothing, z_loss,
+        LABEL_STATS if return_stats else NO_STATS, reduction, label_smoothing, z_loss, return_predictions,
     )  # fmt: skip
     plain = is_plain(hidden, weight, bias, labels, token_weights)
     params = (hidden.reshape(-1, hidden.shape[-1]), weight, bias)
@@ -207,14 +213,16 @@ def linear_cross_entropy(
         run = LinearCrossEntropyFunction.apply if plain else LinearCrossEntropyFunction.definition
         loss, *stats = run(*params, *args)
     shape = labels.shape if reduction == "none" else ()
+    lse = stats.pop() if return_z_loss else None
+    predicted = stats.pop() if return_predictions else None
     results = [loss.view(shape)]
-    z_losses = []
-    if return_z_loss:
-        args = (flat_labels, z_loss, token_weights, reduction, num_items, ignore_index)
-        z_losses = [reduced_z_loss(stats.pop(), *args).view(shape)]
     if return_stats:
         results.append(TokenStats(*(s.view(labels.shape) for s in stats)))
-    results += z_losses
+    if lse is not None:
+        args = (flat_labels, z_loss, token_weights, reduction, num_items, ignore_index)
+        results.append(reduced_z_loss(lse, *args).view(shape))
+    if predicted is not None:
+        results.append(predicted.view(labels.shape))
     return tuple(results) if len(results) > 1 else results[0]
 
 

@@ -107,6 +107,7 @@ class HeadOptions:
     reduction: str = "none"
     label_smoothing: float = 0.0
     z_loss: float = 0.0
+    predictions: bool = False  # whether the most probable tokens are wanted too
 
     @property
     def sum_dtype(self) -> torch.dtype:

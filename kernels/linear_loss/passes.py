@@ -36,6 +36,7 @@ from .vocab_chunks import VocabChunks, forward_by_vocabulary
 
 STATS_FIELDS = {NO_STATS: 0, LABEL_STATS: 3, ALL_STATS: 5}  # how many of TokenLogProbs
 IS_TOP1 = 2  # its place among them
+PREDICTED = 6  # place of the most probable tokens among the operator's outputs
 NUM_PARAMS = 3  # hidden, weight, bias
 NUM_INPUTS = 11  # inputs of the forward operator
 
@@ -43,9 +44,9 @@ NUM_INPUTS = 11  # inputs of the forward operator
 class LossResult(NamedTuple):
     """The results of ``loss_forward``.
 
-    ``loss`` is 0-d, or ``[N]`` unreduced. ``stats`` is ``[5, n]`` or ``None``, and ``lse`` ``[n]``, of the valid
-    ``rows``. ``grads`` of hidden, weight and bias (``None`` unless computed now) must still be multiplied by
-    ``late_scale`` and divided by ``late_divisor``.
+    ``loss`` is 0-d, or ``[N]`` unreduced. ``stats`` is ``[5, n]`` or ``None``, ``lse`` and ``predicted`` (or ``None``)
+    are ``[n]``, of the valid ``rows``. ``grads`` of hidden, weight and bias (``None`` unless computed now) must still
+    be multiplied by ``late_scale`` and divided by ``late_divisor``.
     """
 
     loss: Tensor
@@ -55,6 +56,7 @@ class LossResult(NamedTuple):
     late_divisor: Tensor | None
     lse: Tensor
     rows: ValidRows
+    predicted: Tensor | None
 
 
 def gemms_of(options: HeadOptions, hidden: Tensor, weight: Tensor) -> torch.autocast:
@@ -101,7 +103,9 @@ def loss_forward(
         loss = torch.zeros((), dtype=options.sum_dtype, device=labels.device)
     else:
         loss = out.loss.sum() * scale if divisor is None else out.loss.sum() / divisor
-    return LossResult(loss, out.stats, out.grads, scale if late else 1.0, divisor if late else None, out.lse, rows)
+    return LossResult(
+        loss, out.stats, out.grads, scale if late else 1.0, divisor if late else None, out.lse, rows, out.predicted
+    )
 
 
 def _stats_dtypes(options: HeadOptions) -> list[torch.dtype]:
@@ -115,6 +119,14 @@ def spread_stats(rows: ValidRows, stats: Tensor | None, options: HeadOptions) ->
         return []
     log_probs, entropy, is_top1, *others = (rows.spread(s) for s in stats[: STATS_FIELDS[options.stats]])
     return [log_probs, entropy, is_top1.bool(), *others]
+
+
+def spread_predictions(result: LossResult, options: HeadOptions) -> Tensor | None:
+    """The most probable tokens as ``[N]``, ``ignore_index`` where the label is; ``None`` if not asked for."""
+    if result.predicted is None:
+        return None
+    out = result.predicted.new_full((result.rows.num_rows,), options.ignore_index)
+    return result.predicted if result.rows.index is None else out.index_copy_(0, result.rows.index, result.predicted)
 
 
 def recompute(
@@ -143,18 +155,18 @@ def _pack(options: HeadOptions) -> tuple[int, str, torch.dtype, list[float]]:
     """The options in a form that an operator's schema can hold."""
     numbers = (
         *options.transform, *options.wanted, options.stats, options.label_smoothing, options.z_loss,
-        *(getattr(options.memory, name) for name in MEMORY_FIELDS),
+        options.predictions, *(getattr(options.memory, name) for name in MEMORY_FIELDS),
     )  # fmt: skip
     return options.ignore_index, options.reduction, options.dtype, [float(n) for n in numbers]
 
 
 def _unpack(ignore_index: int, reduction: str, dtype: torch.dtype, numbers: list[float]) -> HeadOptions:
-    inner, outer, has_softcap, hidden, weight, bias, stats, label_smoothing, z_loss, *memory = numbers
+    inner, outer, has_softcap, hidden, weight, bias, stats, label_smoothing, z_loss, predictions, *memory = numbers
     named = zip(MEMORY_FIELDS.items(), memory, strict=True)
     return HeadOptions(
         LogitTransform(inner, outer, bool(has_softcap)), ignore_index, dtype, (bool(hidden), bool(weight), bool(bias)),
         MemoryOptions(**{name: kind(value) for (name, kind), value in named}), int(stats), reduction, label_smoothing,
-        z_loss,
+        z_loss, bool(predictions),
     )  # fmt: skip
 
 
@@ -163,9 +175,10 @@ def _forward(
     num_items: Tensor | None, num_items_number: float | None, ignore_index: int, reduction: str, dtype: torch.dtype,
     numbers: list[float],
 ) -> tuple[
-    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor, Tensor
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor,
+    Tensor,
 ]:  # fmt: skip
-    """Loss; the five statistics; gradients of hidden, weight and bias; their factor (0-d); lse ``[N]``."""
+    """Loss; five statistics; predictions ``[N]``; gradients of hidden, weight, bias; their factor; lse ``[N]``."""
     options = _unpack(ignore_index, reduction, dtype, numbers)
     divisor = num_items_number if num_items is None else num_items
     result = loss_forward((hidden, weight, bias), labels, token_weights, divisor, options)
@@ -177,8 +190,8 @@ def _forward(
     hidden_grad, weight_grad, bias_grad = result.grads
     lse = result.rows.spread(result.lse)
     return (
-        result.loss, log_probs, entropy, is_top1, log_sum_sq_probs, mean_logits, hidden_grad, weight_grad, bias_grad,
-        factor, lse,
+        result.loss, log_probs, entropy, is_top1, log_sum_sq_probs, mean_logits, spread_predictions(result, options),
+        hidden_grad, weight_grad, bias_grad, factor, lse,
     )  # fmt: skip
 
 
@@ -199,7 +212,8 @@ def _fake_forward(
         labels.new_empty(shape, dtype=options.sum_dtype)
         for shape in (labels.shape if options.reduction == "none" else (), (), labels.shape)
     )
-    return loss, *stats, *grads, factor, lse
+    predicted = labels.new_empty(labels.shape, dtype=torch.int64) if options.predictions else None
+    return loss, *stats, predicted, *grads, factor, lse
 
 
 def _scale(grad: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -279,8 +293,9 @@ def compiled_pass(
     params: Params, labels: Tensor, token_weights: Tensor | None, num_items: Tensor | float | None,
     options: HeadOptions, with_lse: bool = False,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """Loss and the statistics that were asked for, in the order of ``TokenLogProbs``, as one node of a graph."""
+    """One node of a graph: loss, and as asked for statistics (of ``TokenLogProbs``), predictions and lse."""
     on_device = num_items.detach().to(labels.device) if isinstance(num_items, Tensor) else None
     number = None if num_items is None or on_device is not None else float(num_items)
     outputs = _forward_op(*params, labels, token_weights, on_device, number, *_pack(options))
-    return *outputs[: 1 + STATS_FIELDS[options.stats]], *(outputs[-1:] if with_lse else ())
+    stats = outputs[: 1 + STATS_FIELDS[options.stats]]
+    return *stats, *(outputs[PREDICTED : PREDICTED + options.predictions]), *(outputs[-1:] if with_lse else ())

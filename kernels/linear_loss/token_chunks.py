@@ -103,6 +103,7 @@ class PerToken(NamedTuple):
     lse: Tensor
     stats: Tensor | None
     grads: Gradients
+    predicted: Tensor | None
 
 
 class TokenChunks:
@@ -233,9 +234,12 @@ def forward_by_tokens(
     like = {"device": params[0].device, "dtype": options.sum_dtype}
     loss, lse = empty_rows(rows.count, **like), empty_rows(rows.count, **like)
     stats = empty_rows(NUM_STATS * rows.count, **like).view(NUM_STATS, -1) if options.stats else None
+    predicted = torch.empty(rows.count, dtype=torch.int64, device=params[0].device) if options.predictions else None
     chunks = TokenChunks(params, rows, options, NOTHING_WANTED if grad_scale is None else options.wanted)
     sums = GradientSums(chunks, params)
     for span, x, logits in chunks:
+        if predicted is not None:  # before dlogits are written over the logits
+            predicted[span] = logits.argmax(-1) if options.transform.inner >= 0 else logits.argmin(-1)
         loss_rows(
             logits, rows.labels[span], loss[span], lse[span], options.transform, ignore_index=options.ignore_index,
             label_smoothing=options.label_smoothing, z_loss=options.z_loss,
@@ -246,7 +250,7 @@ def forward_by_tokens(
         if grad_scale is not None:
             sums.add(span, x, logits)
         del logits
-    return PerToken(loss, lse, stats, sums.finish())
+    return PerToken(loss, lse, stats, sums.finish(), predicted)
 
 
 def gradients_by_tokens(

@@ -72,14 +72,14 @@ class VocabChunks:
             self.held = span
         return out
 
-    def statistics(self) -> tuple[Tensor, Tensor]:
-        """The first pass: lse ``[n]`` and statistics ``[5, n]``."""
+    def statistics(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The first pass: lse ``[n]``, statistics ``[5, n]`` and the most probable tokens ``[n]``."""
         options = self.options
         stats = ChunkStats(self.rows.labels, options.transform, options.stats > 0, options.sum_dtype)
         if self.rows.count:
             for span in self.spans:
                 stats.add(self.logits(span), span.start)
-        return stats.finish(self.vocab_size)
+        return *stats.finish(self.vocab_size), stats.argmax
 
     def gradients(self, lse: Tensor, coefficients: RowCoefficients, wanted: Sequence[bool]) -> Gradients:
         """The second pass: gradients of hidden ``[N, H]``, weight and bias, ``None`` where not wanted.
@@ -125,7 +125,7 @@ def forward_by_vocabulary(
     """The same as ``forward_by_tokens``, with the logits computed twice where there are gradients."""
     computed = compute_ignored_too(rows, labels)
     chunks = VocabChunks(params, computed, options)
-    lse, stats = chunks.statistics()
+    lse, stats, predicted = chunks.statistics()
     factors = (options.label_smoothing, options.z_loss)
     loss = token_loss(lse, stats, *factors)
     row_weights = torch.ones_like(lse) if token_weights is None else computed.select(token_weights).to(lse.dtype)
@@ -138,5 +138,7 @@ def forward_by_vocabulary(
         coefficients = row_coefficients(row_grad, lse, chunks.vocab_size, *factors)
         grads = chunks.gradients(lse, coefficients, options.wanted)
     if computed is not rows and rows.index is not None:
-        loss, lse, stats = (t.index_select(-1, rows.index) for t in (loss, lse, stats))
-    return PerToken(loss, lse, stats if options.stats else None, grads)
+        loss, lse, stats, predicted = (t.index_select(-1, rows.index) for t in (loss, lse, stats, predicted))
+    return PerToken(
+        loss, lse, stats if options.stats else None, grads, predicted.long() if options.predictions else None
+    )

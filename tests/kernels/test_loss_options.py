@@ -1,4 +1,4 @@
-"""Class weights, token scaling and the returned z-loss of cross_entropy and linear_cross_entropy."""
+"""Class weights, token scaling, returned z-loss and predictions of cross_entropy and linear_cross_entropy."""
 
 import pytest
 import torch
@@ -127,18 +127,59 @@ def test_z_loss_comes_after_the_statistics_and_without_gradients_too():
     assert torch.equal(stats.is_top1, (logits.argmax(-1) == labels))
 
 
+@pytest.mark.triton
+@pytest.mark.parametrize("logit_scale", [1.5, -1.5])
+@pytest.mark.parametrize("low_memory", [False, True])
+@pytest.mark.parametrize("ignored", [0.0, 0.05, 0.4, 2.0])  # few ignored rows are computed too in vocabulary chunks
+def test_predictions(low_memory, logit_scale, ignored, monkeypatch):
+    params, labels = make_inputs(tokens=30, ignored=ignored)
+    expected = (logit_scale * F.linear(*params)).argmax(-1).masked_fill(labels == -100, -100)
+    options = {"logit_scale": logit_scale, "low_memory": low_memory, "softcap": 8.0, "z_loss": 0.01}
+    for interpreted in (logit_scale > 0 and ignored == 0.4, False):
+        monkeypatch.setattr(launch, "INTERPRET", interpreted)
+        loss, stats, z_loss, predictions = of_hidden(
+            params, labels, return_stats=True, return_z_loss=True, return_predictions=True, **options
+        )
+        assert predictions.dtype == torch.int64
+        assert torch.equal(predictions, expected)
+        assert torch.equal(stats.is_top1, predictions == labels.masked_fill(labels == -100, -1))
+        alone, z_alone = of_hidden(params, labels, return_z_loss=True, **options)
+        torch.testing.assert_close((loss, z_loss), (alone, z_alone))
+        assert_same(params, loss, alone)
+
+
+def test_predictions_of_ties_and_any_shape():
+    hidden, labels = torch.ones(2, 3, 1, device=DEVICE), torch.zeros(2, 3, dtype=torch.long, device=DEVICE)
+    weight = torch.tensor([[0.0], [1.0], [1.0]], device=DEVICE)
+    for low_memory in (False, True):
+        _, predictions = linear_cross_entropy(hidden, weight, labels, return_predictions=True, low_memory=low_memory)
+        assert torch.equal(predictions, torch.ones_like(labels))
+
+
+def test_gradients_of_gradients_with_everything_returned():
+    params, labels = make_inputs(tokens=5)
+    loss, *_ = of_hidden(params, labels, return_stats=True, return_z_loss=True, return_predictions=True)
+    expected = F.cross_entropy(F.linear(*params), labels)
+    second = []
+    for value in (loss, expected):
+        first = torch.autograd.grad(value, params, create_graph=True)
+        second.append(torch.autograd.grad(sum(g.square().sum() for g in first), params))
+    torch.testing.assert_close(*second, rtol=1e-4, atol=1e-5)
+
+
 @OPS
 def test_one_graph(op):
     params, labels = make_inputs(tokens=15)
 
     def function(labels):
-        return op(params, labels, z_loss=0.01, class_weights=WEIGHTS, token_scaling=True, return_z_loss=True)
+        more = {"return_stats": True, "return_predictions": True} if op is of_hidden else {}
+        return op(params, labels, z_loss=0.01, class_weights=WEIGHTS, token_scaling=True, return_z_loss=True, **more)
 
     torch._dynamo.reset()
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")(labels)
     eager = function(labels)
     assert_same(params, compiled[0], eager[0])
-    torch.testing.assert_close(compiled[1], eager[1])
+    torch.testing.assert_close(compiled[1:], eager[1:])
 
 
 @OPS
