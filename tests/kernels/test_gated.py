@@ -13,7 +13,6 @@ from liger_trainer.kernels import swiglu as swiglu_module
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 VARIANTS = {
     "swiglu": (swiglu, reference.swiglu, {}),
-    "swiglu-multiplied": (swiglu, reference.swiglu, {"gate_multiplier": 1.7, "down_multiplier": -0.3}),
     "geglu-tanh": (geglu, reference.geglu, {"approximate": "tanh"}),
     "geglu-none": (geglu, reference.geglu, {"approximate": "none"}),
 }
@@ -74,6 +73,13 @@ def test_each_gradient_alone():
         arguments[frozen].requires_grad_(False)
         for variant in VARIANTS:
             compare(variant, arguments, torch.float32)
+
+
+@pytest.mark.parametrize("layout", ["separate", "packed"])
+def test_multipliers(layout, monkeypatch):
+    options = {"gate_multiplier": 1.7, "down_multiplier": -0.3}
+    monkeypatch.setitem(VARIANTS, "multiplied", (swiglu, reference.swiglu, options))
+    compare("multiplied", make((2, 17), layout), torch.float32)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -56,7 +56,7 @@ def test_class_weights_are_torchs(op, reduction):
 @pytest.mark.triton
 @OPS
 def test_on_the_kernels(op):
-    params, labels = make_inputs(tokens=8)
+    params, labels = make_inputs(tokens=6)
     options = {"class_weights": WEIGHTS, "z_loss": 0.01}
     weighted = op(params, labels, token_scaling=True, reduction="sum")
     probs = F.linear(*params).softmax(-1)[labels != -100].gather(-1, labels[labels != -100].unsqueeze(-1)).squeeze(-1)
@@ -130,9 +130,9 @@ def test_z_loss_comes_after_the_statistics_and_without_gradients_too():
 @pytest.mark.triton
 @pytest.mark.parametrize("logit_scale", [1.5, -1.5])
 @pytest.mark.parametrize("low_memory", [False, True])
-@pytest.mark.parametrize("ignored", [0.0, 0.05, 0.4, 2.0])  # few ignored rows are computed too in vocabulary chunks
+@pytest.mark.parametrize("ignored", [0.0, 0.1, 0.4, 2.0])  # few ignored rows are computed too in vocabulary chunks
 def test_predictions(low_memory, logit_scale, ignored, monkeypatch):
-    params, labels = make_inputs(tokens=30, ignored=ignored)
+    params, labels = make_inputs(tokens=12, ignored=ignored)
     expected = (logit_scale * F.linear(*params)).argmax(-1).masked_fill(labels == -100, -100)
     options = {"logit_scale": logit_scale, "low_memory": low_memory, "softcap": 8.0, "z_loss": 0.01}
     for interpreted in (logit_scale > 0 and ignored == 0.4, False):

@@ -69,12 +69,11 @@ def test_divergences_are_the_definitions(kind, budget):
 
 
 @pytest.mark.triton
-@pytest.mark.parametrize("kind", ["jsd", "cosine"])
-def test_on_the_kernels(kind):
+def test_on_the_kernels():
     batch = make_batch()
-    options = {"divergence": kind, "beta": 0.3, "hard_weight": 0.4, "logits_budget_mib": TINY_BUDGET}
+    options = {"divergence": "jsd", "beta": 0.3, "hard_weight": 0.4, "logits_budget_mib": 8 * TINY_BUDGET / 10}
     loss = distillation_loss(*batch.args, **teacher_of(batch), **options)
-    assert_same(batch, loss, expected(batch, kind, hard_weight=0.4))
+    assert_same(batch, loss, expected(batch, "jsd", hard_weight=0.4))
 
 
 @pytest.mark.parametrize("kind", DIVERGENCES)
