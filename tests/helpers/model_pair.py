@@ -53,7 +53,11 @@ class ModelPair:
         return patch_state(self.ours) is not None
 
     def apply(self, config: dict[str, Any]) -> None:
-        """Patch ``ours``; as users must, revert first if it is patched with another config."""
+        """Patch ``ours``; as users must, revert first if it is patched with another config.
+
+        Without un-padding, which changes logits at padding and random numbers of dropout by design.
+        """
+        config = {"unpad": False, **config}
         state = patch_state(self.ours)
         if state is not None and any(getattr(state.config, name) != value for name, value in config.items()):
             revert_liger(self.ours)

@@ -60,7 +60,7 @@ class SequenceBase(RuleBasedStateMachine):
     @initialize(
         name=st.sampled_from(tuple(MODELS)),
         config=st.sampled_from((None, *CONFIGS)),
-        compiles=st.sampled_from((*[False] * 9, True)),  # which takes longer than all other steps of a sequence
+        compiles=st.sampled_from((*[False] * 39, True)),  # which takes longer than all other steps of a sequence
     )
     def start(self, name: str, config: dict[str, Any] | None, compiles: bool = False) -> None:
         type(self).started += 1
