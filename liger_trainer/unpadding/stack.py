@@ -201,12 +201,19 @@ def _structure(stack: Any) -> tuple | None:
     classes: list[Any] = []
     for module in stack.modules():
         classes.append(type(module))
+        if "is_causal" in module.__dict__:
+            classes.append(module.is_causal)
         if module is not stack and (module._forward_hooks or module._forward_pre_hooks):
             hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
             if not all(map(_is_known, hooks)):
                 return None
     settings = vars(stack.config)
-    return (*classes, settings.get("_attn_implementation_internal"), settings.get("sliding_window"))
+    return (
+        *classes,
+        settings.get("_attn_implementation_internal"),
+        settings.get("sliding_window"),
+        settings.get("is_causal"),
+    )
 
 
 def _is_known(hook: Any) -> bool:

@@ -44,7 +44,6 @@ def _settings(count: int, steps: int, **options: Any) -> settings:
     )  # fmt: skip
 
 
-@pytest.mark.long  # until the faults that it finds are mended
 def test_random_sequences() -> None:
     run_state_machine_as_test(Sequences, settings=_settings(60, STEPS, derandomize=True))
 
