@@ -71,13 +71,14 @@ def survey_tables(name: str, rows: list[dict]) -> dict[str, str]:
     fused = sum("fused_loss" in row.get("applied", {}) for row in rows)
     summary = f"{len(rows)} model types, {len(built)} built: {same} with the same numbers, {fused} with the fused loss."
     lines, left = [], {}
+    kinds = [kind for kind in KINDS if any(kind in row.get("applied", {}) for row in built)]  # a file may be older
     for row in built:
-        counts = [row.get("applied", {}).get(kind, "-") for kind in KINDS]
+        counts = [row.get("applied", {}).get(kind, "-") for kind in kinds]
         differ = f"{row['gradient']:.0e}" if "gradient" in row else row["note"]
         lines.append([row["model_type"], row["status"], *counts, differ])
         for skipped in row.get("skipped", []):
             left.setdefault(f"{skipped['kind']}: {skipped['reason']}", []).append(row["model_type"])
-    table = text_table(["model type", "numbers", *KINDS, "gradients differ by"], lines)
+    table = text_table(["model type", "numbers", *kinds, "gradients differ by"], lines)
     kept = "\n".join(f"- {what} ({', '.join(models)})" for what, models in sorted(left.items()))
     failed = (f"- {row['model_type']}: {row['note']}" for row in rows if row["status"] == "not built")
     parts = (summary, table, "Left as they are:", kept, "Not built in this size:", "\n".join(failed))
