@@ -27,7 +27,7 @@ def two_ranks(module: str, folder: Path, job: object) -> Iterator[None]:
         launcher = subprocess.Popen(command, env=INTERPRETED, cwd=TESTS, stdout=log, stderr=subprocess.STDOUT)
         try:
             yield
-            status = launcher.wait(timeout=400)
+            status = launcher.wait(timeout=500)
         finally:
             launcher.kill()
         log.seek(0)
