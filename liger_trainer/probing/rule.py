@@ -1,5 +1,6 @@
 """What a rule is, and what its probe gives: a match, or a skip with the reason."""
 
+import threading
 import traceback
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
@@ -50,6 +51,23 @@ def _ignore(reason: str) -> None:
     """What happens to a refusal before a report has the match."""
 
 
+class _Unnoted(threading.local):
+    on = False
+
+
+_UNNOTED = _Unnoted()
+
+
+@contextmanager
+def unnoted() -> Iterator[None]:
+    """Note nothing in this thread: what runs is a check, not a step."""
+    _UNNOTED.on = True
+    try:
+        yield
+    finally:
+        _UNNOTED.on = False
+
+
 class Acted:
     """Whether a match has done its work: since the last reset (``on``), or in compiled code (``compiled``).
 
@@ -68,7 +86,7 @@ class Acted:
         """Note that it does its work now."""
         if torch.compiler.is_compiling():
             self._note_compiled()
-        else:
+        elif not _UNNOTED.on:
             self.on = True
 
     @torch.compiler.assume_constant_result  # so that it runs once, during tracing

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..probing.probe import difference
-from ..probing.rule import Skip, errors_skip
+from ..probing.rule import Skip, errors_skip, unnoted
 from .attention import windows_told
 from .layout import Layout, RowLengths, layout_of
 from .mixers import Mixers
@@ -63,7 +63,7 @@ def check(original: Callable, stack: nn.Module, given: dict[str, Any], mixers: M
     """
     lengths = RowLengths([(i, first, n) for i, (first, n) in enumerate(ROWS)], (len(ROWS), COLUMNS))
     try:
-        with errors_skip(), torch.no_grad(), _undisturbed(stack):
+        with errors_skip(), torch.no_grad(), unnoted(), _undisturbed(stack):
             rows = _short_rows(given)
             layout = layout_of(lengths, rows["attention_mask"].device)
             padded = _states(original(stack, **rows))

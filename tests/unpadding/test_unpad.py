@@ -312,6 +312,7 @@ def test_the_check_changes_nothing(totals):
     inputs = padded_batch(SIDES["right"])
     stack = model.model
     assert unpadded._fits(type(stack).forward, stack, {k: v for k, v in inputs.items() if k != "labels"})
+    assert not any(acted.on for kinds in patch_state(model).acted.values() for acted in kinds)
     assert torch.equal(torch.random.get_rng_state(), state)
     assert [module.training for module in model.modules()] == modes
 
