@@ -23,12 +23,12 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import sanitize
 import triton
-from liger_trainer.kernels.runtime import launch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from variants import variants
 
 from liger_trainer.kernels import reference
+from liger_trainer.kernels.runtime import launch
 
 H100 = GPUTarget("cuda", 90, 32)
 H100_SMS = 132

@@ -1,6 +1,7 @@
 """Fixtures that choose between the kernels and what runs without Triton."""
 
 import pytest
+
 from liger_trainer.kernels.runtime import launch
 
 

@@ -3,6 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.profiler import ProfilerActivity, profile
+
 from liger_trainer.kernels.add_rms_norm import add_rms_norm
 from liger_trainer.kernels.clamped_swiglu import clamped_swiglu
 from liger_trainer.kernels.cross_entropy import cross_entropy
@@ -16,7 +18,6 @@ from liger_trainer.kernels.rms_norm import rms_norm
 from liger_trainer.kernels.rope import rope
 from liger_trainer.kernels.softmax import softmax
 from liger_trainer.kernels.swiglu import swiglu
-from torch.profiler import ProfilerActivity, profile
 
 SCALARS = 64  # bytes: numbers that take part in an operation are tensors to the profiler
 PER_TOKEN = 64  # bytes: losses, normalisers and coefficients, beside a weight's gradient that outweighs the logits

@@ -5,10 +5,10 @@ import sys
 
 import pytest
 import torch
-from liger_trainer.kernels.cross_entropy import cross_entropy
 from numerics import as_dtype, assert_no_worse_than_torch
 
 from liger_trainer.kernels import reference
+from liger_trainer.kernels.cross_entropy import cross_entropy
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]

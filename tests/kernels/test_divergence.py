@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from liger_trainer.kernels.divergence import divergence
-from liger_trainer.kernels.reference import DIVERGENCES
 from numerics import as_dtype, assert_no_worse_than_torch
 
 from liger_trainer.kernels import divergence as module
 from liger_trainer.kernels import reference
+from liger_trainer.kernels.divergence import divergence
+from liger_trainer.kernels.reference import DIVERGENCES
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TRANSFORMS = {

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from liger_trainer.kernels.geglu import geglu
-from liger_trainer.kernels.swiglu import swiglu
 from numerics import as_dtype, assert_no_worse_than_torch
 
 from liger_trainer.kernels import geglu as geglu_module
 from liger_trainer.kernels import reference
 from liger_trainer.kernels import swiglu as swiglu_module
+from liger_trainer.kernels.geglu import geglu
+from liger_trainer.kernels.swiglu import swiglu
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 VARIANTS = {

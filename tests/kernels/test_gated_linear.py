@@ -3,12 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from liger_trainer.kernels.gated_linear import ACTIVATIONS, gated_linear
-from liger_trainer.kernels.shared.gated import DEFINITIONS
 from numerics import as_dtype, assert_no_worse_than_torch
 from torch.utils.checkpoint import checkpoint
 
 from liger_trainer.kernels import gated_linear as gated_linear_module
+from liger_trainer.kernels.gated_linear import ACTIVATIONS, gated_linear
+from liger_trainer.kernels.shared.gated import DEFINITIONS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+
 from liger_trainer.kernels.runtime import launch
 
 triton = pytest.importorskip("triton")

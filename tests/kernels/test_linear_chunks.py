@@ -5,6 +5,9 @@ Whatever the budget, all tokens are one chunk if that takes no more memory than 
 
 import pytest
 import torch
+from linear_inputs import DEVICE, budget, make_inputs, run
+from numerics import as_dtype
+
 from liger_trainer.kernels.linear_cross_entropy import linear_cross_entropy
 from liger_trainer.kernels.linear_logprobs import Speculation, linear_logprobs
 from liger_trainer.kernels.linear_loss import token_chunks
@@ -19,8 +22,6 @@ from liger_trainer.kernels.linear_loss.options import (
 )
 from liger_trainer.kernels.linear_loss.token_chunks import TokenChunks, ValidRows, rows_per_chunk
 from liger_trainer.kernels.linear_loss.vocab_chunks import columns_per_chunk
-from linear_inputs import DEVICE, budget, make_inputs, run
-from numerics import as_dtype
 
 
 def test_memory_options_and_their_keywords_agree():

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from liger_trainer.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_with_empty_logits
-from liger_trainer.kernels.linear_logprobs import linear_logprobs
 from linear_inputs import DEVICE, budget, make_inputs
 from numerics import as_dtype
+
+from liger_trainer.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_with_empty_logits
+from liger_trainer.kernels.linear_logprobs import linear_logprobs
 
 
 def compiled(fn):

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from liger_trainer.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_with_empty_logits
-from liger_trainer.kernels.linear_loss import gradients, token_chunks, vocab_chunks
 from linear_inputs import DEVICE, DTYPES, budget, make_inputs, run
 from numerics import as_dtype, assert_no_worse_than_torch
 
 from liger_trainer.kernels import reference
+from liger_trainer.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_with_empty_logits
+from liger_trainer.kernels.linear_loss import gradients, token_chunks, vocab_chunks
 
 NAMES = ("hidden", "weight", "bias")
 

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from liger_trainer.kernels.linear_logprobs import Speculation, linear_logprobs
-from liger_trainer.kernels.linear_loss import token_chunks
 from linear_inputs import DEVICE, DTYPES, budget, make_inputs
 from numerics import as_dtype, assert_no_worse_than_torch
 
 from liger_trainer.kernels import linear_logprobs as module
 from liger_trainer.kernels import reference
+from liger_trainer.kernels.linear_logprobs import Speculation, linear_logprobs
+from liger_trainer.kernels.linear_loss import token_chunks
 
 DIFFERENTIABLE = ("log_probs", "entropy")
 

@@ -3,10 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from linear_inputs import DEVICE, budget, make_inputs
+
 from liger_trainer.kernels.cross_entropy import cross_entropy
 from liger_trainer.kernels.linear_cross_entropy import linear_cross_entropy
 from liger_trainer.kernels.runtime import launch
-from linear_inputs import DEVICE, budget, make_inputs
 
 VOCAB = 101
 WEIGHTS = torch.rand(VOCAB, generator=torch.Generator().manual_seed(5)).to(DEVICE)

@@ -2,16 +2,16 @@
 
 import pytest
 import torch
-from liger_trainer.kernels.add_rms_norm import add_rms_norm
-from liger_trainer.kernels.layer_norm import layer_norm
-from liger_trainer.kernels.rms_norm import rms_norm
-from liger_trainer.kernels.shared import norm, norm_tiles
 from numerics import as_dtype, assert_no_worse_than_torch, random_rows
 
 from liger_trainer.kernels import add_rms_norm as add_rms_norm_module
 from liger_trainer.kernels import layer_norm as layer_norm_module
 from liger_trainer.kernels import reference
 from liger_trainer.kernels import rms_norm as rms_norm_module
+from liger_trainer.kernels.add_rms_norm import add_rms_norm
+from liger_trainer.kernels.layer_norm import layer_norm
+from liger_trainer.kernels.rms_norm import rms_norm
+from liger_trainer.kernels.shared import norm, norm_tiles
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

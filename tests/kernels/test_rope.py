@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from liger_trainer.kernels.rope import rope
 from numerics import as_dtype, assert_no_worse_than_torch
 
 from liger_trainer.kernels import reference
 from liger_trainer.kernels import rope as rope_module
+from liger_trainer.kernels.rope import rope
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

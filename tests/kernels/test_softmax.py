@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from liger_trainer.kernels.softmax import softmax
 from numerics import as_dtype, assert_no_worse_than_torch, random_rows
 
 from liger_trainer.kernels import reference
 from liger_trainer.kernels import softmax as module
+from liger_trainer.kernels.softmax import softmax
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

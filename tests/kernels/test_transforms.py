@@ -5,6 +5,9 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
+
+from liger_trainer.kernels import reference
 from liger_trainer.kernels.add_rms_norm import add_rms_norm
 from liger_trainer.kernels.clamped_swiglu import clamped_swiglu
 from liger_trainer.kernels.cross_entropy import cross_entropy
@@ -19,9 +22,6 @@ from liger_trainer.kernels.rope import rope
 from liger_trainer.kernels.runtime.autograd import differentiate
 from liger_trainer.kernels.softmax import softmax
 from liger_trainer.kernels.swiglu import swiglu
-from torch.autograd import forward_ad
-
-from liger_trainer.kernels import reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WIDTH = 6

@@ -8,7 +8,6 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
-from liger_trainer.kernels.runtime import launch
 from loss_inputs import assert_same, log_probs_of, make_batch, reference_of
 from trl import DPOTrainer, GRPOTrainer, KTOTrainer
 from trl.experimental.cpo import CPOTrainer
@@ -16,6 +15,7 @@ from trl.experimental.gkd import GKDTrainer
 from trl.experimental.orpo import ORPOTrainer
 
 from liger_trainer.kernels import reference
+from liger_trainer.kernels.runtime import launch
 from liger_trainer.losses import cpo_loss, distillation_loss, dpo_loss, grpo_loss, kto_loss, orpo_loss, simpo_loss
 from liger_trainer.losses.dpo import LOSS_TYPES, SMOOTHED
 from liger_trainer.losses.grpo import LOSS_TYPES as POLICY_LOSS_TYPES

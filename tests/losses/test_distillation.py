@@ -5,11 +5,11 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from liger_trainer.kernels.runtime import launch
 from loss_inputs import VOCAB, assert_same, gradcheck, make_batch
 from numerics import as_dtype, assert_no_worse_than_torch
 
 from liger_trainer.kernels import reference
+from liger_trainer.kernels.runtime import launch
 from liger_trainer.losses import chunked, distillation_loss
 from liger_trainer.losses.divergences import DIVERGENCES
 

@@ -5,9 +5,9 @@ from functools import partial
 
 import pytest
 import torch
-from liger_trainer.kernels.runtime import launch
 from loss_inputs import assert_same, gradcheck, log_probs_of, make_batch, reference_of
 
+from liger_trainer.kernels.runtime import launch
 from liger_trainer.losses import grpo_loss
 from liger_trainer.losses.grpo import KL_TYPES, LOSS_TYPES
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from liger_trainer.kernels.runtime import launch
 from torch import nn
 
+from liger_trainer.kernels.runtime import launch
 from liger_trainer.nn import LigerCrossEntropyLoss, LigerLinearCrossEntropyLoss
 
 CLASSES, WIDTH = 11, 6

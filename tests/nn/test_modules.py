@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from liger_trainer.kernels.runtime import launch
 from numerics import assert_no_worse_than_torch
 from torch import nn
 from transformers import GemmaConfig, LlamaConfig
 from transformers.models.gemma.modeling_gemma import GemmaMLP, GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
+from liger_trainer.kernels.runtime import launch
 from liger_trainer.nn import LigerGEGLUMLP, LigerLayerNorm, LigerRMSNorm, LigerSwiGLUMLP
 
 WIDTH = 24

@@ -5,12 +5,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from liger_trainer.kernels.gated_linear import gated_linear
 from tiny_models import assert_same_training, batch, loss_and_gradients, tiny_model
 from torch import nn
 
 from liger_trainer import LigerConfig, apply_liger
 from liger_trainer.kernels import reference
+from liger_trainer.kernels.gated_linear import gated_linear
 from liger_trainer.probing.rule import Skip
 from liger_trainer.rules import glu as gated
 

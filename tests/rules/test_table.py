@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import pytest
-from liger_trainer.kernels.linear_loss.options import MEMORY_FIELDS
 
 from liger_trainer import LigerConfig
 from liger_trainer.config import KINDS
+from liger_trainer.kernels.linear_loss.options import MEMORY_FIELDS
 from liger_trainer.rules import PER_BATCH, RULES
 
 TESTS = Path(__file__).parent

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import torch
 from accelerate.state import DistributedType, PartialState
-from liger_trainer.kernels.runtime import launch
 from ranks.cases import SETTINGS, Recorder, engine_of, valid_labels
 from ranks.worker import init_deepspeed, leave, reset, settings
 from training import Rows, arguments, losses
 from transformers import Trainer
 
 from liger_trainer import MedusaModel
+from liger_trainer.kernels.runtime import launch
 from liger_trainer.patching import patch_state
 
 VARIANTS = ("fp32", "bf16", "checkpointed")  # the last in fp32, with activation checkpointing by the engine

@@ -14,9 +14,10 @@ from typing import NoReturn
 
 import torch
 from accelerate.state import AcceleratorState, GradientState
-from liger_trainer.kernels.runtime import launch
 from ranks import checks
 from ranks.cases import Case, resume, run
+
+from liger_trainer.kernels.runtime import launch
 
 torch.set_num_threads(1)
 ZERO2 = {"stage": 2}
