@@ -237,3 +237,30 @@ def test_wrong_arguments(options, message, top):
     teacher = top_of(batch, 2) if top else teacher_of(batch)
     with pytest.raises(ValueError, match=message):
         distillation_loss(*batch.args, **teacher | options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", reference.DIVERGENCES)
+def test_on_a_gpu_in_bf16_without_logits(kind):
+    vocab, tokens = 128256, 2048
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def draw(*shape, scale=1.0):
+        return (torch.randn(shape, device="cuda", generator=generator) * scale).bfloat16()
+
+    hidden, weight = draw(2, tokens // 2, 64).requires_grad_(), draw(vocab, 64, scale=0.2).requires_grad_()
+    teacher = {"teacher_hidden": draw(2, tokens // 2, 128), "teacher_weight": draw(vocab, 128, scale=0.2)}
+    labels = torch.randint(0, vocab, (2, tokens // 2), device="cuda", generator=generator)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    loss = distillation_loss(hidden, weight, labels, **teacher, divergence=kind, hard_weight=0.5, logits_budget_mib=64)
+    grads = torch.autograd.grad(loss, [hidden, weight])
+    assert torch.cuda.max_memory_allocated() - before < tokens * vocab * 2 / 2  # half of bf16 logits
+    rows = slice(0, 8)  # whose gradients do not depend on the others
+    x = hidden[0, rows].detach().double().requires_grad_()
+    student = F.linear(x, weight.detach().double())
+    target = F.linear(teacher["teacher_hidden"][0, rows].double(), teacher["teacher_weight"].double())
+    exact = reference.divergence(student, target, kind=kind, reduction="sum")
+    exact = exact + 0.5 * F.cross_entropy(student, labels[0, rows], reduction="sum")
+    (exact_grad,) = torch.autograd.grad(exact / tokens, x)
+    assert (grads[0][0, rows].double() - exact_grad).norm() < 0.02 * exact_grad.norm()

@@ -390,3 +390,17 @@ def test_wrong_shapes_and_unknown_options():
     with pytest.raises(TypeError, match="unexpected keyword argument"):
         simpo_loss(*batch.args, gama=1.0)
     assert math.isfinite(simpo_loss(*batch.args, temperature=0.7, softcap=5.0, logit_scale=2.0).detach())
+
+
+@pytest.mark.gpu
+def test_no_logits_on_a_gpu():
+    vocab, width = 128256, 64
+    hidden, ref_hidden = (torch.randn(4, 512, width, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    weight = torch.randn(vocab, width, device="cuda", dtype=torch.bfloat16).requires_grad_()
+    labels = torch.randint(0, vocab, (4, 512), device="cuda")
+    hidden.requires_grad_()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    options = {"ref_hidden": ref_hidden, "ref_weight": weight.detach(), "logits_budget_mib": 64}
+    dpo_loss(hidden, weight, labels, **options).backward()
+    assert torch.cuda.max_memory_allocated() - before < labels.numel() * vocab * 2 / 2  # half of bf16 logits
