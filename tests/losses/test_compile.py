@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from liger_trainer.kernels.runtime import launch
 from loss_inputs import make_batch
 
+from liger_trainer.kernels.runtime import launch
 from liger_trainer.losses import distillation_loss, dpo_loss, grpo_loss
 
 

@@ -240,7 +240,8 @@ def test_every_trainer_un_pads_models_of_three_kinds(name, model_type, side, tmp
     for expected, actual in zip(*(r.state.log_history[:-1] for r in runs), strict=True):
         assert set(SAME_METRICS[name]) & expected.keys()
         for metric in expected.keys() & set(SAME_METRICS[name]):
-            assert actual[metric] == pytest.approx(expected[metric], rel=2e-5, abs=1e-6), metric
+            # Some are differences of log-probabilities of whole texts, which are about 50.
+            assert actual[metric] == pytest.approx(expected[metric], rel=2e-5, abs=5e-6), metric
     assert patch_state(runs[1].model).report.ran["unpad"] >= 3  # a batch may have hardly any padding
 
 

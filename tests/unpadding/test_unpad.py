@@ -3,6 +3,7 @@
 import copy
 
 import pytest
+import survey
 import torch
 from peft import LoraConfig, get_peft_model
 from tiny_models import (
@@ -368,9 +369,7 @@ def test_trainer_runs_of_25_architectures(model_type, side, tmp_path, totals):
 def zoo_model(model_type):
     if model_type in MODEL_TYPES:
         return tiny_model(model_type)
-    from benchmarks.models import tiny_model as survey_model
-
-    return survey_model(model_type)
+    return survey.tiny_model(model_type)
 
 
 def ragged(side, model_type):
