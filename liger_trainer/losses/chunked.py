@@ -8,7 +8,7 @@ of the student's head and two of the teacher's. Saved: the inputs.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -75,7 +75,7 @@ def _token_losses(
     """``(divergence, cross-entropy or zeros)``, ``[n]`` each, of logits ``[n, V]`` of student and teacher."""
     transform = {"logit_scale": options.logit_scale, "softcap": options.softcap}
     if options.hard:
-        hard = cross_entropy(logits, labels, reduction="none", **transform)
+        hard = cast(Tensor, cross_entropy(logits, labels, reduction="none", **transform))
     else:
         hard = logits.new_zeros(labels.shape, dtype=torch.promote_types(logits.dtype, torch.float32))
     if isinstance(teacher, TopTokens):
