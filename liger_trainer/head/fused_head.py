@@ -240,7 +240,9 @@ def check_weights(model: nn.Module, linear: nn.Module) -> None:
 def has_hooks_on_logits(model: PreTrainedModel, head: nn.Module) -> bool:
     """Whether something other than an engine looks at the output of ``head``, or of PEFT's wrapper around it."""
     outermost = model.get_output_embeddings()
-    return has_hooks_on_outputs(head) or (outermost is not head and has_hooks_on_outputs(outermost))
+    return has_hooks_on_outputs(head) or (
+        outermost is not None and outermost is not head and has_hooks_on_outputs(outermost)
+    )
 
 
 def check_loss_function(model: PreTrainedModel) -> None:
