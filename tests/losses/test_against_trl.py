@@ -15,17 +15,11 @@ from trl.experimental.gkd import GKDTrainer
 from trl.experimental.orpo import ORPOTrainer
 
 from liger_trainer.kernels import reference
-from liger_trainer.kernels.runtime import launch
 from liger_trainer.losses import cpo_loss, distillation_loss, dpo_loss, grpo_loss, kto_loss, orpo_loss, simpo_loss
 from liger_trainer.losses.dpo import LOSS_TYPES, SMOOTHED
 from liger_trainer.losses.grpo import LOSS_TYPES as POLICY_LOSS_TYPES
 
 BETA = 0.3
-
-
-@pytest.fixture(autouse=True)
-def plain_definitions(monkeypatch):
-    monkeypatch.setattr(launch, "INTERPRET", False)
 
 
 def trainer(**settings):

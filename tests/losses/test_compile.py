@@ -4,13 +4,7 @@ import pytest
 import torch
 from loss_inputs import make_batch
 
-from liger_trainer.kernels.runtime import launch
 from liger_trainer.losses import distillation_loss, dpo_loss, grpo_loss
-
-
-@pytest.fixture(autouse=True)
-def plain_definitions(monkeypatch):
-    monkeypatch.setattr(launch, "INTERPRET", False)
 
 
 def preferences(batch):

@@ -9,17 +9,10 @@ from loss_inputs import VOCAB, assert_same, gradcheck, make_batch
 from numerics import as_dtype, assert_no_worse_than_torch
 
 from liger_trainer.kernels import reference
-from liger_trainer.kernels.runtime import launch
 from liger_trainer.losses import chunked, distillation_loss
 from liger_trainer.losses.divergences import DIVERGENCES
 
 TINY_BUDGET = 3 * 16 * 40 / 2**20  # three of the twelve tokens
-
-
-@pytest.fixture(autouse=True)
-def plain_definitions(request, monkeypatch):
-    if "triton" not in request.keywords:
-        monkeypatch.setattr(launch, "INTERPRET", False)
 
 
 def teacher_of(batch):

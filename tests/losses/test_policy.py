@@ -7,17 +7,11 @@ import pytest
 import torch
 from loss_inputs import assert_same, gradcheck, log_probs_of, make_batch, reference_of
 
-from liger_trainer.kernels.runtime import launch
 from liger_trainer.losses import grpo_loss
 from liger_trainer.losses.grpo import KL_TYPES, LOSS_TYPES
 
 ADVANTAGES = torch.tensor([1.2, -0.7, 0.4, -1.5])
 LOW, HIGH = 0.2, 0.3
-
-
-@pytest.fixture(autouse=True)
-def plain_definitions(monkeypatch):
-    monkeypatch.setattr(launch, "INTERPRET", False)
 
 
 def old_log_probs(batch):

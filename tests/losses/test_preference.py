@@ -7,17 +7,10 @@ import pytest
 import torch
 from loss_inputs import assert_same, gradcheck, log_probs_of, make_batch, reference_of
 
-from liger_trainer.kernels.runtime import launch
 from liger_trainer.losses import cpo_loss, dpo_loss, kto_loss, kto_reference_point, orpo_loss, simpo_loss
 from liger_trainer.losses.dpo import F_DIVERGENCES, LOSS_TYPES, OF_AVERAGES, OF_DIFFERENCE, SMOOTHED
 
 BETA, EPSILON = 0.3, 0.1
-
-
-@pytest.fixture(autouse=True)
-def plain_definitions(request, monkeypatch):
-    if "triton" not in request.keywords:
-        monkeypatch.setattr(launch, "INTERPRET", False)
 
 
 def sigma(x):

@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch import nn
 
-from liger_trainer.kernels.runtime import launch
 from liger_trainer.nn import LigerCrossEntropyLoss, LigerLinearCrossEntropyLoss
 
 CLASSES, WIDTH = 11, 6
@@ -16,12 +15,6 @@ OPTIONS = [
     {"reduction": "none", "weight": WEIGHT},
     {"weight": WEIGHT, "ignore_index": 3},
 ]
-
-
-@pytest.fixture(autouse=True)
-def plain_definitions(request, monkeypatch):
-    if "triton" not in request.keywords:
-        monkeypatch.setattr(launch, "INTERPRET", False)
 
 
 def make(shape, ignore_index=-100):
