@@ -164,5 +164,5 @@ READERS: dict[str, Callable[[Tensor], Any]] = {
     "gradient": lambda x: x.requires_grad,
     "data": lambda x: x.data.clone(),
     "dlpack": _dlpack,
-    "half": lambda x: x.to(torch.float16).float(),
+    "double": lambda x: x.to(torch.float64),
 }
