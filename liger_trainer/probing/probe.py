@@ -14,12 +14,19 @@ from torch import Tensor, nn
 
 # Largest error, relative to the largest value, at which two results count as the same computation.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
+# Packages of whose modules it is known how they use masks and padding.
+PACKAGES = {"builtins", "abc", "typing", "torch", "transformers", "peft"}
 _PLAIN = (int, float, str, tuple, list, dict, type(None), torch.dtype, torch.Size)
 
 
 def generator() -> torch.Generator:
     """The probes' own random numbers. The process-wide generator, which training uses, stays as it is."""
     return torch.Generator().manual_seed(0x11)
+
+
+def is_known(cls: type) -> bool:
+    """Whether the class and its bases are of packages whose use of masks and padding is known."""
+    return all(base.__module__.partition(".")[0] in PACKAGES for base in cls.__mro__)
 
 
 def full_shape(parameter: Tensor) -> torch.Size:

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from ..config import LigerConfig
 from ..head.fused_head import check_loss_function
 from ..kernels.reference import IGNORE_INDEX
+from ..probing.probe import is_known
 from ..probing.rebinding import forward_function
 from ..probing.rule import Acted, Match, Rule, Skip
 from ..unpadding.stack import cannot_be_read
@@ -32,7 +33,6 @@ HARMLESS_ARGUMENTS = {
 HIDDEN_STATES = ("output_hidden_states", "output_attentions")
 DENSE_MASKS = ("sdpa", "eager")  # implementations for which a mask only costs time; others use it to skip padding
 NOT_CAUSAL = "not all of its attention says that it is causal"
-PACKAGES = {"builtins", "abc", "typing", "torch", "transformers", "peft"}  # whose modules are known
 
 
 def matches(model: nn.Module) -> bool:
@@ -45,7 +45,7 @@ def probe(model: nn.Module, config: LigerConfig) -> Match:
     if not isinstance(model, PreTrainedModel):
         raise Skip("it is not a transformers model, so it is not known what else it does with a mask")
     for module in model.modules():
-        if not isinstance(module, nn.Linear) and not _is_known(type(module)):
+        if not isinstance(module, nn.Linear) and not is_known(type(module)):
             raise Skip(f"it is not known what {type(module).__name__} does with a mask")
     if model.config.is_encoder_decoder or not _attentions(model):
         raise Skip(NOT_CAUSAL)
@@ -82,10 +82,6 @@ def _noted(acted: Acted, module: PreTrainedModel, args: tuple, kwargs: dict[str,
     if drops:
         acted.note()
     return drops
-
-
-def _is_known(cls: type) -> bool:
-    return all(base.__module__.partition(".")[0] in PACKAGES for base in cls.__mro__)
 
 
 def _attentions(model: nn.Module) -> list[nn.Module]:

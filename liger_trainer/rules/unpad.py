@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from ..config import LigerConfig
 from ..probing.attention_table import AttentionTable, attention_tables
+from ..probing.probe import is_known
 from ..probing.rebinding import ModuleRef, forward_function
 from ..probing.rule import Acted, Match, Rule, Skip
 from ..unpadding.attention import change
@@ -71,6 +72,10 @@ def probe(model: nn.Module, config: LigerConfig) -> Match:
         raise Skip("its decoder sees the tokens of an encoder, whose padding is another one")
     if not _takes(stack, "position_ids"):
         raise Skip(f"{type(stack).__name__} takes no position_ids, so it places tokens by their column")
+    inside = {*stack.modules()}
+    for module in model.modules():
+        if module not in inside and not isinstance(module, nn.Linear) and not is_known(type(module)):
+            raise Skip(f"it is not known what {type(module).__name__} reads at padding")
     tables = [(module, found) for module in stack.modules() if (found := attention_tables(module))]
     mixers = list(_mixers(stack))
     if not tables and not mixers:

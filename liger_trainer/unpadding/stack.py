@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.utils.import_utils import is_tracing
 
+from ..head.fused_head import fused_head_of
 from ..head.per_thread import PerThread, Reading, reading
 from ..kernels.reference import IGNORE_INDEX
 from ..probing.hooks import is_of_engine
@@ -127,7 +128,7 @@ class UnpaddedStack:
         All processes then check together, because sharded weights are gathered by all.
         """
         unset = (given.get(name) is None or given[name] is False for name in _ORDINARY)
-        if not all(unset) or stack.config.output_attentions:
+        if not all(unset) or stack.config.output_attentions or self._loss_is_foreign():
             return False
         structure = _structure(stack)
         if structure is None:
@@ -138,6 +139,12 @@ class UnpaddedStack:
             if self.verdict.reason is not None:
                 self.acted.refuse(self.verdict.reason)
         return self.verdict.reason is None
+
+    def _loss_is_foreign(self) -> bool:
+        """Whether the model's loss function is the user's, which may read logits at padding."""
+        function = getattr(self.core(), "loss_function", None)
+        known = function is None or fused_head_of(function) is not None
+        return not known and not (getattr(function, "__module__", None) or "").startswith("transformers.")
 
     def _read(self, mask: Tensor, given: dict[str, Any], stack: Any) -> RowLengths | None:
         """The rows of the batch; ``None`` if the hidden states of padding are needed."""

@@ -17,7 +17,7 @@ from tiny_models import (
 )
 from torch import nn
 from training import Rows, assert_same_run, train
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, LlamaForCausalLM
 
 from liger_trainer import apply_liger, revert_liger
 from liger_trainer.medusa.heads import MedusaConfig
@@ -285,6 +285,33 @@ def test_a_change_of_the_model_is_checked_again(change, totals):
     revert_liger(model)
     assert_same_training(loss_and_gradients(model, inputs), ours)
     assert len(totals) == 1 + (change is not_causal)
+
+
+class Penalised(LlamaForCausalLM):
+    """A user's model, whose loss has a term of all logits."""
+
+    def forward(self, labels=None, **kwargs):
+        out = super().forward(labels=labels, **kwargs)
+        out.loss = out.loss + 0.1 * out.logits.float().logsumexp(-1).square().mean()
+        return out
+
+
+@pytest.mark.parametrize("reader", ["class", "loss function"])
+def test_code_of_the_user_that_reads_logits_at_padding(reader, totals):
+    """Both were patched for un-padding once, and then read zeros at padding."""
+    model, inputs = sdpa_model(), padded_batch(SIDES["right"])
+    if reader == "class":
+        model.__class__ = Penalised
+    report = apply_liger(model)
+    if reader == "loss function":
+        model.loss_function = lambda logits, labels, **kwargs: logits.float().square().mean()
+    assert ("unpad" in report.counts) == (reader == "loss function")
+    ours = loss_and_gradients(model, inputs)
+    revert_liger(model)
+    if reader == "loss function":
+        model.loss_function = lambda logits, labels, **kwargs: logits.float().square().mean()
+    assert_same_training(loss_and_gradients(model, inputs), ours)
+    assert not totals
 
 
 def test_hooks_inside_of_the_stack_see_the_batch(totals):
