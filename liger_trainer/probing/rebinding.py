@@ -140,27 +140,41 @@ def rebind(function: Callable, replaced: Mapping[str, Any]) -> types.FunctionTyp
     Raises:
         Skip: A wrapper does not hold the function it wraps in its closure.
     """
-    assert isinstance(function, types.FunctionType), function
-    inner = getattr(function, "__wrapped__", None)
-    closure = function.__closure__
-    copied = None
-    if inner is None:
-        namespace = {**function.__globals__, **replaced}
+
+    def with_globals(inner: types.FunctionType) -> types.FunctionType:
+        namespace = {**inner.__globals__, **replaced}
         # torch.compile looks a name up in the module named here, which has the original, or else in these globals.
         namespace.pop("__name__", None)
-    else:
-        copied = rebind(inner, replaced)
-        cells = closure or ()
-        holds = [cell.cell_contents is inner for cell in cells]
-        if not any(holds):
-            raise Skip(
-                f"its forward is wrapped by {function.__qualname__}, which cannot be rebuilt around another function"
-            )
-        closure = tuple(types.CellType(copied) if held else cell for cell, held in zip(cells, holds, strict=True))
-        namespace = function.__globals__
-    copy = types.FunctionType(function.__code__, namespace, function.__name__, function.__defaults__, closure)
-    copy.__kwdefaults__, copy.__module__ = function.__kwdefaults__, function.__module__
-    copy.__dict__.update(function.__dict__)
-    if copied is not None:
-        copy.__dict__["__wrapped__"] = copied
-    return copy
+        return _copy(inner, namespace, inner.__closure__)
+
+    return replace_innermost(function, with_globals)
+
+
+def replace_innermost(function: Callable, replace: Callable[[types.FunctionType], Callable]) -> Any:
+    """A copy of ``function`` with ``replace(inner)`` for the function inside its ``functools.wraps`` layers.
+
+    Raises:
+        Skip: A wrapper does not hold the function it wraps in its closure.
+    """
+    assert isinstance(function, types.FunctionType), function
+    inner = getattr(function, "__wrapped__", None)
+    if inner is None:
+        return replace(function)
+    replaced = replace_innermost(inner, replace)
+    cells = function.__closure__ or ()
+    holds = [cell.cell_contents is inner for cell in cells]
+    if not any(holds):
+        raise Skip(
+            f"its forward is wrapped by {function.__qualname__}, which cannot be rebuilt around another function"
+        )
+    closure = tuple(types.CellType(replaced) if held else cell for cell, held in zip(cells, holds, strict=True))
+    copied = _copy(function, function.__globals__, closure)
+    copied.__dict__["__wrapped__"] = replaced
+    return copied
+
+
+def _copy(function: types.FunctionType, namespace: dict[str, Any], closure: Any) -> types.FunctionType:
+    copied = types.FunctionType(function.__code__, namespace, function.__name__, function.__defaults__, closure)
+    copied.__kwdefaults__, copied.__module__ = function.__kwdefaults__, function.__module__
+    copied.__dict__.update(function.__dict__)
+    return copied

@@ -15,19 +15,26 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..head.per_thread import PerThread
+from ..probing.rebinding import replace_innermost
 from .attention import rows_mask
 from .layout import Rows, is_bounds, rows_of
 
-_BOUNDS = WeakTensorKeyDictionary()  # the boundaries of the rows, by the position ids of a running forward
+# The boundaries of the rows, by the storage of the position ids. A model may hand its layers a view of the ids, and
+# checkpointing then keeps nothing but the view until backward.
+_BOUNDS: dict[int, tuple[StorageWeakRef, Tensor]] = {}
 _LAYER = PerThread()  # the boundaries of the layer that a thread runs
 
 
 def remember_bounds(position_ids: Tensor, bounds: Tensor) -> None:
     """Let layers find ``bounds`` as long as ``position_ids`` or a view of it exists."""
-    _BOUNDS[position_ids] = bounds
+    for key, (storage, _) in [*_BOUNDS.items()]:
+        if storage.expired():
+            _BOUNDS.pop(key, None)
+    storage = StorageWeakRef(position_ids.untyped_storage())
+    _BOUNDS[storage.cdata] = storage, bounds
 
 
 @dataclass
@@ -89,8 +96,11 @@ def _unpadded(rows: Rows, part: Any) -> Any:
 
 
 def wrap_layer(original: Callable) -> Callable:
-    """The forward of a layer, which tells the mixers in it the row boundaries."""
-    return functools.partial(_layer_forward, original)
+    """The forward of a layer, which tells the mixers in it the row boundaries.
+
+    transformers checkpoints inside of a layer's forward, so the innermost function is wrapped, which is recomputed.
+    """
+    return replace_innermost(original, lambda inner: functools.partial(_layer_forward, inner))
 
 
 def _layer_forward(original: Callable, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -107,17 +117,12 @@ def _find_bounds(values: tuple) -> Tensor | None:
     for value in values:
         if is_bounds(value):
             return value
-    for positions, bounds in _BOUNDS.items():
-        for value in values:
-            if torch.is_tensor(value) and _is_view(value, positions):
+    for value in values:
+        if torch.is_tensor(value) and value.dtype == torch.int64:
+            storage, bounds = _BOUNDS.get(value.untyped_storage()._cdata, (None, None))
+            if storage is not None and not storage.expired():
                 return bounds
     return None
-
-
-def _is_view(value: Tensor, positions: Tensor) -> bool:
-    if value.dtype != positions.dtype or value.device != positions.device:
-        return False
-    return value.untyped_storage().data_ptr() == positions.untyped_storage().data_ptr()
 
 
 def layers_of(stack: nn.Module, mixers: list[nn.Module]) -> Iterator[nn.Module]:

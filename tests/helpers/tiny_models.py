@@ -72,6 +72,14 @@ def batch(rows: int = 2, tokens: int = 11, seed: int = 1, ignored: float = 0.3) 
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
 
+# Ways to write padding into the mask of ``padded_batch``.
+SIDES = {
+    "right": lambda mask: mask[1, -6:].zero_(),
+    "left": lambda mask: mask[1, :6].zero_(),
+    "both": lambda mask: (mask[1, :3].zero_(), mask[0, -4:].zero_()),
+}
+
+
 def padded_batch(pad) -> dict[str, torch.Tensor]:
     """A batch with the padding that ``pad(mask)`` writes into its mask; padding has no labels."""
     inputs = batch()

@@ -8,6 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from tiny_models import (
     MODEL_TYPES,
+    SIDES,
     assert_same_training,
     loss_and_gradients,
     padded_batch,
@@ -24,40 +25,16 @@ from liger_trainer.medusa.heads import MedusaConfig
 from liger_trainer.medusa.model import MedusaModel
 from liger_trainer.patching import patch_state
 from liger_trainer.rules.unpad import unpadded_stack
-from liger_trainer.unpadding import stack as stack_file
 
 ALONE = {
     **dict.fromkeys(("rms_norm", "layer_norm", "rope", "glu", "attention", "fused_loss"), False), "padding_mask": False
 }  # fmt: skip
-SIDES = {
-    "right": lambda mask: mask[1, -6:].zero_(),
-    "left": lambda mask: mask[1, :6].zero_(),
-    "both": lambda mask: (mask[1, :3].zero_(), mask[0, -4:].zero_()),
-}
 OWN_ATTENTION = {"gptj", "codegen", "gemma2", "cohere", "gpt_oss"}  # no SDPA
 FURTHER = ("lfm2", "bamba", "gpt_oss", "glm4_moe_lite", "qwen3_next", "falcon")  # of the survey's models
 
 
 def model_of(model_type, **overrides):
     return (tiny_model if model_type in OWN_ATTENTION else sdpa_model)(model_type, **overrides)
-
-
-@pytest.fixture
-def totals(monkeypatch):
-    """``(tokens that the stack got, real tokens)`` of each batch that ran un-padded; the check's are left out."""
-    seen = []
-    run_unpadded = stack_file.run_unpadded
-
-    def spy(original, stack, given, layout, positions):
-        def counted(*args, **kwargs):
-            inputs = kwargs.get("input_ids")
-            seen.append(((kwargs["inputs_embeds"] if inputs is None else inputs).shape[1], layout.real))
-            return original(*args, **kwargs)
-
-        return run_unpadded(counted, stack, given, layout, positions)
-
-    monkeypatch.setattr(stack_file, "run_unpadded", spy)
-    return seen
 
 
 def assert_unpadded(totals, times, rows=2):
@@ -203,12 +180,12 @@ def test_medusa_heads_predict_from_further_before_a_row(stage, totals):
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-@pytest.mark.parametrize("model_type", ["llama", "gptj"])
+@pytest.mark.parametrize("model_type", ["llama", "gptj", "bamba", "jamba"])
 def test_activation_checkpointing(model_type, reentrant, totals):
     inputs = padded_batch(SIDES["left"])
     results = []
     for patched in (False, True):
-        model = model_of(model_type)
+        model = model_of(model_type) if model_type in MODEL_TYPES else zoo_model(model_type)
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         model.enable_input_require_grads()
         if patched:
