@@ -17,12 +17,11 @@ from ..probing.attention_table import AttentionTable, attention_tables
 from ..probing.probe import is_known
 from ..probing.rebinding import ModuleRef, forward_function
 from ..probing.rule import Acted, Match, Rule, Skip
-from ..unpadding.attention import change
+from ..unpadding.attention import IMPLEMENTATIONS, change
 from ..unpadding.mixers import layers_of, wrap_layer
-from ..unpadding.stack import UnpaddedStack
+from ..unpadding.stack import Pooling, UnpaddedStack
 
 VARIANT = "padded batches run as one row"
-IMPLEMENTATIONS = ("sdpa", "eager")  # whose functions take padded rows, a mask and nothing else about places
 
 
 def matches(model: nn.Module) -> bool:
@@ -57,6 +56,15 @@ def _takes(module: nn.Module, name: str) -> bool:
     return function is not None and name in inspect.signature(function).parameters
 
 
+def _pooling(model: nn.Module) -> Pooling | None:
+    """Which hidden states a sequence classifier reads: those of last tokens if it looks for the id of padding."""
+    if not any(cls.__name__.endswith("ForSequenceClassification") for cls in type(model).__mro__):
+        return None
+    function = forward_function(model)
+    finds_last = function is not None and "pad_token_id" in function.__code__.co_names
+    return Pooling.LAST if finds_last else Pooling.FIRST_OR_ALL
+
+
 def stack_name(model: nn.Module) -> str:
     """Name of the decoder stack in ``model``."""
     stack = _stack(model)
@@ -70,6 +78,8 @@ def probe(model: nn.Module, config: LigerConfig) -> Match:
         raise Skip("it is not a transformers model with a decoder")
     if model.config.is_encoder_decoder:
         raise Skip("its decoder sees the tokens of an encoder, whose padding is another one")
+    if _takes(model, "start_positions"):
+        raise Skip("it chooses an answer among all places of a row, and padding has a score as well")
     if not _takes(stack, "position_ids"):
         raise Skip(f"{type(stack).__name__} takes no position_ids, so it places tokens by their column")
     inside = {*stack.modules()}
@@ -84,8 +94,7 @@ def probe(model: nn.Module, config: LigerConfig) -> Match:
     if implementation not in IMPLEMENTATIONS:
         raise Skip(f"its attn_implementation is {implementation}; must be {' or '.join(IMPLEMENTATIONS)}")
     acted = Acted()
-    pools = any(cls.__name__.endswith("ForSequenceClassification") for cls in type(model).__mro__)
-    unpadded = UnpaddedStack(ModuleRef(model), acted, pools)
+    unpadded = UnpaddedStack(ModuleRef(model), acted, _pooling(model))
     views: dict[int, AttentionTable] = {}
     return Match(
         "unpad",

@@ -23,6 +23,7 @@ _PLACED = ("position_bias", "cache", "indices", "block_indices")
 _DENSE_ONLY = {"softcap", "s_aux", "sinks"}  # arguments that flash attention does not know
 MAX_HEAD_DIM = 256
 INT32 = 2**31
+IMPLEMENTATIONS = ("sdpa", "eager")  # whose functions take padded rows, a mask and nothing else about places
 
 
 _TOLD = PerThread()

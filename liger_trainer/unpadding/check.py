@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from ..probing.probe import difference
 from ..probing.rule import Skip, errors_skip, unnoted
@@ -22,12 +23,13 @@ COLUMNS = 12
 ROWS = ((0, 9), (0, 5), (5, 7), (0, 12))
 LEFT = 2  # the row that is padded on the left
 CHANGED = 1  # the row whose tokens change while the others must stay
-# Largest error of the un-padded hidden states relative to the largest value, by the size of the dtype in bytes.
+# Largest error of the un-padded hidden states relative to the largest value, by the size in bytes of the dtype that is
+# computed with.
 TOLERANCE = {8: 1e-6, 4: 1e-4, 2: 5e-2}
 # How far other rows may move if one row's tokens change: kernels that group tokens by expert may round differently.
+LEAK = {8: 1e-12, 4: 1e-6, 2: 1e-2}
 # Settings of windows other than sliding ones.
 _WINDOWS = ("attention_chunk_size", "window_size", "local_attention", "attention_window")
-LEAK = {8: 1e-12, 4: 1e-6, 2: 1e-2}
 
 
 @dataclass(frozen=True)
@@ -66,12 +68,14 @@ def check(original: Callable, stack: nn.Module, given: dict[str, Any], mixers: M
         with errors_skip(), torch.no_grad(), unnoted(), _undisturbed(stack):
             rows = _short_rows(given)
             layout = layout_of(lengths, rows["attention_mask"].device)
-            padded = _states(original(stack, **rows))
-            size = padded.element_size()
+            output = original(stack, **rows)
+            padded = _states(output)
             form = _agreeing_form(original, stack, rows, layout, padded, mixers)
+            if _shapes(form.output) != _shapes(output):
+                raise Skip("it returns more than a state of each token, such as one of each row")
             changed = _states(run_unpadded(original, stack, _with_another_row(rows), layout, form.positions))
             others = [i for i in range(len(ROWS)) if i != CHANGED]
-            if difference(changed[others], form.states[others]) > LEAK[size]:
+            if difference(changed[others], form.states[others]) > LEAK[_precision(padded)]:
                 raise Skip("its rows see each other if they are joined: not only attention mixes its tokens")
     except Skip as skip:
         return Verdict(str(skip))
@@ -81,12 +85,16 @@ def check(original: Callable, stack: nn.Module, given: dict[str, Any], mixers: M
 
 @dataclass(frozen=True)
 class _Form:
-    """A way to run that agrees: its positions, hidden states, and the windows that attention was told."""
+    """A way to run that agrees: its positions, output, and the windows that attention was told."""
 
     positions: Positions
-    states: Tensor
+    output: Any
     windows: list[int | None]
     left: bool
+
+    @property
+    def states(self) -> Tensor:
+        return _states(self.output)
 
 
 def _agreeing_form(
@@ -105,16 +113,17 @@ def _agreeing_form(
         mixers.repad_attention, mixers.causal_mask = repad, causal
         try:
             with errors_skip(), windows_told() as windows:
-                states = _states(run_unpadded(original, stack, rows, layout, positions))
+                output = run_unpadded(original, stack, rows, layout, positions)
         except Skip as skip:
             reason = skip
             continue
+        states = _states(output)
         if not _agree(states, padded, real[~in_left_row]):
             continue
-        left = _agree(states, padded, real[in_left_row])
-        if left:
-            return _Form(positions, states, windows, left)
-        right_only = right_only or (_Form(positions, states, windows, left), repad, causal)
+        form = _Form(positions, output, windows, left=_agree(states, padded, real[in_left_row]))
+        if form.left:
+            return form
+        right_only = right_only or (form, repad, causal)
     if right_only is None:
         raise reason
     form, mixers.repad_attention, mixers.causal_mask = right_only
@@ -123,7 +132,25 @@ def _agreeing_form(
 
 def _agree(states: Tensor, padded: Tensor, places: Tensor) -> bool:
     flat = [tensor.flatten(0, 1).index_select(0, places) for tensor in (states, padded)]
-    return difference(*flat) <= TOLERANCE[padded.element_size()]
+    return difference(*flat) <= TOLERANCE[_precision(padded)]
+
+
+def _precision(states: Tensor) -> int:
+    """Size in bytes of the dtype that these hidden states were computed with. Under autocast they may be wider.
+
+    Products of TF32 round as coarsely as those of half precision.
+    """
+    device, size = states.device.type, states.element_size()
+    if torch.is_autocast_enabled(device):
+        size = min(size, torch.get_autocast_dtype(device).itemsize)
+    if device == "cuda" and size == 4 and torch.backends.cuda.matmul.allow_tf32:
+        return 2
+    return size
+
+
+def _shapes(output: Any) -> list[torch.Size]:
+    """Shapes of all tensors that a stack returns."""
+    return [value.shape for value in tree_leaves(output) if torch.is_tensor(value)]
 
 
 def _states(output: Any) -> Tensor:
@@ -136,8 +163,8 @@ def _short_rows(given: dict[str, Any]) -> dict[str, Any]:
     mask = given["attention_mask"]
     batch, tokens = mask.shape
     real = (mask != 0).flatten().nonzero().squeeze(1)
-    if not real.numel():
-        raise Skip("its first batch has no tokens")
+    if not real.numel():  # a batch of padding; what the tokens are matters little
+        real = torch.arange(batch * tokens, device=mask.device)
     count = len(ROWS) * COLUMNS
     places = real[torch.arange(count, device=mask.device) * 7 % real.numel()]
     columns = torch.arange(COLUMNS, device=mask.device)

@@ -1,7 +1,10 @@
 """The forward of a decoder stack that takes padded batches as one row of their real tokens."""
 
+import enum
 import functools
 import inspect
+import logging
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -17,10 +20,15 @@ from ..kernels.reference import IGNORE_INDEX
 from ..probing.hooks import is_of_engine
 from ..probing.rebinding import ModuleRef
 from ..probing.rule import Acted
+from .attention import IMPLEMENTATIONS
 from .check import UNCHECKED, Verdict, check
 from .layout import Layout, RowLengths, layout_of, read_mask
 from .mixers import Mixers
 from .run import run_unpadded, takes_all
+
+logger = logging.getLogger(__name__)
+
+_CHECKING = threading.RLock()
 
 # Filler brings the number of tokens to a multiple of this. On a GPU another divisibility compiles kernels anew.
 MULTIPLE = {"cuda": 128}
@@ -28,6 +36,13 @@ MULTIPLE = {"cuda": 128}
 PAYS_BELOW = 0.9
 # Arguments that would be wrong for a row, or whose outputs would be.
 _ORDINARY = ("past_key_values", "use_cache", "output_attentions", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
+
+
+class Pooling(enum.Enum):
+    """Which hidden states a model reads that needs one state of each row."""
+
+    LAST = "the last token's, which is found by its id, or is in the last column if there are no ids"
+    FIRST_OR_ALL = "the first column's, or all of the mask's"
 
 
 @dataclass
@@ -49,12 +64,12 @@ class UnpaddedStack:
     Args:
         core: The model that calls the stack.
         acted: Set when a batch ran un-padded; refuses when the check fails.
-        pools: Whether the model reads one hidden state of each row, in evaluation too.
+        pools: How the model makes one state of each row, in evaluation too; ``None``: it does not.
     """
 
     core: ModuleRef
     acted: Acted
-    pools: bool
+    pools: Pooling | None
     labels: PerThread = field(default_factory=PerThread)
     may_drop_mask: PerThread = field(default_factory=PerThread)  # asks the rule that drops masks
     mixers: Mixers = field(default_factory=Mixers)
@@ -62,6 +77,7 @@ class UnpaddedStack:
     verdict: Verdict = UNCHECKED
     structure: tuple = ()  # of the stack when it was checked
     removed: Removed = field(default_factory=Removed)
+    has_warned: bool = False  # that a hook keeps batches padded
 
     def before_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of ``core``: note the labels, because labels at padding need its hidden states."""
@@ -101,7 +117,7 @@ class UnpaddedStack:
 
     def forward(self, original: Callable, stack: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """The stack's forward: un-padded where that gives the same and pays, or else the ``original`` one."""
-        if torch.compiler.is_compiling() or not (self.core().training or self.pools or reading() is not None):
+        if torch.compiler.is_compiling() or not self._ignores_padding():
             return original(stack, *args, **kwargs)
         given = _by_name(original, args, kwargs)
         mask: Any = given.get("attention_mask")
@@ -130,14 +146,19 @@ class UnpaddedStack:
         unset = (given.get(name) is None or given[name] is False for name in _ORDINARY)
         if not all(unset) or stack.config.output_attentions or self._loss_is_foreign():
             return False
-        structure = _structure(stack)
-        if structure is None:
+        if stack.config._attn_implementation not in IMPLEMENTATIONS:
             return False
-        if self.structure != structure:
-            self.structure = structure
-            self.verdict = check(original, stack, given, self.mixers)
-            if self.verdict.reason is not None:
-                self.acted.refuse(self.verdict.reason)
+        hook = _foreign_hook(stack)
+        if hook is not None:
+            self._warn_of(hook)
+            return False
+        structure = _structure(stack)
+        with _CHECKING:  # another thread must not use the verdict before it is found
+            if self.structure != structure:
+                self.verdict = check(original, stack, given, self.mixers)
+                self.structure = structure
+                if self.verdict.reason is not None:
+                    self.acted.refuse(self.verdict.reason)
         return self.verdict.reason is None
 
     def _loss_is_foreign(self) -> bool:
@@ -146,15 +167,29 @@ class UnpaddedStack:
         known = function is None or fused_head_of(function) is not None
         return not known and not (getattr(function, "__module__", None) or "").startswith("transformers.")
 
+    def _warn_of(self, hook: Any) -> None:
+        if not self.has_warned:
+            name = getattr(hook, "__qualname__", type(hook).__name__)
+            logger.warning("liger_trainer: batches stay padded because the hook %s would see one row instead", name)
+            self.has_warned = True
+
+    def _ignores_padding(self) -> bool:
+        """Whether the hidden states of padding are not read in this forward, unless the labels say so."""
+        return self.core().training or self.pools is not None or reading() is not None
+
     def _read(self, mask: Tensor, given: dict[str, Any], stack: Any) -> RowLengths | None:
         """The rows of the batch; ``None`` if the hidden states of padding are needed."""
         self.removed.places += mask.numel()
         labels, ids, pad = self._reading().labels, given.get("input_ids"), stack.config.pad_token_id
-        if self.pools and ids is not None:  # a model that pools finds a row's last token by its id, not by the mask
+        if self.pools is Pooling.FIRST_OR_ALL:
+            labels = None
+        elif self.pools is Pooling.LAST:  # it does not look at the mask, so what it reads must not be padding
+            if ids is None:
+                return None
             labels = ids if pad is None else ids.masked_fill(ids == pad, IGNORE_INDEX)
-        if labels is not None and labels.dim() == 2 and labels.shape != mask.shape:
+        if labels is not None and labels.shape != mask.shape:  # not one label for each token
             return None
-        return read_mask(mask, labels if labels is not None and labels.dim() == 2 else None)
+        return read_mask(mask, labels)
 
     def _reading(self) -> Reading:
         known = reading()
@@ -169,14 +204,15 @@ class UnpaddedStack:
         if not lengths.rows or lengths.real > PAYS_BELOW * lengths.places or not self._holds_for(lengths, lookahead):
             return None
         layout = layout_of(lengths, device, MULTIPLE.get(device.type, 1), lookahead)
-        return (
-            layout if layout.total <= PAYS_BELOW * lengths.places and layout.longest <= self.verdict.longest else None
-        )
+        pays = layout.total <= PAYS_BELOW * lengths.places
+        return layout if pays and layout.longest <= self.verdict.longest else None
 
     def _holds_for(self, lengths: RowLengths, lookahead: int) -> bool:
         """Whether the check holds for rows that are padded like these."""
-        if lengths.are_padded_right() or self.pools:
-            return lengths.are_padded_right() or self.verdict.left
+        if lengths.are_padded_right():
+            return True
+        if self.pools is not None:
+            return self.pools is Pooling.LAST and self.verdict.left
         predicts_first = lengths.predicts_first or lookahead > 1
         if self.labels.slot.value is None and reading() is None:  # any hidden state may be read
             predicts_first = True
@@ -203,25 +239,32 @@ def cannot_be_read(tensor: Tensor) -> bool:
     return is_tracing(tensor) or tensor.is_meta or cast(Any, torch._C)._functorch.is_functorch_wrapped_tensor(tensor)
 
 
-def _structure(stack: Any) -> tuple | None:
-    """What the check's verdict depends on; ``None`` if hooks of the user's would see a row in place of the batch."""
-    classes: list[Any] = []
-    for module in stack.modules():
-        classes.append(type(module))
-        if "is_causal" in module.__dict__:
-            classes.append(module.is_causal)
-        if module is not stack and (module._forward_hooks or module._forward_pre_hooks):
-            hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-            if not all(map(_is_known, hooks)):
-                return None
+def _structure(stack: Any) -> tuple:
+    """What the check's verdict depends on."""
+    modules = ((type(module), module.__dict__.get("is_causal")) for module in stack.modules())
     settings = vars(stack.config)
-    return (
-        *classes,
-        settings.get("_attn_implementation_internal"),
-        settings.get("sliding_window"),
-        settings.get("is_causal"),
-    )
+    names = ("_attn_implementation_internal", "sliding_window", "is_causal")
+    return (*modules, *(settings.get(name) for name in names))
 
 
-def _is_known(hook: Any) -> bool:
-    return is_of_engine(hook) or (getattr(hook, "__module__", None) or "").startswith(("transformers.", "peft."))
+def _foreign_hook(stack: nn.Module) -> Any:
+    """A hook inside of the stack for which a row in place of the batch makes a difference; ``None`` if there is none.
+
+    NEFTune's is one of them: its noise depends on the number of columns.
+    """
+    for module in stack.modules():
+        tables = (
+            module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+        )  # fmt: skip
+        for hooks in tables if module is not stack else ():
+            for hook in hooks.values():
+                if not _is_indifferent(hook):
+                    return hook
+    return None
+
+
+def _is_indifferent(hook: Any) -> bool:
+    module = getattr(hook, "__module__", None) or ""
+    if getattr(hook, "__name__", "").startswith("neftune"):
+        return False
+    return is_of_engine(hook) or module.startswith(("transformers.", "peft."))
