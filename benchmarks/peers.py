@@ -189,12 +189,8 @@ def unpad_alone(trainer: "Trainer") -> Evidence:
     from liger_trainer.rules.unpad import unpadded_stack
 
     apply_liger(trainer.model, dict.fromkeys(KINDS, False) | {"unpad": True, "padding_mask": True})
-
-    def evidence() -> dict[str, Any]:
-        stack = unpadded_stack(core_model(trainer.model))
-        return {"padding_removed": stack.removed.share() if stack else 0.0}
-
-    return evidence
+    stack = unpadded_stack(core_model(trainer.model))
+    return lambda: {"padding_removed": stack.removed.share() if stack else 0.0}
 
 
 def graphs(trainer: "Trainer") -> Evidence:
