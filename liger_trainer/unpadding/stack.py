@@ -180,12 +180,14 @@ class UnpaddedStack:
     def _read(self, mask: Tensor, given: dict[str, Any], stack: Any) -> RowLengths | None:
         """The rows of the batch; ``None`` if the hidden states of padding are needed."""
         self.removed.places += mask.numel()
-        labels, ids, pad = self._reading().labels, given.get("input_ids"), stack.config.pad_token_id
+        labels, ids = self._reading().labels, given.get("input_ids")
         if self.pools is Pooling.FIRST_OR_ALL:
             labels = None
         elif self.pools is Pooling.LAST:  # it does not look at the mask, so what it reads must not be padding
             if ids is None:
                 return None
+            # A config of text and images has no such field of its own.
+            pad = getattr(stack.config.get_text_config(), "pad_token_id", None)
             labels = ids if pad is None else ids.masked_fill(ids == pad, IGNORE_INDEX)
         if labels is not None and labels.shape != mask.shape:  # not one label for each token
             return None

@@ -123,3 +123,20 @@ def test_an_implementation_that_is_set_later(totals):
 def test_tolerance_is_that_of_the_dtype_that_is_computed_with(dtype, size):
     with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
         assert check_file._precision(torch.zeros(1)) == size
+
+
+def test_texts_of_a_model_whose_masks_are_made_around_its_stack(totals):
+    """Gemma 3 with images: the config around the text's has no id of padding."""
+    text = tiny_config("gemma3_text", sliding_window=4)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = transformers.SiglipVisionConfig(**sizes, image_size=8, patch_size=4, vision_use_head=False)
+    config = transformers.Gemma3Config(text_config=text, vision_config=vision, image_token_id=1)
+    torch.manual_seed(0)
+    model = transformers.Gemma3ForConditionalGeneration(config)
+    inputs = padded_batch(SIDES["left"])
+    inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
+    theirs = loss_and_gradients(model, inputs)
+    apply_liger(model)
+    for _ in range(2):  # that masks are made outside shows in the first batch
+        assert_same_training(theirs, loss_and_gradients(model, inputs))
+    assert len(totals) == 1
