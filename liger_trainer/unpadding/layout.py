@@ -209,7 +209,8 @@ class Rows:
         self.longest: int = bounds.shape[2]
         self.total = total
         self.count: int = bounds.shape[3] - 1
-        self.queries, self.keys = bounds[0, 0, 0], bounds[0, 1, 0]  # [rows + 1]
+        # [rows + 1]. Views would keep the mask, which is the key of this in ``_ROWS``, so nothing would be freed.
+        self.queries, self.keys = bounds[0, 0, 0].clone(), bounds[0, 1, 0].clone()
 
     @functools.cached_property
     def _starts(self) -> Tensor:

@@ -1,5 +1,6 @@
 """Where tokens go in the row, and what attention within rows computes."""
 
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -136,3 +137,12 @@ def test_other_masks_are_the_functions_own():
     _, layout = laid_out(MASKS["right"])
     with pytest.raises(NotImplementedError, match="position_bias"):
         attend_rows(sdpa_attention_forward, module, *states, layout.bounds, position_bias=torch.zeros(1))
+
+
+def test_a_mask_that_was_copied_to_another_device_is_freed():
+    _, layout = laid_out(MASKS["left"])
+    copied = layout.bounds.clone()  # no view of another tensor, as the layout's own is
+    rows_of(copied, layout.total)
+    freed = weakref.ref(copied)
+    del copied
+    assert freed() is None
