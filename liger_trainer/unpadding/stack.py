@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.modules import module as torch_module
 from transformers.utils.import_utils import is_tracing
 
 from ..head.fused_head import fused_head_of
@@ -262,7 +263,8 @@ def _foreign_hook(stack: nn.Module) -> Any:
             for hook in hooks.values():
                 if not _is_indifferent(hook):
                     return hook
-    return None
+    everywhere = (*torch_module._global_forward_hooks.values(), *torch_module._global_forward_pre_hooks.values())
+    return next((hook for hook in everywhere if not _is_indifferent(hook)), None)
 
 
 def _is_indifferent(hook: Any) -> bool:

@@ -140,3 +140,14 @@ def test_texts_of_a_model_whose_masks_are_made_around_its_stack(totals):
     for _ in range(2):  # that masks are made outside shows in the first batch
         assert_same_training(theirs, loss_and_gradients(model, inputs))
     assert len(totals) == 1
+
+
+def test_hooks_on_all_modules_see_the_batch(totals):
+    model = sdpa_model()
+    apply_liger(model)
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda module, args, output: None)
+    try:
+        loss_and_gradients(model, padded_batch(SIDES["right"]))
+    finally:
+        handle.remove()
+    assert not totals
