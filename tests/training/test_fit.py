@@ -146,8 +146,10 @@ def test_a_trial_on_a_gpu_says_what_was_free_before(train, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize(("number", "deaf"), [(signal.SIGTERM, False), (signal.SIGHUP, True)])
-def test_a_signal_ends_the_trial_too(number, deaf, tmp_path, monkeypatch):
+def test_a_signal_ends_the_trial_too(number, deaf, tmp_path, monkeypatch, request):
     """Also a trial that ignores SIGTERM; nothing of it is left, on the device or on the disk."""
+    before = signal.signal(number, signal.SIG_DFL)  # under nohup, SIGHUP is ignored
+    request.addfinalizer(lambda: signal.signal(number, before))
     code = (
         "import json, os, pathlib, signal, sys, time\n"
         f"signal.signal(signal.SIGTERM, signal.SIG_IGN if {deaf} else signal.SIG_DFL)\n"
