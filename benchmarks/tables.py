@@ -68,8 +68,9 @@ def survey_tables(name: str, rows: list[dict]) -> dict[str, str]:
     rows = sorted(rows, key=lambda row: row["model_type"])
     built = [row for row in rows if row["status"] != "not built"]
     same = sum(row["status"] == "same" for row in rows)
-    fused = sum("fused_loss" in row.get("applied", {}) for row in rows)
-    summary = f"{len(rows)} model types, {len(built)} built: {same} with the same numbers, {fused} with the fused loss."
+    fused, unpadded = (sum(kind in row.get("applied", {}) for row in rows) for kind in ("fused_loss", "unpad"))
+    counts = f"{same} with the same numbers, {fused} with the fused loss, {unpadded} un-padded"
+    summary = f"{len(rows)} model types, {len(built)} built: {counts}."
     lines, left = [], {}
     kinds = [kind for kind in KINDS if any(kind in row.get("applied", {}) for row in built)]  # a file may be older
     for row in built:
