@@ -23,6 +23,7 @@ from ..head.form import HeadForm, probe_head
 from ..head.per_thread import Reading, set_reading
 from ..head.sharded_weights import check_materialized, gathered
 from ..patching import PatchState, patch_state
+from ..probing.probe import name_in
 from ..probing.rule import Skip
 from .heads import MedusaConfig, MedusaHead, MedusaHeads
 from .loss import IGNORE_INDEX, HeadLoss, plain_head_loss
@@ -284,7 +285,7 @@ class MedusaModel(PreTrainedModel):
         """
         head = self.lm.get_output_embeddings()
         assert head is not None, "checked in __init__"
-        name = next(name for name, module in self.lm.named_modules() if module is head)
+        name = name_in(self.lm, head)
         with torch.device("cpu"):
             try:
                 self._form = form = probe_head(self.lm, name, head)

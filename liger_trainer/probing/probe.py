@@ -7,7 +7,7 @@ quantised or on a GPU, and it never touches the module.
 
 import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,23 @@ def generator() -> torch.Generator:
 def is_known(cls: type) -> bool:
     """Whether the class and its bases are of packages whose use of masks and padding is known."""
     return all(base.__module__.partition(".")[0] in PACKAGES for base in cls.__mro__)
+
+
+def submodules(module: nn.Module) -> Iterator[nn.Module]:
+    """All modules in ``module``, itself included; a module that is shared comes more than once.
+
+    For what is asked at each forward: ``module.modules()`` also builds names and takes several times as long.
+    """
+    pending = [module]
+    while pending:
+        current = pending.pop()
+        yield current
+        pending.extend(filter(None, current._modules.values()))
+
+
+def name_in(model: nn.Module, module: nn.Module | None) -> str:
+    """Name of ``module`` in ``model``; empty if it is not there."""
+    return next((name for name, candidate in model.named_modules() if candidate is module), "")
 
 
 def full_shape(parameter: Tensor) -> torch.Size:

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from ..config import LigerConfig
 from ..head.form import probe_head
 from ..head.fused_head import FusedHead, check_loss_function, check_weights, has_hooks_on_logits, head_linears
+from ..probing.probe import name_in
 from ..probing.rebinding import free_attribute
 from ..probing.rule import Match, Rule, Skip
 
@@ -24,8 +25,7 @@ def _head(model: nn.Module) -> nn.Module | None:
 
 def head_name(model: nn.Module) -> str:
     """Name of the output embeddings in ``model``; empty if there are none."""
-    head = _head(model)
-    return next((name for name, module in model.named_modules() if module is head), "")
+    return name_in(model, _head(model))
 
 
 def probe(model: nn.Module, config: LigerConfig) -> Match:

@@ -13,15 +13,16 @@ import functools
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from ..config import LigerConfig
 from ..head.fused_head import check_loss_function
-from ..kernels.reference import IGNORE_INDEX
-from ..probing.probe import is_known
+from ..probing.probe import is_known, submodules
 from ..probing.rebinding import forward_function
 from ..probing.rule import Acted, Match, Rule, Skip
+from ..unpadding.attention import IMPLEMENTATIONS
+from ..unpadding.layout import read_mask
 from ..unpadding.stack import cannot_be_read
 from .unpad import unpadded_stack
 
@@ -31,7 +32,6 @@ HARMLESS_ARGUMENTS = {
     "fused_lm_head",
 }  # fmt: skip
 HIDDEN_STATES = ("output_hidden_states", "output_attentions")
-DENSE_MASKS = ("sdpa", "eager")  # implementations for which a mask only costs time; others use it to skip padding
 NOT_CAUSAL = "not all of its attention says that it is causal"
 
 
@@ -50,7 +50,7 @@ def probe(model: nn.Module, config: LigerConfig) -> Match:
     if model.config.is_encoder_decoder or not _attentions(model):
         raise Skip(NOT_CAUSAL)
     implementation = model.config.get_text_config()._attn_implementation
-    if implementation not in DENSE_MASKS:
+    if implementation not in IMPLEMENTATIONS:
         raise Skip(f"{implementation} attention uses the mask to skip padding")
     if _warns_without_mask(model.base_model):
         raise Skip("it warns of padding that has no mask")
@@ -85,14 +85,8 @@ def _noted(acted: Acted, module: PreTrainedModel, args: tuple, kwargs: dict[str,
 
 
 def _attentions(model: nn.Module) -> list[nn.Module]:
-    """The modules that say whether they are causal. ``model.modules()`` would take ten times as long for each batch."""
-    found, pending = [], [model]
-    while pending:
-        module = pending.pop()
-        if "is_causal" in module.__dict__ or _says_causal(type(module)):
-            found.append(module)
-        pending.extend(filter(None, module._modules.values()))
-    return found
+    """The modules that say whether they are causal."""
+    return [m for m in submodules(model) if "is_causal" in m.__dict__ or _says_causal(type(m))]
 
 
 @functools.cache
@@ -143,9 +137,11 @@ def _check_settings(model: PreTrainedModel) -> None:
 
 def drop_mask(module: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
     """Forward pre-hook: the arguments without ``attention_mask`` if loss and gradients are the same without it."""
-    if may_drop(module, args, kwargs) and _is_right_padding(kwargs["attention_mask"], kwargs["labels"]):
-        return args, {**kwargs, "attention_mask": None}
-    return None
+    if not may_drop(module, args, kwargs):
+        return None
+    lengths = read_mask(kwargs["attention_mask"], kwargs["labels"])
+    drops = lengths is not None and lengths.are_padded_right()
+    return (args, {**kwargs, "attention_mask": None}) if drops else None
 
 
 def may_drop(module: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> bool:
@@ -170,13 +166,6 @@ def may_drop(module: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> bo
 
 def _is_harmless(name: str, value: Any) -> bool:
     return name in HARMLESS_ARGUMENTS or value is None or (name in HIDDEN_STATES and value is False)
-
-
-def _is_right_padding(mask: Tensor, labels: Tensor) -> bool:
-    held = mask != 0
-    gaps = held[:, 1:] & ~held[:, :-1]
-    labelled = ~held & (labels != IGNORE_INDEX).to(mask.device)
-    return not bool(gaps.any() | labelled.any())
 
 
 RULES = (Rule(("padding_mask",), matches, probe, key=id, whole_model=True, per_batch=True),)

@@ -5,8 +5,9 @@ attention modules look into. This rule finds both by structure. Whether the stac
 rows of the first batch, because it may take weights that do not exist yet.
 """
 
+import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
@@ -14,7 +15,7 @@ from transformers import PreTrainedModel
 
 from ..config import LigerConfig
 from ..probing.attention_table import AttentionTable, attention_tables
-from ..probing.probe import is_known
+from ..probing.probe import is_known, name_in
 from ..probing.rebinding import ModuleRef, forward_function
 from ..probing.rule import Acted, Match, Rule, Skip
 from ..unpadding.attention import IMPLEMENTATIONS, change
@@ -53,7 +54,12 @@ def _around(model: PreTrainedModel, stack: nn.Module) -> list[nn.Module]:
 def _takes(module: nn.Module, name: str) -> bool:
     """Whether the class's forward has a parameter of this name."""
     function = forward_function(module)
-    return function is not None and name in inspect.signature(function).parameters
+    return function is not None and name in _parameters(function)
+
+
+@functools.cache  # the stack is looked up at each forward
+def _parameters(function: Callable) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
 
 
 def _pooling(model: nn.Module) -> Pooling | None:
@@ -67,8 +73,7 @@ def _pooling(model: nn.Module) -> Pooling | None:
 
 def stack_name(model: nn.Module) -> str:
     """Name of the decoder stack in ``model``."""
-    stack = _stack(model)
-    return next((name for name, module in model.named_modules() if module is stack), "")
+    return name_in(model, _stack(model))
 
 
 def probe(model: nn.Module, config: LigerConfig) -> Match:

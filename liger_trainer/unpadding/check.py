@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from ..probing.probe import difference
 from ..probing.rule import Skip, errors_skip, unnoted
 from .attention import windows_told
-from .layout import Layout, RowLengths, layout_of
+from .layout import Layout, RowLengths, is_per_token, layout_of, take
 from .mixers import Mixers
 from .run import Positions, run_unpadded
 
@@ -175,11 +175,8 @@ def _short_rows(given: dict[str, Any]) -> dict[str, Any]:
             taken[name] = None
         elif name == "attention_mask" or not torch.is_tensor(value) or not value.dim():
             taken.setdefault(name, value)
-        elif tuple(value.shape[:2]) == (batch, tokens):
-            chosen = value.flatten(0, 1).index_select(0, places)
-            taken[name] = chosen.unflatten(0, (len(ROWS), COLUMNS))
-        elif tuple(value.shape[-2:]) == (batch, tokens):
-            taken[name] = value.flatten(-2).index_select(-1, places).unflatten(-1, (len(ROWS), COLUMNS))
+        elif is_per_token(value, mask.shape):
+            taken[name] = take(value, (batch, tokens), places, (len(ROWS), COLUMNS))
         else:
             raise Skip(f"its argument {name} has no place for each token")
     return taken

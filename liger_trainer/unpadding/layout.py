@@ -21,6 +21,25 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ..kernels.reference import IGNORE_INDEX
 
 
+def is_per_token(tensor: Tensor, shape: tuple[int, ...]) -> bool:
+    """Whether ``tensor`` is ``[batch, tokens, ...]`` or ``[..., batch, tokens]`` of this ``(batch, tokens)``."""
+    return tuple(shape) in (tuple(tensor.shape[:2]), tuple(tensor.shape[-2:]))
+
+
+def take(tensor: Tensor, shape: tuple[int, int], places: Tensor, into: tuple[int, int]) -> Tensor:
+    """Tokens of a tensor for which ``is_per_token`` holds.
+
+    Args:
+        tensor: ``[batch, tokens, ...]`` or ``[..., batch, tokens]``.
+        shape: ``(batch, tokens)``.
+        places: ``[n]``, int64: places in the flattened batch.
+        into: What takes the place of ``shape``; its product is n.
+    """
+    if tuple(tensor.shape[:2]) == shape:
+        return tensor.flatten(0, 1).index_select(0, places).unflatten(0, into)
+    return tensor.flatten(-2).index_select(-1, places).unflatten(-1, into)
+
+
 @dataclass(frozen=True)
 class Layout:
     """One padded batch ``[batch, tokens]`` as a row.
@@ -71,15 +90,13 @@ class Layout:
         """``[..., batch, tokens]``, ``[batch, tokens, ...]`` or ``[1, tokens]`` as one row."""
         if tuple(tensor.shape) == (1, self.shape[1]):
             tensor = tensor.expand(self.shape)
-        if tensor.shape[:2] == self.shape:
-            return tensor.flatten(0, 1).index_select(0, self.row)[None]
-        return tensor.flatten(-2).index_select(-1, self.row)[..., None, :]
+        return take(tensor, self.shape, self.row, (1, self.total))
 
     def takes(self, tensor: Tensor) -> bool:
         """Whether ``gather`` can be used for this tensor."""
         if tuple(tensor.shape) == (1, self.shape[1]):
             return True
-        return tensor.dim() >= 2 and self.shape in (tuple(tensor.shape[:2]), tuple(tensor.shape[-2:]))
+        return is_per_token(tensor, self.shape)
 
     def scatter(self, tensor: Tensor) -> Tensor:
         """An output of the layers in the shape of the batch; zero at padding.

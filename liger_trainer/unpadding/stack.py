@@ -19,11 +19,12 @@ from ..head.fused_head import fused_head_of
 from ..head.per_thread import PerThread, Reading, reading
 from ..kernels.reference import IGNORE_INDEX
 from ..probing.hooks import is_of_engine
+from ..probing.probe import submodules
 from ..probing.rebinding import ModuleRef
 from ..probing.rule import Acted
 from .attention import IMPLEMENTATIONS
 from .check import UNCHECKED, Verdict, check
-from .layout import Layout, RowLengths, layout_of, read_mask
+from .layout import Layout, RowLengths, is_per_token, layout_of, read_mask
 from .mixers import Mixers
 from .run import run_unpadded, takes_all
 
@@ -112,7 +113,7 @@ class UnpaddedStack:
         if not self.masks_made_outside or not is_readable(mask) or is_sharded(outer):
             return original(outer, *args, **kwargs)
         tensors = [value for value in given.values() if torch.is_tensor(value) and value.dim()]
-        if not all(mask.shape in (tensor.shape[:2], tensor.shape[-2:]) for tensor in tensors):
+        if not all(is_per_token(tensor, mask.shape) for tensor in tensors):
             return original(outer, *args, **kwargs)
         return self.forward(original, outer, **given)
 
@@ -244,7 +245,7 @@ def cannot_be_read(tensor: Tensor) -> bool:
 
 def _structure(stack: Any) -> tuple:
     """What the check's verdict depends on."""
-    modules = ((type(module), module.__dict__.get("is_causal")) for module in stack.modules())
+    modules = ((type(module), module.__dict__.get("is_causal")) for module in submodules(stack))
     settings = vars(stack.config)
     names = ("_attn_implementation_internal", "sliding_window", "is_causal")
     return (*modules, *(settings.get(name) for name in names))
@@ -255,7 +256,7 @@ def _foreign_hook(stack: nn.Module) -> Any:
 
     NEFTune's is one of them: its noise depends on the number of columns.
     """
-    for module in stack.modules():
+    for module in submodules(stack):
         tables = (
             module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
         )  # fmt: skip
