@@ -1,9 +1,9 @@
 """Padded batches that run as one row: the same numbers, in every model and with everything around it."""
 
 import copy
+from pathlib import Path
 
 import pytest
-import survey
 import torch
 from peft import LoraConfig, get_peft_model
 from tiny_models import (
@@ -25,6 +25,10 @@ from liger_trainer.medusa.heads import MedusaConfig
 from liger_trainer.medusa.model import MedusaModel
 from liger_trainer.patching import patch_state
 from liger_trainer.rules.unpad import unpadded_stack
+
+with pytest.MonkeyPatch.context() as patch:  # it imports benchmarks, a checkout's folder that is not installed
+    patch.syspath_prepend(str(Path(__file__).parents[2]))
+    import survey
 
 ALONE = {
     **dict.fromkeys(("rms_norm", "layer_norm", "rope", "glu", "attention", "fused_loss"), False), "padding_mask": False
