@@ -3,7 +3,7 @@ VENV := .venv
 STAMP := $(VENV)/.installed
 PYTHON ?= python3
 
-.PHONY: demo test test-long test-gpu lint
+.PHONY: demo test test-long test-gpu lint package
 
 demo: $(STAMP)  ## train the quickstart recipe; make demo ARGS="--max_steps 20"
 	$(VENV)/bin/liger-trainer train recipes/quickstart.yaml $(ARGS)
@@ -21,6 +21,14 @@ lint: $(STAMP)  ## style and types
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
+
+package: $(STAMP)  ## build sdist and wheel, check them, and train from the wheel in an environment of its own
+	rm -rf build dist out/package
+	$(VENV)/bin/python -m build --outdir dist
+	$(VENV)/bin/twine check --strict dist/*
+	$(PYTHON) -m venv out/package
+	out/package/bin/pip install --quiet --constraint constraints.txt dist/*.whl
+	cd out/package && bin/liger-trainer recipes && bin/liger-trainer train quickstart --max_steps 2
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> None:
         "train", help="run a recipe in this process; for several GPUs use `accelerate launch`", add_help=False
     )
     train.add_argument("-h", "--help", action=_TrainHelp, nargs=0)
-    train.add_argument("recipe", help="YAML file, such as recipes/quickstart.yaml")
+    train.add_argument("recipe", help="YAML file, or a name from `liger-trainer recipes`, such as quickstart")
     train.add_argument("overrides", nargs=argparse.REMAINDER, help="--key value, for any key of a recipe")
     train.set_defaults(run=run_train)
 
@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> None:
         "--key value overrides the recipe.",
         allow_abbrev=False,
     )
-    fit.add_argument("recipe", help="YAML file, such as recipes/quickstart.yaml")
+    fit.add_argument("recipe", help="YAML file, or a name from `liger-trainer recipes`, such as quickstart")
     fit.add_argument(
         "--config_file", "--config-file", help="config for `accelerate launch`, such as configs/fsdp2.yaml"
     )
@@ -65,8 +65,14 @@ def main(argv: list[str] | None = None) -> None:
     fit.add_argument("--json", metavar="FILE", help="write the results, the versions and the command to FILE")
     fit.set_defaults(run=run_fit, takes_rest=True)
 
+    recipes = commands.add_parser("recipes", help="list the recipes that come with the package, or copy them")
+    recipes.add_argument(
+        "--copy", metavar="DIR", type=Path, help="copy the recipes and the configs for `accelerate launch` into DIR"
+    )
+    recipes.set_defaults(run=run_recipes)
+
     report = commands.add_parser("report", help="print what would be patched in a model; needs no weights")
-    report.add_argument("model", help="hub name, local path, or recipe (.yaml)")
+    report.add_argument("model", help="hub name, local path, or recipe (.yaml file, or its name)")
     report.add_argument("overrides", nargs=argparse.REMAINDER, help="--key value, for any key of a recipe")
     report.set_defaults(run=run_report)
 
@@ -114,10 +120,27 @@ def run_fit(args: argparse.Namespace) -> int:
     return fit(args)
 
 
+def run_recipes(args: argparse.Namespace) -> int:
+    """List the recipes of the package, or copy them."""
+    from .training import shipped
+
+    if args.copy is None:
+        print(shipped.listing())
+        return 0
+    try:
+        print("\n".join(map(str, shipped.copy_to(args.copy))))
+    except OSError as error:
+        print(f"liger-trainer: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
 def run_report(args: argparse.Namespace) -> int:
     """Print what a run of a recipe, or ``apply_liger``, does to a model that is built without weights."""
+    from .training.shipped import recipes
+
     try:
-        if Path(args.model).suffix in (".yaml", ".yml"):
+        if Path(args.model).suffix in (".yaml", ".yml") or args.model in recipes():
             from .training.build import planned_report
 
             report = planned_report([args.model, *args.overrides])

@@ -104,11 +104,13 @@ def test_files_are_short(path):
 def test_packages_are_the_folders():
     setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     folders = {module_name(file) for file in PACKAGE_FILES if file.stem == "__init__"}
-    assert set(setuptools["packages"]) == folders | {"liger_trainer.kernels"}
-    assert setuptools["package-dir"] == {"liger_trainer.kernels": "kernels"}
+    linked = {f"liger_trainer.{name}": name for name in ("configs", "kernels", "recipes")}
+    recipes = {f"liger_trainer.recipes.{path.name}" for path in (ROOT / "recipes").glob("*/")}
+    assert set(setuptools["packages"]) == folders | set(linked) | recipes
+    assert setuptools["package-dir"] == linked
     assert not (ROOT / "kernels" / "__init__.py").exists()
-    assert setuptools["package-data"] == {"liger_trainer": ["py.typed"]}
-    assert os.readlink(ROOT / "liger_trainer" / "kernels") == "../kernels"
+    for name in linked.values():
+        assert os.readlink(ROOT / "liger_trainer" / name) == f"../{name}"
 
 
 def test_import_is_light_and_leaves_the_name_kernels_alone():

@@ -25,6 +25,7 @@ from .recipe_arguments import (
     require,
     require_one_of,
 )  # fmt: skip
+from .shipped import recipe_file
 
 TRAINERS = {"trainer": "LigerTrainingArguments", "sft": "LigerSFTConfig"}
 # Names that other tools use, which are spelled too differently to be found as the nearest key.
@@ -82,7 +83,7 @@ def parse_recipe(argv: list[str]) -> Recipe:
     """Read ``RECIPE.yaml [--key value ...]``.
 
     Args:
-        argv: path of the recipe, then overrides. Keys are the fields of ``RecipeArguments``, of TRL's ``ModelConfig``,
+        argv: path of the recipe or its name in the package, then overrides. Keys are the fields of ``RecipeArguments``, of TRL's ``ModelConfig``,
             of ``LigerTrainingArguments`` with ``max_length``, or of ``LigerSFTConfig`` with ``trainer: sft``. They may
             be spelled with dashes. ``bf16: auto`` is true if the GPU supports it; without ``bf16``, accelerate's config
             decides. ``--key null`` unsets a key of the recipe.
@@ -152,7 +153,7 @@ def _text(value: Any) -> str:
 def _read(argv: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The recipe's content and the overrides, with underscores in their keys; an override of ``null`` is ``None``."""
     path, *words = argv
-    content = read_mapping(path, "recipe")
+    content = read_mapping(str(recipe_file(path)), "recipe")
     overrides: dict[str, list[str]] = {}
     key = None
     for word in words:

@@ -41,6 +41,38 @@ def test_every_recipe_parses(path, tmp_path):
         assert word in header, f"the header lacks {word!r}"
 
 
+def test_the_package_lists_and_copies_its_recipes(tmp_path, monkeypatch, capsys):
+    def command(*argv):
+        with pytest.raises(SystemExit) as exit_:
+            main(list(argv))
+        return exit_.value.code, capsys.readouterr()
+
+    code, said = command("recipes")
+    lines = said.out.splitlines()
+    assert code == 0
+    assert {line.split()[0] for line in lines} == {
+        path.relative_to(ROOT / "recipes").as_posix().removesuffix(".yaml") for path in RECIPES
+    }
+    assert lines[-1].split("  ")[0].startswith("shapes/")
+    [quickstart] = [line for line in lines if line.startswith("quickstart ")]
+    assert quickstart.endswith("  Learn to answer questions about Python packages")
+    assert max(map(len, lines)) <= 120
+    code, said = command("recipes", "--copy", str(tmp_path))
+    assert code == 0
+    for name in ("recipes", "configs"):
+        copied, own = ({p.relative_to(d / name): p.read_text() for p in (d / name).rglob("*.yaml")}
+                       for d in (tmp_path, ROOT))  # fmt: skip
+        assert copied == own
+    code, said = command("recipes", "--copy", str(tmp_path))
+    assert code == 2
+    assert said.err == f"liger-trainer: error: --copy: got {str(tmp_path)!r}; must not contain 'recipes'\n"
+    monkeypatch.chdir(tmp_path)
+    assert parse_recipe(["quickstart"]).max_length == 64
+    assert parse_recipe(["paper/qwen2_7b"]).model.model_name_or_path == "Qwen/Qwen2-7B"
+    (tmp_path / "quickstart").write_text("{model_config: {model_type: llama}, max_length: 7}")
+    assert parse_recipe(["quickstart"]).max_length == 7  # a file comes first
+
+
 @pytest.mark.parametrize("trainer", ["trainer", "sft"])
 def test_command_line_overrides_yaml_overrides_defaults(tmp_path, trainer):
     content = {"trainer": trainer, "learning_rate": "1e-3", "max_length": 77, "use_liger": True, "seed": 5}
@@ -135,9 +167,10 @@ def test_files_that_are_no_recipes(tmp_path, capsys):
     with pytest.raises(RecipeError, match=r"recipe: '.*broken\.yaml' is not valid YAML: .*\n.*line 1"):
         parse_recipe([str(tmp_path / "broken.yaml")])
     with pytest.raises(SystemExit) as exit_:
-        main(["train", str(tmp_path / "missing.yaml"), "--seed", "1"])
+        main(["train", "recipes/quickstar.yaml", "--seed", "1"])
     assert exit_.value.code == 2
-    assert "no such file" in capsys.readouterr().err
+    message = "recipe: no such file: 'recipes/quickstar.yaml', nor a name that `liger-trainer recipes` lists"
+    assert f"{message} (did you mean 'quickstart'?)" in capsys.readouterr().err
 
 
 def run(*command):
@@ -181,7 +214,7 @@ def test_report_of_a_recipe_needs_no_hub_where_it_names_the_shape(tmp_path, monk
         raise OSError("asked the hub")
 
     monkeypatch.setattr("transformers.AutoConfig.from_pretrained", fail)
-    for recipe in (QUICKSTART, both):
+    for recipe in (QUICKSTART, "quickstart", both):
         with pytest.raises(SystemExit) as exit_:
             main(["report", recipe])
         assert not exit_.value.code
