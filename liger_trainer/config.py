@@ -6,7 +6,8 @@ import json
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
@@ -23,6 +24,22 @@ def _kind() -> Any:
 def _option_of(kind: str, default: Any) -> Any:
     """A field that belongs to ``kind``; ``options_of(kind)`` hands it to the op."""
     return dataclasses.field(default=default, metadata={"option_of": kind})
+
+
+def _is_of(value: Any, annotation: Any) -> bool:
+    """Whether ``value`` is of a field's type: exactly a class, one of ``Literal``'s values, or either in a union."""
+    if get_origin(annotation) in (Union, UnionType):
+        return any(_is_of(value, one) for one in get_args(annotation))
+    if get_origin(annotation) is Literal:
+        return value in get_args(annotation)
+    return type(value) is annotation
+
+
+def _described(annotation: Any) -> str:
+    """A field's type for an error message: ``bool``, or ``int or 'auto'``."""
+    if get_origin(annotation) in (Union, UnionType, Literal):
+        return " or ".join(_described(one) for one in get_args(annotation))
+    return getattr(annotation, "__name__", repr(annotation))
 
 
 # Options of liger-kernel, and what does the same here.
@@ -51,8 +68,11 @@ class LigerConfig:
             change. Does not apply under torch.compile. Deprecated as an option: ``unpad`` takes its place.
         strict: Raise an error if a requested kernel cannot be applied, instead of listing it in the report.
             ``unpad`` and ``padding_mask`` are exempt because they are decided per batch.
-        logits_budget_mib: Memory budget, in MiB, for one chunk of logits. Ignored when a single chunk needs no more
-            memory than chunking plus its fp32 accumulator. Does not change the result.
+        logits_budget_mib: Memory budget, in MiB, for one chunk of logits, or "auto": 512 MiB, and where a trained head
+            runs on a CUDA device, up to half of the memory that is free at that time. A larger chunk is faster. Ignored
+            when a single chunk needs no more memory than chunking plus its fp32 accumulator. Changes results by
+            rounding only; runs are bit-reproducible with a number, and with "auto" under
+            ``torch.use_deterministic_algorithms(True)``.
         low_memory: Compute the logits of the fused loss twice, at most 64 MiB at a time, without an fp32 accumulator
             for the gradient of ``lm_head``. Saves the accumulator and most of a chunk; makes a trained head 17 to 56 %
             slower (H100, ``docs/paper.md``).
@@ -74,7 +94,7 @@ class LigerConfig:
     unpad: bool = _kind()
     padding_mask: bool = _kind()
     strict: bool = False
-    logits_budget_mib: int = _option_of("fused_loss", 512)
+    logits_budget_mib: int | Literal["auto"] = _option_of("fused_loss", "auto")
     low_memory: bool = _option_of("fused_loss", False)
     recompute_glu: bool = _option_of("glu", True)
 
@@ -84,11 +104,11 @@ class LigerConfig:
             warnings.warn(message, FutureWarning, stacklevel=3)
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if type(value) is not field.type:
-                expected = getattr(field.type, "__name__", field.type)
-                raise TypeError(f"liger_config.{field.name}: got {value!r}; must be of type {expected}")
-        if self.logits_budget_mib < 1:
-            raise ValueError(f"liger_config.logits_budget_mib: got {self.logits_budget_mib}; must be at least 1 (MiB)")
+            if not _is_of(value, field.type):
+                raise TypeError(f"liger_config.{field.name}: got {value!r}; must be of type {_described(field.type)}")
+        budget = self.logits_budget_mib
+        if budget != "auto" and budget < 1:
+            raise ValueError(f"liger_config.logits_budget_mib: got {budget}; must be at least 1 (MiB), or 'auto'")
 
     @classmethod
     def parse(cls, value: "LigerConfig | dict[str, Any] | str | None") -> "LigerConfig":

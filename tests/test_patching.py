@@ -163,6 +163,8 @@ def test_wrong_use():
         apply_liger(model, {"rope": 1})
     with pytest.raises(ValueError, match="logits_budget_mib: got 0; must be at least 1"):
         LigerConfig(logits_budget_mib=0)
+    with pytest.raises(TypeError, match="logits_budget_mib: got 'most'; must be of type int or 'auto'"):
+        LigerConfig(logits_budget_mib="most")
     with pytest.raises(ValueError, match="must be a JSON object"):
         LigerConfig.parse("{rope")
     apply_liger(model, {"rope": False})

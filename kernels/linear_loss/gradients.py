@@ -63,9 +63,8 @@ def lent_rows(vocab_size: int, dtype: torch.dtype) -> int:
     return 0 if is_sum_dtype(dtype) else vocab_size // 2 // ALIGNMENT * ALIGNMENT
 
 
-def bytes_over_gradient(weight: Tensor, dtype: torch.dtype) -> int:
-    """Bytes that a ``WeightSum`` takes besides its result in ``dtype``."""
-    vocab_size, width = weight.shape
+def bytes_over_gradient(vocab_size: int, width: int, dtype: torch.dtype) -> int:
+    """Bytes that a ``WeightSum`` of ``[V, H]`` takes besides its result in ``dtype``."""
     return 0 if is_sum_dtype(dtype) else (vocab_size - lent_rows(vocab_size, dtype)) * width * 4
 
 

@@ -1,7 +1,7 @@
 """Options of the vocabulary losses: their checks, and the form in which kernels and chunk loops take them."""
 
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, Literal, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from ..runtime.checks import check_device, check_floating
 
 REDUCTIONS = ("none", "mean", "sum")
 LOW_MEMORY_MIB = 64  # at most this much for the logits with low_memory
+AUTO_MIB = 512.0  # the least that "auto" takes, and what it takes where it does not look at the free memory
 NO_STATS, LABEL_STATS, ALL_STATS = 0, 1, 2  # none; the fields of TokenStats; the fields of TokenLogProbs
 NUM_STATS = 5  # the fields of TokenLogProbs
 Params = tuple[Tensor, Tensor, Tensor | None]  # hidden [N, H], weight [V, H], bias [V]
@@ -21,7 +22,7 @@ NOTHING_WANTED: Wanted = (False, False, False)
 class MemoryKeywords(TypedDict, total=False):
     """The fields of ``MemoryOptions`` as keyword arguments of the ops."""
 
-    logits_budget_mib: float
+    logits_budget_mib: float | Literal["auto"]
     low_memory: bool
 
 
@@ -33,27 +34,42 @@ class MemoryOptions:
         logits_budget_mib: memory budget, in MiB, for one chunk of logits. Fewer, larger chunks are faster. The fp32 sum
             of the weight's gradient comes on top; it takes as much memory as a bf16 gradient does. A single chunk needs
             no sum, so the budget is ignored when one chunk needs no more memory than several chunks plus the sum.
+            "auto" is 512 MiB, or more while a CUDA device has more free memory (``budget.py`` has the rule). Sizes of
+            chunks change the order of sums: two runs are bit-equal with a number, and with "auto" under
+            ``torch.use_deterministic_algorithms(True)``.
         low_memory: compute the logits twice, in vocabulary chunks of at most 64 MiB. This needs no sum of the weight's
             gradient, only one of the gradient of ``hidden`` in fp32. It is slower and equally precise.
 
     Raises:
-        ValueError: ``logits_budget_mib`` is not greater than 0.
+        ValueError: ``logits_budget_mib`` is neither "auto" nor a number greater than 0.
     """
 
-    logits_budget_mib: float = 512.0
+    logits_budget_mib: float | Literal["auto"] = "auto"
     low_memory: bool = False
 
     def __post_init__(self) -> None:
-        if not self.logits_budget_mib > 0:
-            raise ValueError(f"logits_budget_mib: got {self.logits_budget_mib}; must be greater than 0")
+        budget = self.logits_budget_mib
+        if budget != "auto" and not (isinstance(budget, (int, float)) and budget > 0):
+            raise ValueError(f"logits_budget_mib: got {budget!r}; must be greater than 0, or 'auto'")
 
     @property
     def buffer_mib(self) -> float:
-        """Upper bound for the logits buffer."""
-        return min(self.logits_budget_mib, LOW_MEMORY_MIB) if self.low_memory else self.logits_budget_mib
+        """Upper bound for the logits buffer; with "auto", the least one."""
+        budget = AUTO_MIB if self.logits_budget_mib == "auto" else self.logits_budget_mib
+        return min(budget, LOW_MEMORY_MIB) if self.low_memory else budget
+
+    @property
+    def as_numbers(self) -> tuple[float, float]:
+        """The options in the form of an operator's arguments; 0 stands for "auto"."""
+        return 0.0 if self.logits_budget_mib == "auto" else self.logits_budget_mib, float(self.low_memory)
+
+    @classmethod
+    def from_numbers(cls, logits_budget_mib: float, low_memory: float) -> "MemoryOptions":
+        """The options of ``as_numbers``."""
+        return cls(logits_budget_mib or "auto", bool(low_memory))
 
 
-MEMORY_FIELDS: dict[str, type] = {field.name: type(field.default) for field in fields(MemoryOptions)}
+MEMORY_FIELDS = tuple(field.name for field in fields(MemoryOptions))
 
 
 def memory_options(op: str, keywords: MemoryKeywords) -> MemoryOptions:

@@ -21,7 +21,6 @@ from .gradients import fp16_peak, scale_gradients
 from .options import (
     ALL_STATS,
     LABEL_STATS,
-    MEMORY_FIELDS,
     NO_STATS,
     NUM_STATS,
     Gradients,
@@ -155,18 +154,16 @@ def _pack(options: HeadOptions) -> tuple[int, str, torch.dtype, list[float]]:
     """The options in a form that an operator's schema can hold."""
     numbers = (
         *options.transform, *options.wanted, options.stats, options.label_smoothing, options.z_loss,
-        options.predictions, *(getattr(options.memory, name) for name in MEMORY_FIELDS),
+        options.predictions, *options.memory.as_numbers,
     )  # fmt: skip
     return options.ignore_index, options.reduction, options.dtype, [float(n) for n in numbers]
 
 
 def _unpack(ignore_index: int, reduction: str, dtype: torch.dtype, numbers: list[float]) -> HeadOptions:
     inner, outer, has_softcap, hidden, weight, bias, stats, label_smoothing, z_loss, predictions, *memory = numbers
-    named = zip(MEMORY_FIELDS.items(), memory, strict=True)
     return HeadOptions(
         LogitTransform(inner, outer, bool(has_softcap)), ignore_index, dtype, (bool(hidden), bool(weight), bool(bias)),
-        MemoryOptions(**{name: kind(value) for (name, kind), value in named}), int(stats), reduction, label_smoothing,
-        z_loss, bool(predictions),
+        MemoryOptions.from_numbers(*memory), int(stats), reduction, label_smoothing, z_loss, bool(predictions),
     )  # fmt: skip
 
 

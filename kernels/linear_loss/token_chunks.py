@@ -12,16 +12,11 @@ from torch import Tensor
 
 from .. import reference
 from ..runtime.launch import cdiv
+from .chunk_sizes import ChunkBytes, logits_width, rows_per_chunk, rows_with_weight
 from .gradients import WeightSum, bytes_over_gradient, gradient_dtype, in_gradient_dtypes, mm_into
 from .options import NOTHING_WANTED, NUM_STATS, Gradients, HeadOptions, Params, Wanted, sum_dtype
 from .plain_rows import halved_on_cpu
 from .rows import RowCoefficients, dlogits_rows, empty_rows, loss_rows
-
-ROW_ALIGNMENT = 16  # elements: rows of the logits buffer are 32-byte aligned for every vocabulary
-CHUNK_ALIGNMENT = 128  # tokens: a GEMM tile
-# Many large chunks are multiples of this: GEMMs of 1408 or 1664 tokens take 5 to 10 % longer per token than those of
-# 1536 (benchmarks/NOTES.md), which costs more than a last chunk of another size.
-LARGE_CHUNK_ALIGNMENT, MANY_CHUNKS = 512, 4
 
 
 class ValidRows(NamedTuple):
@@ -70,27 +65,6 @@ def valid_rows(labels: Tensor, vocab_size: int, ignore_index: int) -> ValidRows:
     return ValidRows(labels.index_select(0, index), index, labels.shape[0])
 
 
-def logits_width(columns: int) -> int:
-    """Columns of a buffer for ``columns`` logits per row."""
-    return cdiv(columns, ROW_ALIGNMENT) * ROW_ALIGNMENT
-
-
-def rows_per_chunk(num_rows: int, vocab_size: int, itemsize: int, budget_mib: float) -> int:
-    """Tokens whose logits fit in ``budget_mib``, in about equal chunks of sizes at which GEMMs are fast."""
-    limit = max(1, int(budget_mib * 2**20) // (logits_width(vocab_size) * itemsize))
-    if limit >= 2 * LARGE_CHUNK_ALIGNMENT and num_rows > MANY_CHUNKS * limit:
-        return equal_parts(num_rows, limit, LARGE_CHUNK_ALIGNMENT)
-    return equal_parts(num_rows, limit, CHUNK_ALIGNMENT if limit >= CHUNK_ALIGNMENT else 1)
-
-
-def equal_parts(total: int, limit: int, unit: int) -> int:
-    """The size of as few equal parts of ``total`` as possible, each a multiple of ``unit`` and at most ``limit``."""
-    if limit >= total:
-        return total
-    limit -= limit % unit
-    return min(limit, cdiv(cdiv(total, cdiv(total, limit)), unit) * unit)
-
-
 class PerToken(NamedTuple):
     """The results of a forward pass for the ``n`` valid rows.
 
@@ -109,9 +83,8 @@ class PerToken(NamedTuple):
 class TokenChunks:
     """``hidden @ weight.T + bias`` for the valid rows, one chunk at a time, in the GEMMs' dtype.
 
-    A chunk fills the budget, or takes half of the logits on a CPU (see ``halved_on_cpu``). A single chunk, however,
-    needs no fp32 sum of the weight's gradient, and no memory traffic for it. So all rows are one chunk if that takes no
-    more memory than a chunk of the budget plus the sum.
+    A chunk fills the budget, takes half of the logits on a CPU (see ``halved_on_cpu``), or is larger where the weight
+    gets a gradient (see ``rows_with_weight``).
 
     Args:
         params: hidden, weight and bias.
@@ -125,28 +98,29 @@ class TokenChunks:
         self.rows, self.wanted, dtype = rows, wanted, options.dtype
         self.weight = weight.to(dtype)
         self.bias = None if bias is None else bias.to(dtype)
-        self.size = rows_per_chunk(rows.count, weight.shape[0], dtype.itemsize, options.memory.buffer_mib)
-        sum_bytes = bytes_over_gradient(weight, self.grad_dtype(weight))
-        if wanted[1] and sum_bytes == 0 and halved_on_cpu(weight, rows.count * weight.shape[0]):
-            self.size = min(self.size, cdiv(rows.count, 2))
-        elif wanted[1] and self._all_at_once() <= self._in_chunks() + sum_bytes:
-            self.size = rows.count
+        count, vocab_size, memory = rows.count, weight.shape[0], options.memory
+        self.size = rows_per_chunk(count, vocab_size, dtype.itemsize, memory.buffer_mib)
+        if not wanted[1]:
+            return
+        taken = self._bytes()
+        if taken.weight_sum == 0 and halved_on_cpu(weight, count * vocab_size):
+            self.size = min(self.size, cdiv(count, 2))
+        else:
+            self.size = rows_with_weight(count, vocab_size, dtype.itemsize, taken, memory, weight.device)
 
-    def _all_at_once(self) -> int:
-        """Bytes of a single chunk when it is largest: at the end, when the weight's gradient is made."""
-        return self.rows.count * self._row_bytes()
-
-    def _in_chunks(self) -> int:
-        """Bytes of a chunk of ``size`` rows when its gradient of hidden is made, a copy where rows are gathered."""
-        gathered = self.rows.index is not None and self.wanted[0]
-        copy = self.weight.shape[1] * self.grad_dtype(self.hidden).itemsize if gathered else 0
-        return self.size * (self._row_bytes() + copy)
-
-    def _row_bytes(self) -> int:
-        """Bytes of a row's logits, and of its hidden state where that is a copy: gathered, or in another dtype."""
+    def _bytes(self) -> ChunkBytes:
+        """What the chunks take; rows are copies where they are gathered or cast."""
         vocab_size, width = self.weight.shape
-        copied = self.rows.index is not None or self.hidden.dtype != self.weight.dtype
-        return (logits_width(vocab_size) + (width if copied else 0)) * self.weight.dtype.itemsize
+        gathered, dtype = self.rows.index is not None, self.weight.dtype
+        copied = gathered or self.hidden.dtype != dtype
+        hidden_dtype, weight_dtype = self.grad_dtype(self.hidden), self.grad_dtype(self.weight)
+        of_hidden = self.hidden.numel() * hidden_dtype.itemsize if self.wanted[0] else 0
+        return ChunkBytes(
+            row=(logits_width(vocab_size) + (width if copied else 0)) * dtype.itemsize,
+            row_copy=width * hidden_dtype.itemsize if gathered and self.wanted[0] else 0,
+            weight_sum=bytes_over_gradient(vocab_size, width, weight_dtype),
+            gradients=of_hidden + self.weight.numel() * weight_dtype.itemsize,
+        )
 
     @property
     def single(self) -> bool:

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from ..runtime.launch import cdiv
+from .chunk_sizes import columns_per_chunk, logits_width
 from .gradients import add_mm_into, gradient_dtype, in_gradient_dtypes, is_sum_dtype, mm_into
 from .options import Gradients, HeadOptions, Params
 from .plain_rows import halved_on_cpu
 from .rows import ChunkStats, RowCoefficients, dlogits_rows, row_coefficients, token_loss
-from .token_chunks import ROW_ALIGNMENT, PerToken, ValidRows, equal_parts, logits_width
+from .token_chunks import PerToken, ValidRows
 
-COLUMN_ALIGNMENT = 256  # columns: a GEMM tile
 DENSE_SHARE = 0.9  # with this share of rows valid, computing the others too costs less than copying the valid ones
 
 
@@ -28,13 +28,6 @@ def compute_ignored_too(rows: ValidRows, labels: Tensor) -> ValidRows:
     if rows.index is None or rows.count < DENSE_SHARE * rows.num_rows:
         return rows
     return ValidRows(labels.contiguous(), None, rows.num_rows)
-
-
-def columns_per_chunk(num_rows: int, vocab_size: int, itemsize: int, budget_mib: float) -> int:
-    """Columns whose logits fit in ``budget_mib``, in equal chunks of whole GEMM tiles where the budget holds one."""
-    limit = int(budget_mib * 2**20) // (max(num_rows, 1) * itemsize)
-    unit = COLUMN_ALIGNMENT if limit >= COLUMN_ALIGNMENT else ROW_ALIGNMENT
-    return equal_parts(vocab_size, max(limit, unit), unit)
 
 
 class VocabChunks:

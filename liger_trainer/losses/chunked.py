@@ -17,8 +17,8 @@ from torch import Tensor
 from ..kernels import reference
 from ..kernels.cross_entropy import cross_entropy
 from ..kernels.divergence import divergence
+from ..kernels.linear_loss.chunk_sizes import rows_per_chunk
 from ..kernels.linear_loss.gradients import add_mm_into, fp16_peak, mm_into
-from ..kernels.linear_loss.token_chunks import rows_per_chunk
 from ..kernels.runtime.autograd import Function
 from ..kernels.runtime.launch import use_triton
 from .divergences import LOWEST_LOG_PROB, at_tokens, with_rest

@@ -10,7 +10,8 @@ from numerics import as_dtype
 
 from liger_trainer.kernels.linear_cross_entropy import linear_cross_entropy
 from liger_trainer.kernels.linear_logprobs import Speculation, linear_logprobs
-from liger_trainer.kernels.linear_loss import token_chunks
+from liger_trainer.kernels.linear_loss import chunk_sizes, token_chunks
+from liger_trainer.kernels.linear_loss.chunk_sizes import columns_per_chunk, head_bytes, rows_per_chunk
 from liger_trainer.kernels.linear_loss.gradients import WeightSum
 from liger_trainer.kernels.linear_loss.options import (
     MEMORY_FIELDS,
@@ -20,12 +21,14 @@ from liger_trainer.kernels.linear_loss.options import (
     MemoryKeywords,
     MemoryOptions,
 )
-from liger_trainer.kernels.linear_loss.token_chunks import TokenChunks, ValidRows, rows_per_chunk
-from liger_trainer.kernels.linear_loss.vocab_chunks import columns_per_chunk
+from liger_trainer.kernels.linear_loss.token_chunks import TokenChunks, ValidRows
 
 
 def test_memory_options_and_their_keywords_agree():
-    assert MemoryKeywords.__annotations__ == MEMORY_FIELDS
+    assert MemoryKeywords.__annotations__ == MemoryOptions.__annotations__
+    assert tuple(MemoryKeywords.__annotations__) == MEMORY_FIELDS
+    for options in (MemoryOptions(), MemoryOptions(64, True)):
+        assert MemoryOptions.from_numbers(*options.as_numbers) == options
 
 
 @pytest.mark.parametrize(
@@ -103,6 +106,98 @@ def test_sizes_at_the_head_of_llama_3_8b(count, gathered, dtype, expected):
     wanted = (True, True, False)
     options = HeadOptions(LogitTransform(1.0, 1.0, False), -100, torch.bfloat16, wanted, MemoryOptions(), NO_STATS)
     assert TokenChunks((hidden, weight, None), rows, options, wanted).size == expected
+
+
+GIB = 2**30
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """A made-up CUDA device; its numbers, in GiB, can be changed."""
+    gib = {"total": 80.0, "free": 70.0, "reserved": 8.0, "active": 5.0, "inactive_split": 1.0, "fraction": 1.0}
+    stats = ("reserved", "active", "inactive_split")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(gib["free"] * GIB), int(gib["total"] * GIB)))
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: gib["fraction"])
+    monkeypatch.setattr(
+        torch.cuda,
+        "memory_stats_as_nested_dict",
+        lambda device: {f"{name}_bytes": {"all": {"current": int(gib[name] * GIB)}} for name in stats},
+    )
+    torch.use_deterministic_algorithms(False)
+    yield gib
+    torch.use_deterministic_algorithms(True, warn_only=True)  # as in all tests
+
+
+def test_free_memory_is_what_the_device_and_whole_blocks_of_the_allocator_have(card):
+    cuda = torch.device("cuda", 0)
+    assert chunk_sizes.free_bytes(cuda) == 72 * GIB
+    card["fraction"] = 0.5  # of 80 GiB, 8 of which are reserved
+    assert chunk_sizes.free_bytes(cuda) == 34 * GIB
+
+
+class OnCuda:
+    """A parameter's size, dtype and device, of a device that is not there."""
+
+    device = torch.device("cuda", 0)
+
+    def __init__(self, *shape, dtype=torch.bfloat16):
+        self.shape, self.dtype = torch.Size(shape), dtype
+
+    def numel(self):
+        return self.shape.numel()
+
+    def to(self, dtype):
+        return OnCuda(*self.shape, dtype=dtype)
+
+
+def size_on_cuda(monkeypatch, tokens=16384, vocab=128256, width=2048, trained=True, low_memory=False, budget="auto"):
+    """Tokens per chunk on the made-up device; all at once would be 3.91 GiB of logits, the sum takes 0.49."""
+    monkeypatch.setattr(token_chunks, "halved_on_cpu", lambda *_: False)
+    rows = ValidRows(torch.empty(tokens, dtype=torch.int64, device="meta"), None, tokens)
+    wanted = (True, trained, False)
+    memory = MemoryOptions(budget, low_memory)
+    options = HeadOptions(LogitTransform(1.0, 1.0, False), -100, torch.bfloat16, wanted, memory, NO_STATS)
+    return TokenChunks((OnCuda(tokens, width), OnCuda(vocab, width), None), rows, options, wanted).size
+
+
+@pytest.mark.parametrize(
+    ("free", "expected"),
+    [
+        (70, 16384),
+        (6.5, 16384),  # and 2 GiB of whole blocks, less 0.55 of gradients: half is 3.97
+        (6.3, 8192),
+        (3.6, 8192),  # half of 5.05, less the sum: 2.03
+        (2.0, 4096),
+        (0.1, 2048),  # never less than 512 MiB
+        (0.0, 2048),
+    ],
+)
+def test_auto_takes_half_of_what_is_free(card, monkeypatch, free, expected):
+    card["free"] = free
+    assert size_on_cuda(monkeypatch) == expected
+
+
+def test_auto_is_fixed_where_chunks_need_not_grow_or_must_not(card, monkeypatch):
+    assert size_on_cuda(monkeypatch) == 16384
+    assert size_on_cuda(monkeypatch, budget=512) == 2048
+    assert size_on_cuda(monkeypatch, trained=False) == 2048
+    assert size_on_cuda(monkeypatch, low_memory=True) == 256
+    torch.use_deterministic_algorithms(True)
+    assert size_on_cuda(monkeypatch) == 2048
+
+
+@pytest.mark.parametrize(
+    ("tokens", "memory", "trained", "mib"),
+    [  # the head of Llama 3 8B: 1002 MiB of weight; 8 KiB of hidden state and 250.5 KiB of logits per token
+        (8192, MemoryOptions(), True, 1002 + 64 + 501 + 1002),  # a chunk of 2048, and the sum
+        (8192, MemoryOptions(4096), True, 1002 + 64 + 2004),
+        (4096, MemoryOptions(), True, 1002 + 32 + 1002),  # all at once takes no more than a chunk and the sum
+        (8192, MemoryOptions(), False, 64 + 501),
+        (8192, MemoryOptions(low_memory=True), True, 1002 + 64 + 128),
+    ],
+)
+def test_bytes_of_a_head(tokens, memory, trained, mib):
+    assert head_bytes(tokens, 128256, 4096, torch.bfloat16, memory, trained) == mib * 2**20
 
 
 @pytest.fixture

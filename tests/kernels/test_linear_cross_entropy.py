@@ -253,6 +253,7 @@ def test_second_derivatives_and_transforms_are_the_definitions(without_triton, r
         ({"labels": torch.tensor([1, 7, -100])}, ValueError, "labels: got 7"),
         ({"labels": torch.tensor([1, -1, -100])}, ValueError, "labels: got -1"),
         ({"logits_budget_mib": 0}, ValueError, "logits_budget_mib: got 0"),
+        ({"logits_budget_mib": "most"}, ValueError, "logits_budget_mib: got 'most'; must be greater than 0, or 'auto'"),
         ({"logits_budget": 1}, TypeError, "linear_cross_entropy: got an unexpected keyword argument 'logits_budget'"),
         ({"reduction": "avg"}, ValueError, "reduction: got 'avg'"),
     ],
