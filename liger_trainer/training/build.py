@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -22,6 +22,7 @@ from transformers import (
     set_seed,
 )
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from trl.data_utils import get_dataset_column_names
 from trl.trainer.utils import get_peft_config, get_quantization_config
 
 from ..callbacks import FlaggedLigerCallback, apply_for
@@ -84,7 +85,7 @@ def config_of(shape: dict[str, Any]) -> Any:
     return AutoConfig.for_model(fields.pop("model_type"), **fields)
 
 
-def build_dataset(recipe: Recipe) -> Dataset:
+def build_dataset(recipe: Recipe) -> Dataset | IterableDataset:
     """The recipe's data, with ``prompt`` and ``completion``, ``text`` or ``messages``. Synthetic rows are token ids."""
     run = recipe.run
     if run.dataset == SYNTHETIC:
@@ -99,19 +100,18 @@ def build_dataset(recipe: Recipe) -> Dataset:
         pairs = from_main_process(lambda: data.embedded_pairs(show_progress=not recipe.training.disable_tqdm))
         return data.in_memory(pairs, run.dataset_split)
     with recipe.training.main_process_first():  # the others then read its download from the cache
-        dataset = data.load(run.dataset, run.dataset_config, run.dataset_split)
+        dataset = data.load(run.dataset, run.dataset_config, run.dataset_split, run.streams)
     dataset = data.select_columns(dataset, run.text_column, run.prompt_column, run.completion_column)
     if run.response_marker is None:
         return dataset
-    columns = ", ".join(dataset.column_names)
+    columns = ", ".join(get_dataset_column_names(dataset))
     if columns != "text":
         raise RecipeError(f"response_marker needs a text column; the dataset has {columns}")
-    return dataset.map(
-        data.split_at, fn_kwargs={"marker": run.response_marker}, remove_columns="text", desc="Splitting"
-    )
+    marker = {"marker": run.response_marker}
+    return data.mapped(dataset, data.split_at, "Splitting", fn_kwargs=marker, remove_columns="text")
 
 
-def build_tokenizer(recipe: Recipe, dataset: Dataset) -> PreTrainedTokenizerBase:
+def build_tokenizer(recipe: Recipe, dataset: Dataset | IterableDataset) -> PreTrainedTokenizerBase:
     """The tokenizer that is named, or the model's, or for a model from ``model_config`` one trained on the dataset.
 
     For synthetic rows it can only pad.
@@ -221,33 +221,30 @@ def build_trainer(recipe: Recipe) -> Trainer:
     model = build_model(recipe, tokenizer)
     # With a response_marker the data has its own prompt template, which replaces the chat template.
     as_chat = tokenizer.chat_template and run.response_marker is None
-    if "prompt" in dataset.column_names and as_chat and isinstance(dataset[0]["prompt"], str):
-        dataset = dataset.map(data.as_messages, desc="Applying the chat form")
-    first = dataset[0]
+    first = next(iter(dataset))
+    if as_chat and isinstance(first.get("prompt"), str):
+        dataset = data.mapped(dataset, data.as_messages, "Applying the chat form")
+        first = next(iter(dataset))
     if "messages" in first or isinstance(first.get("prompt"), list):
         named = run.tokenizer or recipe.model.model_name_or_path
         require(bool(tokenizer.chat_template), "tokenizer", named, "one with a chat template: the dataset has messages")
     if run.trainer == "trainer" and run.dataset != SYNTHETIC:
-        dataset = dataset.map(
+        dataset = data.mapped(
+            dataset,
             data.encode,
+            "Tokenizing",
             fn_kwargs={"tokenizer": tokenizer, "max_length": recipe.max_length},
-            remove_columns=dataset.column_names,
-            desc="Tokenizing",
-        ).filter(has_loss, desc="Dropping examples cut before their answer")
-        if len(dataset) == 0:
-            raise _too_short(recipe)
-    held_out, examples = run.eval_examples, len(dataset)
-    require(held_out < examples, "eval_examples", held_out, f"fewer than the {examples} examples")
-    splits = {"train": dataset, "test": None}
-    if held_out:
-        splits = dataset.train_test_split(test_size=held_out, seed=args.seed)
+            remove_columns=list(first),
+        )
+        dataset = data.filtered(dataset, has_loss, "Dropping examples cut before their answer")
+    splits = _split(dataset, recipe)
     common: dict[str, Any] = {"args": args, "train_dataset": splits["train"], "eval_dataset": splits["test"]}
     if run.trainer == "sft":
         from trl.trainer.sft_trainer import SFTTrainer
 
         trainer = SFTTrainer(model, peft_config=get_peft_config(recipe.model), processing_class=tokenizer, **common)
-        if len(cast(Dataset, trainer.train_dataset)) == 0:
-            raise _too_short(recipe)
+        if isinstance(trainer.train_dataset, Dataset):
+            _check_length(trainer.train_dataset, recipe)
     else:
         model = with_adapters(recipe, model)
         padding = copy.copy(tokenizer)
@@ -257,13 +254,32 @@ def build_trainer(recipe: Recipe) -> Trainer:
         collator = DataCollatorForSeq2Seq(padding, pad_to_multiple_of=recipe.pad_to_multiple_of)
         # The Trainer only saves it with the model, which the placeholder for synthetic rows is not worth.
         saved = None if run.dataset == SYNTHETIC else tokenizer
+        if run.streams:  # each process reads its own batches: those of several are not equally long
+            cast(Any, args.accelerator_config).dispatch_batches = False
         trainer = Trainer(model, data_collator=collator, processing_class=saved, **common)
     trainer.callback_handler.callbacks.insert(0, ThroughputCallback())  # first, so that the reporters see its keys
     return trainer
 
 
-def _too_short(recipe: Recipe) -> RecipeError:
-    return RecipeError(f"max_length: got {recipe.max_length}; must be larger: every example is cut before its answer")
+def _split(dataset: Dataset | IterableDataset, recipe: Recipe) -> dict[str, Any]:
+    """The rows to train on, and those held out: of a stream the first ones, or else random ones."""
+    _check_length(dataset, recipe)
+    held_out, seed = recipe.run.eval_examples, recipe.training.seed
+    if isinstance(dataset, IterableDataset):
+        rest = dataset.skip(held_out).shuffle(seed=seed, buffer_size=data.SHUFFLE_BUFFER)
+        return {"train": rest, "test": dataset.take(held_out) if held_out else None}
+    require(held_out < len(dataset), "eval_examples", held_out, f"fewer than the {len(dataset)} examples")
+    if not held_out:
+        return {"train": dataset, "test": None}
+    parts = dataset.train_test_split(test_size=held_out, seed=seed)
+    return {"train": parts["train"], "test": parts["test"]}
+
+
+def _check_length(dataset: Any, recipe: Recipe) -> None:
+    """Raise ``RecipeError`` if ``dataset`` has no rows."""
+    length = recipe.max_length
+    if next(iter(dataset), None) is None:
+        raise RecipeError(f"max_length: got {length}; must be larger: every example is cut before its answer")
 
 
 def has_loss(example: dict[str, Any]) -> bool:

@@ -1,19 +1,20 @@
-"""Training data: a corpus of instructions from docstrings, dataset loading, a BPE tokenizer, prompt masking."""
+"""Training data: a corpus from docstrings, datasets in the forms that people have, a BPE tokenizer, prompt masking."""
 
 import ast
 import json
 import sys
 import sysconfig
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, ReadInstruction, load_dataset
+from datasets import Dataset, IterableDataset, ReadInstruction, load_dataset
 from datasets.exceptions import DatasetGenerationError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast
+from trl.data_utils import get_dataset_column_names
 
 from ..kernels.reference import IGNORE_INDEX
 from .recipe_arguments import READERS, RecipeError, require
@@ -22,6 +23,11 @@ from .recipe_arguments import READERS, RecipeError, require
 PACKAGES = ("numpy", "pandas", "torch", "datasets", "accelerate", "trl", "transformers")
 FILES_PER_PACKAGE = 200  # bounds the scan to a few seconds
 ANSWER_LENGTH = range(30, 401)  # characters; anything else is a stub ("See base class.") or an essay
+# The columns of each form, and those of them whose values may be null. The first form that a dataset has is taken.
+FORMS = (("prompt", "completion"), ("text",), ("messages",), ("conversations",), ("instruction", "input", "output"))
+OPTIONAL = ("input",)
+ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names, and those of chat templates
+SHUFFLE_BUFFER = 1000  # rows
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "{% if message['role'] == 'user' %}{{ '<|user|>' + message['content'] }}"
@@ -90,13 +96,16 @@ def _docstrings(path: Path, module: str) -> Iterator[tuple[str, str]]:
                 todo += [(name, child) for child in node.body]
 
 
-def load(source: str, config: str | None = None, split: str = "train") -> Dataset:
+def load(
+    source: str, config: str | None = None, split: str = "train", streaming: bool = False
+) -> Dataset | IterableDataset:
     """A dataset from the hub or a local file.
 
     Args:
-        source: name of a dataset on the hub, or path of a ``.json``, ``.jsonl`` or ``.parquet`` file.
+        source: name of a dataset on the hub, or path of a ``.json``, ``.jsonl``, ``.csv`` or ``.parquet`` file.
         config: name of the dataset's configuration.
-        split: split or slice, such as ``train[:1%]``.
+        split: split or slice, such as ``train[:1%]``. A stream has no slices.
+        streaming: read rows when they are used.
 
     Raises:
         RecipeError: the file does not exist, is empty, broken or has another format, or there is no such split.
@@ -113,14 +122,14 @@ def load(source: str, config: str | None = None, split: str = "train") -> Datase
         require(not path.exists(), "dataset", source, allowed)
         arguments = {"path": source, "name": config}
     try:
-        dataset = load_dataset(**arguments, split=split)
+        dataset = load_dataset(**arguments, split=split, streaming=streaming)
     except ValueError as error:
         raise RecipeError(f"dataset: {source!r} with dataset_split {split!r}: {error}") from error
     except DatasetGenerationError as error:
         if not isinstance(error.__cause__, ValueError | TypeError):  # such as a full disk
             raise
         raise RecipeError(f"dataset: {source!r} cannot be read: {_broken_line(path) or error.__cause__}") from error
-    if len(dataset) == 0:
+    if next(iter(dataset), None) is None:
         raise RecipeError(f"dataset: {source!r} with dataset_split {split!r} has no rows")
     return dataset
 
@@ -152,15 +161,19 @@ def in_memory(pairs: list[dict[str, str]], split: str) -> Dataset:
 
 
 def select_columns(
-    dataset: Dataset, text_column: str | None, prompt_column: str | None, completion_column: str | None
-) -> Dataset:
+    dataset: Dataset | IterableDataset,
+    text_column: str | None,
+    prompt_column: str | None,
+    completion_column: str | None,
+) -> Dataset | IterableDataset:
     """``dataset`` with only the columns ``prompt`` and ``completion``, or ``text``, or ``messages``.
 
-    If no column is named, these standard names are tried in this order.
+    If no column is named, the forms of ``FORMS`` are tried in their order. ShareGPT's ``conversations`` become
+    ``messages``. Alpaca's ``instruction`` and ``input`` become ``prompt``, and its ``output`` ``completion``.
 
     Raises:
         RecipeError: a named column is missing, only one of a pair is named, both forms are, no form is found, or a
-            value is null.
+            value is null. The values of a stream are not checked.
     """
     if (prompt_column is None) != (completion_column is None):
         raise RecipeError(
@@ -170,32 +183,63 @@ def select_columns(
         raise RecipeError(
             f"give text_column or prompt_column and completion_column, not both: got {text_column!r}, {prompt_column!r}"
         )
-    columns = dataset.column_names
+    columns = get_dataset_column_names(dataset)
     if text_column is not None:
         names = {text_column: "text"}
     elif prompt_column is not None:
         names = {prompt_column: "prompt", completion_column: "completion"}
-    elif {"prompt", "completion"} <= set(columns):
-        names = {"prompt": "prompt", "completion": "completion"}
-    elif standard := [name for name in ("text", "messages") if name in columns]:
-        names = {standard[0]: standard[0]}
+    elif forms := [form for form in FORMS if set(form) - set(OPTIONAL) <= set(columns)]:
+        names = {name: name for name in forms[0] if name in columns}
     else:
         raise RecipeError(
-            f"dataset has the columns {columns}, but not prompt and completion, text, or messages: "
-            "name them with prompt_column and completion_column, or text_column"
+            f"dataset has the columns {columns}, but not prompt and completion, text, messages, conversations, or "
+            "instruction and output: name them with prompt_column and completion_column, or text_column"
         )
     if missing := [name for name in names if name not in columns]:
         raise RecipeError(f"dataset has no column {missing[0]!r}: its columns are {columns}")
-    for name in names:
-        values = dataset.data.column(name)
-        if values.null_count:
+    for name in set(names) - set(OPTIONAL):
+        values = dataset.data.column(name) if isinstance(dataset, Dataset) else None
+        if values is not None and values.null_count:
             row = values.is_null().index(True).as_py() + 1
             raise RecipeError(f"dataset: row {row} has null in column {name!r}; must be text or messages")
     dataset = dataset.select_columns(list(names))
+    if "conversations" in names:
+        return mapped(dataset, from_sharegpt, "Reading conversations", remove_columns=list(names))
+    if "instruction" in names:
+        return mapped(dataset, from_alpaca, "Joining instruction and input", remove_columns=list(names))
     return dataset.rename_columns({old: new for old, new in names.items() if old != new})
 
 
-def texts(dataset: Dataset) -> Iterator[str]:
+def mapped(
+    dataset: Dataset | IterableDataset, function: Callable[..., Any], about: str, **options: Any
+) -> Dataset | IterableDataset:
+    """``dataset.map(function)``, with a progress bar named ``about`` unless ``dataset`` is a stream."""
+    if isinstance(dataset, Dataset):
+        options["desc"] = about
+    return dataset.map(function, **options)
+
+
+def filtered(dataset: Dataset | IterableDataset, function: Callable[..., bool], about: str) -> Any:
+    """``dataset.filter(function)``, with a progress bar as in ``mapped``."""
+    return dataset.filter(function, desc=about) if isinstance(dataset, Dataset) else dataset.filter(function)
+
+
+def from_sharegpt(example: dict[str, Any]) -> dict[str, Any]:
+    """``conversations`` as ``messages``. Each turn has ``from`` and ``value``, or already ``role`` and ``content``."""
+    turns = [
+        (turn.get("from") or turn["role"], turn["content"] if turn.get("value") is None else turn["value"])
+        for turn in example["conversations"]
+    ]
+    return {"messages": [{"role": ROLES.get(role, role), "content": content} for role, content in turns]}
+
+
+def from_alpaca(example: dict[str, Any]) -> dict[str, str]:
+    """An instruction and its input, if there is one, as ``prompt``, and the output as ``completion``."""
+    parts = [example["instruction"], example.get("input")]
+    return {"prompt": "\n\n".join(part for part in parts if part), "completion": example["output"]}
+
+
+def texts(dataset: Dataset | IterableDataset) -> Iterator[str]:
     """All text of a dataset of strings and messages."""
     for example in dataset:
         for value in dict(example).values():

@@ -83,10 +83,10 @@ def parse_recipe(argv: list[str]) -> Recipe:
     """Read ``RECIPE.yaml [--key value ...]``.
 
     Args:
-        argv: path of the recipe or its name in the package, then overrides. Keys are the fields of ``RecipeArguments``, of TRL's ``ModelConfig``,
-            of ``LigerTrainingArguments`` with ``max_length``, or of ``LigerSFTConfig`` with ``trainer: sft``. They may
-            be spelled with dashes. ``bf16: auto`` is true if the GPU supports it; without ``bf16``, accelerate's config
-            decides. ``--key null`` unsets a key of the recipe.
+        argv: path of the recipe or its name in the package, then overrides. Keys are the fields of
+            ``RecipeArguments``, of TRL's ``ModelConfig``, of ``LigerTrainingArguments`` with ``max_length``, or of
+            ``LigerSFTConfig`` with ``trainer: sft``. They may be spelled with dashes. ``bf16: auto`` is true if the GPU
+            supports it; without ``bf16``, accelerate's config decides. ``--key null`` unsets a key of the recipe.
 
     Raises:
         RecipeError: the file does not exist or is not a YAML mapping, a key is unknown (the nearest one is named), a
@@ -208,6 +208,15 @@ def _check(recipe: Recipe) -> None:
     for name, value in (("model_name_or_path", model.model_name_or_path), ("tokenizer", run.tokenizer)):
         if value is not None and value.startswith(("/", "./", "../", "~")):
             require(Path(value).exists(), name, value, "a name on the hub or an existing folder")
+    if run.streams:
+        steps = recipe.training.max_steps
+        require(steps > 0, "max_steps", steps, "at least 1 with streaming, which does not know the number of rows")
+        require(
+            run.model_config is None or run.tokenizer is not None,
+            "tokenizer",
+            None,
+            "named with streaming: it cannot be trained on the rows",
+        )
     if run.dataset == SYNTHETIC:
         require(
             run.sample_prompt is None,

@@ -12,7 +12,7 @@ from ..config import nearest
 from ..medusa.model import MedusaConfig
 
 EMBEDDED, SYNTHETIC = "embedded", "synthetic"  # datasets that are made here
-READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 SYNTHETIC_LENGTHS = ("full", "ragged", "alpaca")
 # Fields that count although a config may have no attribute of that name: transformers converts them, or models look
 # whether they are there.
@@ -68,9 +68,16 @@ class RecipeArguments:
         None,
         "Hub name or path. Default: the model's own tokenizer; with model_config, one that is trained on the dataset.",
     )
-    dataset: str = _key(EMBEDDED, "Hub name, path of a .json, .jsonl or .parquet file, 'embedded', or 'synthetic'.")
+    dataset: str = _key(
+        EMBEDDED, "Hub name, path of a .json, .jsonl, .csv or .parquet file, 'embedded', or 'synthetic'."
+    )
     dataset_config: str | None = _key(None, "Configuration of a dataset on the hub.")
     dataset_split: str = _key("train", "Split or slice, such as 'train[:1000]'.")
+    streaming: bool = _key(
+        False,
+        "Read a dataset of the hub or a file row by row while training, instead of first. Needs max_steps. Rows are "
+        "shuffled among the next 1,000.",
+    )
     text_column: str | None = _key(None, "Column of texts; every token has loss.")
     prompt_column: str | None = _key(None, "Column of prompts, which have no loss.")
     completion_column: str | None = _key(None, "Column of answers, which have loss.")
@@ -92,6 +99,11 @@ class RecipeArguments:
     eval_examples: int = _key(0, "Number of examples held out for evaluation.")
     sample_prompt: str | None = _key(None, "Question to answer after training.")
     sample_tokens: int = _key(64, "Maximum length of that answer in tokens.")
+
+    @property
+    def streams(self) -> bool:
+        """Whether rows are read while training; those that are made here never are."""
+        return self.streaming and self.dataset not in (EMBEDDED, SYNTHETIC)
 
     def __post_init__(self) -> None:
         config = self.model_config

@@ -60,24 +60,73 @@ def test_in_memory_rejects_other_splits(split):
         data.in_memory([{"prompt": "a", "completion": "b"}], split)
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])
-def test_local_files(tmp_path, suffix):
-    path = tmp_path / f"data{suffix}"
-    rows = [{"question": f"q{i}", "answer": f"a{i}", "id": i} for i in range(4)]
-    if suffix == ".parquet":
+def write_rows(path, rows):
+    """``rows`` as a file of the format that the suffix of ``path`` says; its path as text."""
+    if path.suffix == ".parquet":
         Dataset.from_list(rows).to_parquet(str(path))
+    elif path.suffix == ".csv":
+        Dataset.from_list(rows).to_csv(str(path))
     else:
-        path.write_text("\n".join(map(json.dumps, rows)) if suffix == ".jsonl" else json.dumps(rows))
-    dataset = data.select_columns(data.load(str(path), split="train[:3]"), None, "question", "answer")
-    assert dataset.to_list() == [{"prompt": f"q{i}", "completion": f"a{i}"} for i in range(3)]
+        path.write_text("\n".join(map(json.dumps, rows)) if path.suffix == ".jsonl" else json.dumps(rows))
+    return str(path)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
+def test_local_files(tmp_path, suffix, streaming):
+    path = write_rows(tmp_path / f"data{suffix}", [{"question": f"q{i}", "answer": f"a{i}", "id": i} for i in range(4)])
+    split = "train" if streaming else "train[:3]"
+    dataset = data.select_columns(data.load(path, None, split, streaming), None, "question", "answer")
+    assert list(dataset)[:3] == [{"prompt": f"q{i}", "completion": f"a{i}"} for i in range(3)]
+    assert len(list(dataset)) == (4 if streaming else 3)
+
+
+TURNS = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
+PAIR = {"prompt": "Why?", "completion": "So."}
+FORMS = {
+    "messages": ({"messages": TURNS, "id": 1}, {"messages": TURNS}),
+    "sharegpt": (
+        {"conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}], "source": "web"},
+        {"messages": TURNS},
+    ),
+    "sharegpt with roles": ({"conversations": TURNS}, {"messages": TURNS}),
+    "alpaca": ({"instruction": "Add.", "input": "1 2", "output": "3"}, {"prompt": "Add.\n\n1 2", "completion": "3"}),
+    "alpaca without input": ({"instruction": "Why?", "input": None, "output": "So."}, PAIR),
+    "alpaca of two columns": ({"instruction": "Why?", "output": "So."}, PAIR),
+    "pair": ({**PAIR, "text": "other"}, PAIR),
+    "text": ({"text": "Why? So.", "id": 1}, {"text": "Why? So."}),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("streaming", [False, True])
+def test_forms_of_rows(tmp_path, form, streaming):
+    row, expected = FORMS[form]
+    path = write_rows(tmp_path / "rows.jsonl", [row, row])
+    assert list(data.select_columns(data.load(path, streaming=streaming), None, None, None)) == [expected] * 2
+
+
+def test_empty_cells_of_alpaca_in_csv(tmp_path):
+    path = write_rows(tmp_path / "rows.csv", [{"instruction": "Why?", "input": "", "output": "So."}])
+    assert list(data.select_columns(data.load(path), None, None, None)) == [PAIR]
+
+
+def test_streams_have_no_slices_and_no_empty_files(tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", [PAIR])
+    with pytest.raises(ValueError, match=r"dataset_split 'train\[:1\]'"):
+        data.load(path, split="train[:1]", streaming=True)
+    (tmp_path / "empty.csv").write_text("prompt,completion\n")
+    for streaming in (False, True):
+        with pytest.raises(ValueError, match=r"has no rows|corresponds to no data"):
+            data.load(str(tmp_path / "empty.csv"), streaming=streaming)
 
 
 def test_load_errors(tmp_path):
     with pytest.raises(ValueError, match=r"no such file.*missing\.jsonl"):
         data.load(str(tmp_path / "missing.jsonl"))
-    (tmp_path / "data.csv").write_text("a,b")
-    with pytest.raises(ValueError, match=r"data\.csv.*\.jsonl"):
-        data.load(str(tmp_path / "data.csv"))
+    (tmp_path / "data.xls").write_text("a,b")
+    with pytest.raises(ValueError, match=r"data\.xls.*\.jsonl"):
+        data.load(str(tmp_path / "data.xls"))
 
 
 @pytest.mark.parametrize(
