@@ -7,6 +7,7 @@ once so that no other rank waits for it in a collective.
 
 import contextlib
 import json
+import math
 import multiprocessing
 import os
 import statistics
@@ -123,6 +124,8 @@ def train(job: dict) -> dict:
             trainer.add_callback(profile)
         trainer.train()
     row = {"status": "ok", **speed(meter.intervals), **memory.gib(trainer), **first_and_last(trainer.state.log_history)}
+    if wrong := [f"{key} {row[key]}" for key in ("last_grad_norm", "last_loss") if math.isnan(row[key] or 0)]:
+        raise RuntimeError(f"arm {job['arm']} computed {', '.join(wrong)}")
     row["evidence"] = {key: value for part in evidence for key, value in part().items()}
     if not all(row["evidence"].values()):
         raise RuntimeError(f"arm {job['arm']} was not active in this run: {row['evidence']}")

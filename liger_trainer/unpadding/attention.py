@@ -146,9 +146,44 @@ def _flash(
     window = {}
     if sliding_window is not None and sliding_window < rows.longest:
         window = {"window_size_left": sliding_window - 1, "window_size_right": 0 if causal else sliding_window - 1}
-    states = (state[0].transpose(0, 1) for state in (query, key, value))
-    output = torch.ops.aten._flash_attention_forward(
-        *states, rows.queries, rows.keys, rows.longest, rows.longest, dropout, causal, False,
-        scale=scaling, **window,
-    )[0]  # fmt: skip
-    return output[None]
+    options = (rows, dropout, causal, {"scale": scaling, **window})
+    return _FlashWithinRows.apply(*(state[0].transpose(0, 1) for state in (query, key, value)), *options)[0][None]
+
+
+class _FlashWithinRows(torch.autograd.Function):
+    """Flash attention with cumulative lengths. Tokens without keys get zero, and so do their gradients.
+
+    The forward kernel writes zeros for rows that have no keys. The backward kernel skips such rows, and keys that
+    belong to no row, so that PyTorch's own node would return whatever the memory held.
+    """
+
+    @staticmethod
+    def forward(
+        query: Tensor, key: Tensor, value: Tensor, rows: Rows, dropout: float, causal: bool, options: dict[str, Any]
+    ) -> tuple[Tensor, ...]:
+        """``[tokens, heads, head_dim]`` each; the output, then what backward needs."""
+        return torch.ops.aten._flash_attention_forward(
+            query, key, value, rows.queries, rows.keys, rows.longest, rows.longest, dropout, causal, False, **options
+        )[:4]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        """Save what backward needs."""
+        query, key, value, *ctx.settings = inputs
+        ctx.save_for_backward(query, key, value, *output)
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+        """Gradients of the queries, keys and values."""
+        rows, dropout, causal, options = ctx.settings
+        *states, output, logsumexp, generator, unused = ctx.saved_tensors
+        gradients = torch.ops.aten._flash_attention_backward(
+            grad, *states, output, logsumexp, rows.queries, rows.keys, rows.longest, rows.longest, dropout, causal,
+            generator, unused, **options,
+        )  # fmt: skip
+        for gradient in gradients:
+            gradient[rows.real :].zero_()
+        return (*gradients, None, None, None, None)

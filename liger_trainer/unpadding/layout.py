@@ -200,6 +200,7 @@ def layout_of(lengths: RowLengths, device: torch.device, multiple: int = 1, look
     trailing = [*range(real + longest, total, longest), *([total] if total > real else [])]
     bounds = torch.tensor([[*ends, *trailing], [*ends, *(real for _ in trailing)]], dtype=torch.int32).to(device)
     bounds = bounds[None, :, None].expand(1, 2, longest, -1)
+    _ROWS[bounds] = Rows(bounds, total, real)
     return Layout((batch, tokens), row.to(device), bounds, real, kept)
 
 
@@ -220,11 +221,13 @@ class Rows:
     Args:
         bounds: The mask of a ``Layout``.
         total: Number of tokens in the row.
+        real: Number of real tokens. The host waits for the mask where it is not given.
     """
 
-    def __init__(self, bounds: Tensor, total: int):
+    def __init__(self, bounds: Tensor, total: int, real: int | None = None):
         self.longest: int = bounds.shape[2]
         self.total = total
+        self.real: int = int(bounds[0, 1, 0, -1]) if real is None else real
         self.count: int = bounds.shape[3] - 1
         # [rows + 1]. Views would keep the mask, which is the key of this in ``_ROWS``, so nothing would be freed.
         self.queries, self.keys = bounds[0, 0, 0].clone(), bounds[0, 1, 0].clone()
@@ -275,7 +278,7 @@ def is_bounds(mask: object) -> bool:
 
 
 def rows_of(bounds: Tensor, total: int) -> Rows:
-    """The ``Rows`` of a mask; the layers of a model share them."""
+    """The ``Rows`` of a mask; the layers of a model share them. A copy of a layout's mask gets its own."""
     rows = _ROWS.get(bounds)
     if rows is None:
         rows = _ROWS[bounds] = Rows(bounds, total)

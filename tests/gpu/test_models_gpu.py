@@ -63,7 +63,7 @@ def test_attention_to_padded_rows(option, head_dim, dtype, monkeypatch):
     exact_loss, exact = gradients(copy.deepcopy(model).double(), inputs)
     model = model.to(dtype)
     loss, theirs = gradients(model, inputs)
-    apply_liger(model, {name: name == option for name in ("attention", "padding_mask")})
+    apply_liger(model, {"unpad": False} | {name: name == option for name in ("attention", "padding_mask")})
     key_heads, masked = [], []
     sdpa = torch.nn.functional.scaled_dot_product_attention
 

@@ -70,6 +70,7 @@ class SequenceBase(RuleBasedStateMachine):
         self.late: list[Late] = []
         self.may_compile = self.compiles and compiles
         self.unchecked = True
+        self.graph_lives = False  # PyTorch never frees the graph of a backward that failed
         if config is not None:
             self.pair.apply(config)
 
