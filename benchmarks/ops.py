@@ -44,6 +44,14 @@ def plain(outputs: int = 1, **arguments: str) -> Callable[[Draw], Inputs]:
     return inputs
 
 
+def adapter(draw: Draw) -> Inputs:
+    """An input and the two weights of an adapter."""
+    b = draw("out", "rank") * draw.spec["rank"] ** -0.5
+    return {"x": draw("rows", "cols"), "a": draw("rank", "cols") * draw.spec["cols"] ** -0.5, "b": b}, (
+        draw("rows", "out"),
+    )
+
+
 def packed_gate_and_up(draw: Draw) -> Inputs:
     """Gate and up in one tensor, some of them beyond the limit."""
     gate, up = (draw("rows", "cols") * 4 for _ in range(2))
@@ -158,6 +166,13 @@ OPS: dict[str, Op] = {
         packed_gate_and_up, "gate_up", lambda n: (n["gate_up"] * 3 // 2, n["gate_up"] * 5 // 2),
         {"today": "32768x2880", "small": "64x2880"},
         options={"interleaved": True},  # as GPT-OSS has them
+    ),
+    "lora_linear": Op(  # the adapter alone; x * b / a are the bytes of the output
+        adapter, "x a b",
+        lambda n: (n["x"] + n["x"] * n["b"] // n["a"], 2 * n["x"] + n["x"] * n["b"] // n["a"]),
+        {"today": "8192x3072x3072 r16, 8192x3072x8192 r16, 8192x8192x3072 r16, 8192x4096x4096 r128"},
+        "rows cols out rank",
+        small="rowsxcolsx40 r8",
     ),
     "rope": Op(
         rotary, "q k", lambda n: (2 * n["q"] + 2 * n["k"] + n["cos"] + n["sin"],) * 2,

@@ -17,9 +17,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._C import _autograd
 
-from .runtime.autograd import Function, differentiate
+from .runtime.autograd import Function, are_saved_tensors_hooked, differentiate
 from .runtime.launch import cdiv, use_triton
 from .runtime.operators import opaque_op
 from .shared.gated import GELU_ERF, GELU_TANH, SILU, Gating, check_gated, gated_bwd, gated_fwd
@@ -224,11 +223,6 @@ _gated_linear_bwd_op = opaque_op("gated_linear_bwd", _bwd, _fake_bwd)
 _gated_linear_op = opaque_op("gated_linear", _fwd, _fake_fwd, _differentiate, _save)
 
 
-def _are_saved_tensors_hooked() -> bool:
-    """Whether saved tensors are intercepted, as by activation checkpointing or offloading."""
-    return _autograd._top_saved_tensors_default_hooks(False) is not None
-
-
 def gated_linear(
     gate: Tensor, up: Tensor | None, weight: Tensor, bias: Tensor | None = None, *, activation: str = "silu",
     gate_multiplier: float = 1.0, down_multiplier: float = 1.0,
@@ -270,7 +264,7 @@ def gated_linear(
     inputs = (gate, up, weight, bias)
     if torch.compiler.is_compiling():
         return _gated_linear_op(*inputs, *gating)
-    if not _are_saved_tensors_hooked() or not torch.is_grad_enabled():
+    if not are_saved_tensors_hooked() or not torch.is_grad_enabled():
         return GatedLinearFunction.apply(*inputs, gating)
     out = _SaveInputs.apply(*inputs, gating)
     return _FillResult.apply(out, *(None if t is None else t.detach() for t in inputs), gating)

@@ -292,6 +292,19 @@ def token_stats(z: Tensor, labels: Tensor, ignore_index: int = IGNORE_INDEX) -> 
     return TokenLogProbs(*(f.masked_fill(~valid, 0) for f in fields))
 
 
+def lora_linear(
+    x: Tensor, a: Tensor, b: Tensor, scale: float = 1.0, weight: Tensor | None = None, bias: Tensor | None = None,
+    base: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """``x W^T + bias + scale * (x a^T) b^T``, all in ``x``'s dtype; ``base`` takes the place of the base product."""
+    out = scale * F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype))
+    if weight is not None:
+        out = F.linear(x, weight.to(x.dtype)) + out
+    if bias is not None:
+        out = out + bias.to(x.dtype)
+    return out if base is None else base + out
+
+
 def linear_cross_entropy(
     hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None = None, *, ignore_index: int = IGNORE_INDEX,
     label_smoothing: float = 0.0, z_loss: float = 0.0, softcap: float | None = None, logit_scale: float = 1.0,

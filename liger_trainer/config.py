@@ -57,6 +57,8 @@ class LigerConfig:
         layer_norm: Replace layer norms, found in the same way.
         rope: Replace rotary embeddings, found in the same way.
         glu: Replace gated activations (SwiGLU, GeGLU), found in the same way.
+        lora: Run PEFT's LoRA linear layers with one narrow GEMM for the input and none of its casts, where a numeric
+            probe shows that our op computes the same.
         attention: Pass grouped keys and values to SDPA as they are. transformers repeats them for each query head when
             there is a mask. Applies where torch has a fused kernel for grouped heads, and not under torch.compile.
         fused_loss: Compute the causal-LM loss inside ``lm_head``, for one chunk of tokens at a time.
@@ -89,6 +91,7 @@ class LigerConfig:
     layer_norm: bool = _kind()
     rope: bool = _kind()
     glu: bool = _kind()
+    lora: bool = _kind()
     attention: bool = _kind()
     fused_loss: bool = _kind()
     unpad: bool = _kind()

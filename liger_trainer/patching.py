@@ -23,6 +23,7 @@ from .probing.rebinding import Bound, bound_methods, free_attribute, rebind
 from .probing.rule import Acted, Match, Rule, Skip, errors_skip
 from .report import Applied, LigerReport, Skipped
 from .rules import PER_BATCH, RULES
+from .rules.lora import is_adapter_layer
 
 _STATE = "_liger_state"
 
@@ -45,6 +46,7 @@ class PatchState:
         acted: Of each kind that was applied, whether it has done its work since the last ``count_step``.
         fused: The fused loss, if it was applied.
         bound_methods: How many methods were bound to modules of the model.
+        adapter_layers: How many of its layers PEFT had wrapped.
         trl_head: Our op in TRL's fused head, if ``trl`` has put it there.
         handles: The hooks that were registered.
     """
@@ -54,6 +56,7 @@ class PatchState:
     acted: dict[str, list[Acted]]
     fused: FusedHead | None
     bound_methods: int
+    adapter_layers: int
     trl_head: CountsCalls | None = None
     handles: list[RemovableHandle] = field(default_factory=list)
 
@@ -147,7 +150,7 @@ def apply_with(model: nn.Module, config: LigerConfig, known: Mapping[str, Match 
     for bound in plan.bound:
         bound.apply()
     fused = next(filter(None, map(fused_head_of, plan.bound)), None)
-    state = PatchState(config, plan.report, plan.acted, fused, len(_all_bound(core)))
+    state = PatchState(config, plan.report, plan.acted, fused, len(_all_bound(core)), _adapter_layers(core))
     setattr(core, _STATE, state)
     for before, after in plan.hooks:
         add_hooks(core, state, before, after)
@@ -175,15 +178,22 @@ def _all_bound(model: nn.Module) -> list[tuple[str, Bound]]:
     return [found for module in model.modules() for found in bound_methods(module)]
 
 
+def _adapter_layers(model: nn.Module) -> int:
+    return sum(map(is_adapter_layer, model.modules()))
+
+
 def _calls_forward_of(module: nn.Module, core: nn.Module) -> bool:
     """Whether ``module``'s forward is ``core``'s, as in PEFT's AdaptionPromptModel, which then calls no hooks."""
     return getattr(vars(module).get("forward"), "__self__", None) is core
 
 
 def _is_stale(core: nn.Module, state: PatchState) -> bool:
-    """Whether something that was applied is gone or was copied, or what the fused loss relies on has changed."""
+    """Whether the model has changed since: something applied is gone or was copied, PEFT has wrapped other layers, or
+    what the fused loss relies on is not what it was.
+    """
     bound = _all_bound(core)
-    if len(bound) != state.bound_methods or any(method.is_unpickled() for _, method in bound):
+    counts = len(bound), _adapter_layers(core)
+    if counts != (state.bound_methods, state.adapter_layers) or any(method.is_unpickled() for _, method in bound):
         return True
     return state.fused is not None and not state.fused.is_current()
 

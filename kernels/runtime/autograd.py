@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
+from torch._C import _autograd
 from torch.autograd import forward_ad
 
 
@@ -48,6 +49,11 @@ class Function(torch.autograd.Function):
 def is_transformed() -> bool:
     """Whether a transform of ``torch.func`` or forward-mode differentiation is active."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def are_saved_tensors_hooked() -> bool:
+    """Whether saved tensors are intercepted, as by activation checkpointing or offloading."""
+    return _autograd._top_saved_tensors_default_hooks(False) is not None
 
 
 def differentiate(

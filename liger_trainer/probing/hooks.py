@@ -40,3 +40,14 @@ def is_intercepted(module: nn.Module) -> bool:
         return False
     before = (*module._forward_pre_hooks.values(), *torch_module._global_forward_pre_hooks.values())
     return not all(map(is_of_engine, before)) or has_hooks_on_outputs(module)
+
+
+def has_own_call(module: nn.Module) -> bool:
+    """Whether anything besides its class's forward runs when the module is called, an engine's hooks included."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(hooks) or "forward" in module.__dict__ or bool(_has_any_global_hook())
+
+
+def is_bare_linear(module: nn.Module | None) -> bool:
+    """Whether calling ``module`` is just ``F.linear`` with its parameters: no subclass, adapter, hook or shard."""
+    return type(module) is nn.Linear and type(module.weight) is nn.Parameter and not has_own_call(module)

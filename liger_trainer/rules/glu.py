@@ -21,7 +21,7 @@ from ..kernels.gated_linear import gated_linear
 from ..kernels.geglu import geglu
 from ..kernels.swiglu import swiglu
 from ..probing.conditions import Conditions
-from ..probing.hooks import is_intercepted
+from ..probing.hooks import is_bare_linear, is_intercepted
 from ..probing.probe import (
     TOLERANCE,
     difference,
@@ -172,20 +172,12 @@ def _mlp_forward(
         if swapped:
             inner = [*reversed(inner[0].chunk(2, dim=-1) if len(inner) == 1 else inner)]
         down = getattr(self, down_name)
-        if recompute and torch.is_grad_enabled() and _is_bare(down):
+        if recompute and torch.is_grad_enabled() and is_bare_linear(down):
             gate, up = inner if len(inner) == 2 else (inner[0], None)
             return gated_linear(gate, up, down.weight, down.bias, activation=activation.name)
         return down(activation.op(*inner))
 
     return forward
-
-
-def _is_bare(linear: nn.Module) -> bool:
-    """Whether calling ``linear`` is just ``F.linear`` with its parameters: no subclass, adapter, hook or shard."""
-    hooks = linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks
-    if hooks or torch.nn.modules.module._has_any_global_hook():
-        return False
-    return type(linear) is nn.Linear and "forward" not in vars(linear) and type(linear.weight) is nn.Parameter
 
 
 def matches_experts(module: nn.Module) -> bool:

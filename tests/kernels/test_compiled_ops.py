@@ -27,6 +27,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FILES = pkgutil.iter_modules(liger_trainer.kernels.__path__, "liger_trainer.kernels.")
 MODULES = [module for file in FILES if hasattr(module := importlib.import_module(file.name), "use_triton")]
 WIDTH, HEAD, VOCAB = 32, 8, 19
+OPAQUE = [name for name in OPS if name != "lora_linear"]  # that one is plain GEMMs, which the compiler may see
 
 
 def make():
@@ -152,7 +153,7 @@ def test_operators_keep_their_promises(name, arguments):
     torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
 
 
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", OPAQUE)
 def test_every_op_is_one_opaque_operator(name):
     case, _, _ = calls(name, Variant(), 5, 48, DEVICE)
     seen = []
@@ -183,7 +184,7 @@ class RecordedOperators(TorchDispatchMode):
 
 
 def variants():
-    return [(name, variant) for name in OPS for variant in VARIANTS.get(name, (Variant(),))]
+    return [(name, variant) for name in OPAQUE for variant in VARIANTS.get(name, (Variant(),))]
 
 
 @pytest.mark.parametrize(("name", "variant"), variants(), ids=lambda v: v if isinstance(v, str) else v.note)

@@ -1,0 +1,204 @@
+"""Rule for PEFT's LoRA linear layers: ``base(x) + scaling * lora_B(lora_A(dropout(x)))`` for each active adapter.
+
+The probe runs the layer's own forward with small linear layers in place of its children, so neither the base's weights
+nor its quantisation matter. Which adapters are active, their scaling, and whether they are merged or disabled is read
+at each call, as PEFT's forward reads them.
+
+A base that is a plain ``nn.Linear`` is computed by our op, adapter included. Any other base is called as it is, and the
+adapter's product is added to its output.
+"""
+
+import functools
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..config import LigerConfig
+from ..kernels.lora_linear import compute_dtype, lora_linear
+from ..kernels.runtime.launch import is_plain
+from ..probing.hooks import has_own_call, is_bare_linear
+from ..probing.probe import TOLERANCE, difference, generator, hollow_copy
+from ..probing.rule import Acted, Match, Rule, Skip
+
+logger = logging.getLogger(__name__)
+TABLES = ("lora_A", "lora_B", "lora_dropout")
+# (dtype of x and the base, dtype of the adapters, whether bf16 autocast is on)
+SAMPLES = (
+    (torch.float32, torch.float32, False),
+    (torch.bfloat16, torch.float32, False),
+    (torch.bfloat16, torch.bfloat16, False),
+    (torch.float32, torch.float32, True),
+    (torch.bfloat16, torch.float32, True),
+)
+WIDTHS = 16, 12  # of the probe's base layer
+HOOKED = (
+    "liger_trainer: %s runs PEFT's own forward: its adapter's layers have hooks, sharded weights or dtypes that our op "
+    "does not take"
+)
+
+
+class _Adapter(NamedTuple):
+    a: nn.Linear
+    b: nn.Linear
+    dropout: nn.Module
+    scale: float
+
+
+def is_adapter_layer(module: nn.Module) -> bool:
+    """A layer of PEFT that holds another one, whatever its method."""
+    return isinstance(getattr(type(module), "adapter_layer_names", None), tuple) and "base_layer" in module._modules
+
+
+def _key(module: nn.Module) -> tuple:
+    return type(module), type(module).forward, type(module._modules["base_layer"]), _obstacle(module)
+
+
+def _obstacle(module: nn.Module) -> str | None:
+    """Why no adapter of this layer can be replaced, if so."""
+    tables = [table for name in TABLES if isinstance(table := module._modules.get(name), nn.ModuleDict)]
+    if len(tables) < len(TABLES) or not tables[0]:
+        return f"{type(module).__name__} is not a LoRA linear layer, so PEFT's own forward runs"
+    variants, names = vars(module).get("lora_variant", {}), [*tables[0]]
+    if all(name in variants for name in names):
+        return f"its adapter is of a variant ({type(variants[names[0]]).__name__}), so PEFT's own forward runs"
+    if not all(isinstance(child, nn.Linear) for table in tables[:2] for child in table.children()):
+        return "its adapter is not made of linear layers, so PEFT's own forward runs"
+    return None
+
+
+def probe(module: nn.Module, config: LigerConfig) -> Match:
+    """Whether the layer's forward is that of LoRA, with two adapters at once."""
+    obstacle = _obstacle(module)
+    if obstacle is not None:
+        raise Skip(obstacle)
+    for dtype, adapters, autocast in SAMPLES:
+        copied = _probe_copy(module, dtype, adapters)
+        x = torch.randn(2, 3, WIDTHS[0], generator=generator()).to(dtype)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            theirs, ours = type(module).forward(copied, x), _forward(copied, x)
+        computed = torch.bfloat16 if autocast else dtype
+        if ours is None or difference(ours, theirs) > TOLERANCE[computed]:
+            raise Skip("its forward is not base(x) + scaling * lora_B(lora_A(x))")
+    base, acted = module._modules["base_layer"], Acted()
+    variant = "lora_linear" if type(base) is nn.Linear else f"lora_linear, beside {type(base).__name__}"
+    return Match("lora", variant, methods={"forward": _bound_forward(type(module).forward, acted)}, acted=acted)
+
+
+def _probe_copy(module: nn.Module, dtype: torch.dtype, adapters: torch.dtype) -> Any:
+    """The layer with small random linear layers as children, and two adapters."""
+    copied: Any = hollow_copy(module)
+    random, (width, out) = generator(), WIDTHS
+
+    def linear(into: int, to: int, dtype: torch.dtype, bias: bool = False) -> nn.Linear:
+        made = nn.Linear(into, to, bias, dtype=dtype)
+        for parameter in made.parameters():
+            parameter.data.copy_(torch.randn(parameter.shape, generator=random) / 4)
+        return made
+
+    ranks = {"first": 4, "second": 3}
+    copied.base_layer = linear(width, out, dtype, bias=True)
+    copied.lora_A = nn.ModuleDict({name: linear(width, rank, adapters) for name, rank in ranks.items()})
+    copied.lora_B = nn.ModuleDict({name: linear(rank, out, adapters, bias=True) for name, rank in ranks.items()})
+    copied.lora_dropout = nn.ModuleDict({name: nn.Identity() for name in ranks})
+    state = {
+        "scaling": {"first": 0.5, "second": -1.5}, "lora_variant": {}, "use_dora": dict.fromkeys(ranks, False),
+        "_active_adapter": [*ranks], "_disable_adapters": False, "merged_adapters": [],
+        "cast_input_dtype_enabled": True,
+    }  # fmt: skip
+    vars(copied).update(state)
+    return copied
+
+
+def _bound_forward(original: Callable, acted: Acted) -> Callable:
+    has_warned = False
+
+    @functools.wraps(original)
+    def forward(self: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        nonlocal has_warned
+        # Without an active adapter PEFT's forward does nothing but call the base; it also takes ``adapter_names``.
+        if args or kwargs or _is_off(self):
+            return original(self, x, *args, **kwargs)
+        out = _forward(self, x)
+        if out is None:
+            if not has_warned and not torch.compiler.is_compiling():
+                has_warned = True
+                logger.warning(HOOKED, type(self).__name__)
+            return original(self, x)
+        acted.note()
+        return out
+
+    return forward
+
+
+def _is_off(module: nn.Module) -> bool:
+    """Whether the adapters are disabled or merged into the base."""
+    attributes = module.__dict__
+    return attributes["_disable_adapters"] or bool(attributes["merged_adapters"])
+
+
+def _active(module: Any) -> Iterator[_Adapter]:
+    """The adapters that act, in their order."""
+    firsts, seconds, dropouts = (module._modules[name]._modules for name in TABLES)
+    for name in module.active_adapters:
+        if name in firsts:
+            yield _Adapter(firsts[name], seconds[name], dropouts[name], module.scaling[name])
+
+
+def _takes(adapter: _Adapter, x: Tensor, autocast: bool) -> bool:
+    """Whether our op may take the place of this adapter's layers."""
+    a, b, dropout, _ = adapter
+    if not is_bare_linear(a) or not is_bare_linear(b) or a.bias is not None or has_own_call(dropout):
+        return False
+    dtype = a.weight.dtype
+    if (type(dropout) is not nn.Identity and type(dropout) is not nn.Dropout) or b.weight.dtype != dtype:
+        return False
+    # PEFT casts x to the adapter's dtype. Where that is wider, as fp32 usually is, bf16's range makes it needless.
+    return autocast or dtype == x.dtype or (x.dtype == torch.bfloat16 and dtype == torch.float32)
+
+
+def _forward(module: Any, x: Tensor) -> Tensor | None:
+    """The layer's output, or None where PEFT's own forward has to compute it."""
+    adapters = [*_active(module)]
+    attributes = module.__dict__
+    if not adapters or not is_plain(x) or not attributes.get("cast_input_dtype_enabled", True):
+        return None
+    if any(name in module.active_adapters for name in attributes.get("lora_variant", ())):
+        return None
+    dtype = compute_dtype(x)
+    autocast = torch.is_autocast_enabled(x.device.type)
+    if (autocast and x.dtype == torch.float64) or not all(_takes(adapter, x, autocast) for adapter in adapters):
+        return None
+    base = module._modules["base_layer"]
+    first = adapters[0]
+    if is_bare_linear(base) and not _drops(first) and (autocast or base.weight.dtype == x.dtype):
+        out = lora_linear(x, first.a.weight, first.b.weight, first.scale, base.weight, _bias(first, base.bias))
+        adapters = adapters[1:]
+    else:
+        out = base(x)
+    for adapter in adapters:
+        inputs = adapter.dropout(x.to(adapter.a.weight.dtype)) if _drops(adapter) else x
+        inputs = inputs.to(dtype)
+        same = out.dtype == dtype
+        added = lora_linear(
+            inputs, adapter.a.weight, adapter.b.weight, adapter.scale, bias=_bias(adapter), base=out if same else None
+        )
+        out = added if same else (out + added).to(out.dtype)
+    return out
+
+
+def _drops(adapter: _Adapter) -> bool:
+    return type(adapter.dropout) is nn.Dropout and adapter.dropout.training
+
+
+def _bias(adapter: _Adapter, base: Tensor | None = None) -> Tensor | None:
+    """The base's bias plus the scaled one of the adapter."""
+    if adapter.b.bias is None:
+        return base
+    own = adapter.b.bias * adapter.scale
+    return own if base is None else base + own
+
+
+RULES = (Rule(("lora",), is_adapter_layer, probe, _key),)

@@ -1,0 +1,167 @@
+"""Linear layers with low-rank adapters: numbers, gradients, what is saved, and what checkpointing computes again."""
+
+import pytest
+import torch
+from numerics import as_dtype, assert_no_worse_than_torch
+from torch.utils.checkpoint import checkpoint
+
+from liger_trainer.kernels import lora_linear as lora_module
+from liger_trainer.kernels import reference
+from liger_trainer.kernels.lora_linear import Projection, lora_linear, lora_linears
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+NAMES = ("a", "b", "weight", "bias", "base")
+
+
+def make(outs=(20,), tokens=(2, 7), width=24, rank=3, frozen=("weight",), without=(), layout="contiguous"):
+    """x, and for each projection its scale and tensors in the order of ``NAMES``."""
+    torch.manual_seed(0)
+    x = torch.randn(*tokens, width, device=DEVICE)
+    if layout == "transposed":
+        x = x.transpose(0, 1)
+    projections = []
+    for number, out in enumerate(outs):
+        shapes = ((rank + number, width), (out, rank + number), (out, width), (out,), (*x.shape[:-1], out))
+        tensors = [
+            None if n in without else (torch.randn(s, device=DEVICE) / 3).requires_grad_(n not in frozen)
+            for n, s in zip(NAMES, shapes, strict=True)
+        ]
+        projections.append((0.7 + number, *tensors))
+    return x.requires_grad_("x" not in frozen), projections
+
+
+def run(function, x, projections):
+    outs = function(x, projections)
+    leaves = [t for t in (x, *(t for _, *tensors in projections for t in tensors)) if t is not None and t.requires_grad]
+    torch.manual_seed(1)
+    return [*outs, *torch.autograd.grad(outs, leaves, [torch.randn(o.shape, device=DEVICE).to(o.dtype) for o in outs])]
+
+
+def ours(x, projections):
+    return lora_linears(x, [Projection(a, b, s, weight, bias, base) for s, a, b, weight, bias, base in projections])
+
+
+def definition(x, projections):
+    return [reference.lora_linear(x, a, b, s, weight, bias, base) for s, a, b, weight, bias, base in projections]
+
+
+def in_dtype(x, projections, dtype, adapters=None):
+    [x] = as_dtype([x], dtype)
+    rounded = []
+    for s, a, b, *rest in projections:
+        rounded.append((s, *as_dtype([a, b], adapters or dtype), *as_dtype(rest, dtype)))
+    return x, rounded
+
+
+CASES = {
+    "one": {"without": ("base",)},
+    "no bias": {"without": ("base", "bias")},
+    "three": {"outs": (20, 9, 33), "without": ("base", "bias")},
+    "base's output": {"outs": (20, 5), "without": ("weight",)},
+    "base, no bias": {"without": ("weight", "bias")},
+    "adapter alone": {"without": ("weight", "bias", "base")},
+    "all trained": {"frozen": (), "without": ("base",)},
+    "frozen adapter": {"frozen": ("weight", "bias", "a", "b"), "without": ("base",)},
+    "frozen A": {"frozen": ("weight", "a"), "without": ("base",)},
+    "frozen B and input": {"frozen": ("weight", "b", "x"), "without": ("base",)},
+    "transposed": {"layout": "transposed", "without": ("base",)},
+    "no tokens": {"tokens": (0, 7), "without": ("base",)},
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize(
+    ("dtype", "adapters"),
+    [(torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, torch.float32), (torch.float16, None)],
+    ids=["fp32", "bf16", "bf16, adapters fp32", "fp16"],
+)
+def test_outputs_and_gradients(case, dtype, adapters):
+    inputs = in_dtype(*make(**case), dtype, adapters)
+    exact = run(definition, *in_dtype(*inputs, torch.float64))
+    for number, row in enumerate(zip(run(ours, *inputs), run(definition, *inputs), exact, strict=True)):
+        assert_no_worse_than_torch(*row, name=f"result {number}")
+
+
+@pytest.mark.parametrize("case", [CASES["three"], CASES["base's output"]], ids=["weights", "outputs"])
+def test_two_nodes_give_the_same_bits(case):
+    """With saved tensors hooked, as under checkpointing, the op saves in one node and computes in another."""
+    inputs = in_dtype(*make(**case), torch.float32)
+    whole = run(ours, *inputs)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+        parted = run(ours, *inputs)
+    assert all(torch.equal(a, b) for a, b in zip(parted, whole, strict=True))
+
+
+def test_checkpointing_computes_the_products_once(monkeypatch):
+    calls, compute = [], lora_module._compute
+    monkeypatch.setattr(lora_module, "_compute", lambda *args: calls.append(1) or compute(*args))
+    x, projections = make(without=("base",))
+    wanted = run(ours, x, projections)
+    calls.clear()
+    found = run(lambda x, p: checkpoint(ours, x, p, use_reentrant=False), x, projections)
+    assert len(calls) == 1
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+def test_saved_for_backward():
+    """The input, its narrow product and the weights; nothing of the size of an output."""
+    kept = []
+    x, projections = make(outs=(20, 31), without=("base", "bias"))
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
+        ours(x, projections)
+    assert sorted(kept) == sorted([(2, 7, 24), (14, 7), (20, 24), (3, 24), (20, 3), (31, 24), (4, 24), (31, 4)])
+
+
+def test_autocast():
+    """fp32 tensors under autocast: as torch's own layers, and backward inside or outside of it."""
+    x, projections = make(without=("base",))
+    with torch.autocast(DEVICE, torch.bfloat16):
+        inside = run(ours, x, projections)
+        outs = ours(x, projections)
+        theirs = run(lambda x, p: [
+            torch.nn.functional.linear(x, w, c) + torch.nn.functional.linear(torch.nn.functional.linear(x, a), b) * s
+            for s, a, b, w, c, _ in p
+        ], x, projections)  # fmt: skip
+    exact = run(definition, *in_dtype(x, projections, torch.float64))
+    assert outs[0].dtype == torch.bfloat16
+    for number, row in enumerate(zip(inside, theirs, exact, strict=True)):
+        assert_no_worse_than_torch(row[0], row[1], row[2], name=f"result {number}", factor=2.5)
+
+
+def test_gradients_of_gradients():
+    x, [(scale, a, b, weight, bias, _)] = make(without=("base",))
+    leaves = [t.detach().double().requires_grad_() for t in (x, a, b, bias)]
+    frozen = weight.detach().double()
+
+    def op(x, a, b, bias):
+        return lora_linear(x, a, b, scale, frozen, bias)
+
+    assert torch.autograd.gradgradcheck(op, leaves)
+    grads = torch.func.grad(lambda *args: op(*args).square().sum(), argnums=(0, 1, 2, 3))(*leaves)
+    wanted = torch.autograd.grad(reference.lora_linear(*leaves[:3], scale, frozen, leaves[3]).square().sum(), leaves)
+    for found, want in zip(grads, wanted, strict=True):
+        torch.testing.assert_close(found, want)
+
+
+def test_compiled():
+    x, projections = make(outs=(20, 9), without=("base",))
+    compiled = torch.compile(ours, backend="eager", fullgraph=True)
+    for found, want in zip(run(compiled, x, projections), run(definition, x, projections), strict=True):
+        torch.testing.assert_close(found, want)
+
+
+def test_bad_input_is_an_error():
+    x, [(_, a, b, weight, bias, base)] = make()
+    for error, words, arguments in (
+        (TypeError, "x: got dtype torch.int64", (x.long(), a, b)),
+        (ValueError, "a, b: got shapes", (x, a.t(), b)),
+        (ValueError, r"weight: got shape \(19, 24\)", (x, a, b, 1.0, weight[:19])),
+        (ValueError, r"bias: got shape", (x, a, b, 1.0, weight, bias[:3])),
+        (ValueError, "weight, base: got both", (x, a, b, 1.0, weight, None, base)),
+        (ValueError, "weight: got dtype torch.float64", (x, a, b, 1.0, weight.double())),
+        (ValueError, "a: got device meta", (x, a.to("meta"), b)),
+    ):
+        with pytest.raises(error, match=words):
+            lora_linear(*arguments)
+    with pytest.raises(ValueError, match="projections: got none"):
+        lora_linears(x, [])

@@ -1,0 +1,235 @@
+"""LoRA layers with our op: PEFT's variants give the numbers of the unpatched model, whatever is done to them."""
+
+import copy
+
+import pytest
+import torch
+from model_pair import ModelPair, gradients
+from peft import IA3Config, LoHaConfig, LoraConfig, PeftModel, VeraConfig, get_peft_model
+from tiny_models import batch, tiny_model
+from torch import nn
+
+from liger_trainer import apply_liger, revert_liger
+from liger_trainer.patching import patch_state
+from liger_trainer.probing.rebinding import bound_methods
+
+TARGETS = ["q_proj", "k_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def lora(**options):
+    return LoraConfig(
+        **{"task_type": "CAUSAL_LM", "r": 3, "target_modules": TARGETS, "init_lora_weights": False} | options
+    )
+
+
+def wrapped(model_type="qwen2", **options):
+    """A tiny model of one layer, whose q and k have biases, with random adapters."""
+    model = tiny_model(model_type, num_hidden_layers=1)
+    return get_peft_model(model, lora(**options)).train()
+
+
+def step(model, inputs=None):
+    """Loss and gradients of one training forward."""
+    model.zero_grad()
+    loss = model(**(inputs or batch())).loss
+    loss.backward()
+    return {"loss": loss.detach(), "gradients": gradients(model)}
+
+
+def acts(model, action=None):
+    """Whether the op runs in a forward of ``model``."""
+    state = patch_state(model)
+    state.forget_acted()
+    with torch.no_grad():
+        model(**batch())
+    return any(acted.on for acted in state.acted.get("lora", []))
+
+
+OPTIONS = {
+    "plain": {},
+    "rslora": {"use_rslora": True, "lora_alpha": 5},
+    "bias": {"lora_bias": True, "target_modules": ["q_proj", "k_proj"]},
+    "base bias": {"bias": "lora_only"},
+    "dropout": {"lora_dropout": 0.3},
+    "ranks": {"rank_pattern": {"q_proj": 7}, "alpha_pattern": {"up_proj": 3}},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("base", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_variants(options, base):
+    model = wrapped(**options)
+    if base == torch.bfloat16:
+        for name, parameter in model.named_parameters():
+            if "lora_" not in name:
+                parameter.data = parameter.data.bfloat16()
+    pair = ModelPair(model)
+    pair.tolerance = 1e-5 if base == torch.float32 else 6e-2
+    pair.apply({})
+    assert patch_state(pair.ours).report.counts["lora"] == len(options.get("target_modules", TARGETS))
+    pair.same(step)
+    assert acts(pair.ours)
+    pair.revert()
+    pair.same(step)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_autocast_and_checkpointing(dtype):
+    pair = ModelPair(wrapped(lora_dropout=0.2))
+    pair.apply({})
+    for model in pair.models:
+        model.to(dtype)
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable()
+
+    def action(model):
+        with torch.autocast("cpu", torch.bfloat16):
+            return step(model)
+
+    pair.same(action, tolerance=6e-2)
+    assert acts(pair.ours)
+
+
+def test_adapters_come_switch_merge_and_go():
+    pair = ModelPair(wrapped())
+    pair.apply({"lora": True})
+
+    def add(model):
+        torch.manual_seed(3)
+        model.add_adapter("second", lora(r=2, lora_dropout=0.1, target_modules=["q_proj", "down_proj"]))
+        model.set_adapter("second")
+        return step(model)
+
+    def both_at_once(model):
+        model.base_model.set_adapter(["default", "second"])
+        return step(model)
+
+    def disabled(model):
+        with model.disable_adapter(), torch.no_grad():
+            return model(**batch()).loss
+
+    def mixed(model):
+        model.eval()
+        with torch.no_grad():
+            out = model(**batch(), adapter_names=["default", "second"]).loss
+        model.train()
+        return out
+
+    def merged(model):
+        model.merge_adapter()
+        with torch.no_grad():
+            out = model(**batch()).loss
+        model.unmerge_adapter()
+        return out
+
+    def scaled(model):
+        for module in model.modules():
+            if hasattr(module, "scale_layer"):
+                module.scale_layer(0.5)
+        return step(model)
+
+    def after_an_optimizer_step(model):
+        step(model)
+        torch.optim.SGD(model.parameters(), 1.0).step()
+        return step(model)
+
+    actions = (step, add, both_at_once, disabled, mixed, merged, scaled, after_an_optimizer_step)
+    for action in actions:
+        pair.same(action)
+    assert acts(pair.ours)
+    pair.both(lambda model: model.delete_adapter("second"))
+    pair.both(lambda model: model.set_adapter("default"))
+    pair.same(step)
+    assert pair.replace(lambda model: model.merge_and_unload())
+    pair.same(lambda model: model(**batch()).loss.detach())
+    pair.same(lambda model: dict(model.named_parameters()))
+
+
+def test_disabled_and_merged_adapters_do_not_count_as_ours():
+    model = wrapped()
+    apply_liger(model, {"unpad": False})
+    assert acts(model)
+    with model.disable_adapter():
+        assert not acts(model)
+    model.merge_adapter()
+    assert not acts(model)
+
+
+def test_wrapping_after_patching(tmp_path):
+    """The layers that PEFT makes later are its own, until ``apply_liger`` is called on the wrapped model."""
+    model = tiny_model("llama", num_hidden_layers=1)
+    plain = copy.deepcopy(model)
+    assert "lora" in apply_liger(model, {"unpad": False}).none_here
+    ours, theirs = get_peft_model(model, lora()).train(), get_peft_model(plain, lora()).train()
+    theirs.load_state_dict(ours.state_dict())
+    assert not acts(ours)
+    assert apply_liger(ours, {"unpad": False}).counts["lora"] == len(TARGETS)
+    assert acts(ours)
+    found, wanted = step(ours), step(theirs)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+    ours.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_model("llama", num_hidden_layers=1), tmp_path).train()
+    torch.testing.assert_close(loaded(**batch()).loss, wanted["loss"])
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (lora(use_dora=True), "its adapter is of a variant (DoraLinearVariant)"),
+        (LoHaConfig(r=2, target_modules=["q_proj"]), "Linear is not a LoRA linear layer"),
+        (VeraConfig(r=2, target_modules=["q_proj"]), "is not a LoRA linear layer"),
+        (IA3Config(target_modules=["k_proj"], feedforward_modules=[]), "is not a LoRA linear layer"),
+        (lora(target_modules=["embed_tokens"]), "Embedding is not a LoRA linear layer"),
+    ],
+    ids=["dora", "loha", "vera", "ia3", "embedding"],
+)
+def test_other_methods_stay_pefts_own(config, reason):
+    pair = ModelPair(get_peft_model(tiny_model("llama", num_hidden_layers=1), config).train())
+    pair.apply({})
+    report = patch_state(pair.ours).report
+    assert "lora" not in report.counts
+    assert reason in next(record.reason for record in report.skipped if record.kind == "lora")
+    pair.same(step)
+
+
+def a_layer(model):
+    return next(m for n, m in model.named_modules() if n.endswith("q_proj"))
+
+
+CHANGES = {
+    "hook on the base": lambda layer: layer.base_layer.register_forward_hook(lambda m, i, o: 2 * o),
+    "hook on A": lambda layer: layer.lora_A["default"].register_forward_hook(lambda m, i, o: 2 * o),
+    "B of another class": lambda layer: layer.lora_B.update({"default": nn.Sequential(layer.lora_B["default"])}),
+    "no cast": lambda layer: setattr(layer, "cast_input_dtype_enabled", False),
+    "another dropout": lambda layer: layer.lora_dropout.update({"default": nn.Hardtanh(-0.1, 0.1)}),
+    "trained base": lambda layer: layer.base_layer.requires_grad_(True),
+    "narrow adapter": lambda layer: layer.lora_A.bfloat16() and layer.lora_B.bfloat16(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_what_the_op_does_not_take_runs_as_pefts_own(change, caplog):
+    pair = ModelPair(wrapped())
+    pair.apply({})
+    pair.same(step)
+    pair.both(lambda model: change(a_layer(model)) and None)
+    pair.same(step)
+
+
+def test_the_warning_comes_once(caplog):
+    model = wrapped()
+    apply_liger(model, {"unpad": False})
+    CHANGES["hook on A"](a_layer(model))
+    for _ in range(2):
+        step(model)
+    assert caplog.text.count("runs PEFT's own forward") == 1
+
+
+def test_off_and_reverted():
+    model = wrapped()
+    report = apply_liger(model, {"lora": False, "unpad": False})
+    assert "lora" not in report.kinds() | {*report.none_here}
+    assert not list(bound_methods(a_layer(model)))
+    revert_liger(model)
+    apply_liger(model, {"unpad": False})
+    assert list(bound_methods(a_layer(model)))
