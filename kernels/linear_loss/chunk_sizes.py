@@ -57,6 +57,25 @@ def columns_per_chunk(num_rows: int, vocab_size: int, itemsize: int, budget_mib:
     return equal_parts(vocab_size, max(limit, unit), unit)
 
 
+def lent_chunks(num_chunks: int, logits: int, gradient: int, total: int) -> tuple[int, int]:
+    """How many vocabulary chunks' logits fit in the weight's gradient until it is written, and their first byte.
+
+    The gradient is written chunk by chunk, each from its logits. Logits of chunk j lie ``j * logits`` bytes after the
+    start, so that what is written for chunk j lies before them. The last chunk needs no place: it stays in the buffer.
+
+    Args:
+        num_chunks: chunks in all.
+        logits: bytes of a chunk's logits.
+        gradient: bytes of a chunk's part of the gradient.
+        total: bytes of the gradient.
+    """
+    for lent in range(num_chunks - 1, 0, -1):
+        start = max(gradient, lent * gradient - (lent - 1) * logits)
+        if start + lent * logits <= total:
+            return lent, start
+    return 0, 0
+
+
 class ChunkBytes(NamedTuple):
     """Bytes that token chunks take where the weight gets a gradient.
 

@@ -5,6 +5,9 @@ computes each chunk's logits again, overwrites them with dlogits using the lse n
 ``dweight[chunk] = dlogits.T @ x`` in one GEMM over all tokens, rounded once into its place: no sum over chunks, no fp32
 copy of dweight. The price is a fourth GEMM, and dhidden, which is summed over the chunks in fp32. This is the better
 way wherever the logits must be computed twice anyway.
+
+Not all logits are: until dweight is written, its memory is free, and keeps the logits of the first chunks from the
+first pass to the second. Of N tokens that is a share of about H / N, and of up to H tokens nearly all logits.
 """
 
 from collections.abc import Sequence
@@ -13,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..runtime.launch import cdiv
-from .chunk_sizes import columns_per_chunk, logits_width
+from .chunk_sizes import columns_per_chunk, lent_chunks, logits_width
 from .gradients import add_mm_into, gradient_dtype, in_gradient_dtypes, is_sum_dtype, mm_into
 from .options import Gradients, HeadOptions, Params
 from .plain_rows import halved_on_cpu
@@ -44,32 +47,67 @@ class VocabChunks:
         self.spans = [slice(i, min(i + width, self.vocab_size)) for i in range(0, self.vocab_size, width)]
         self.width = logits_width(width)
         self.buffer: Tensor | None = None
-        self.held: slice | None = None  # whose logits the buffer holds
+        self.in_buffer = -1  # first column of the chunk whose logits the buffer holds
+        self.ready: dict[int, Tensor] = {}  # logits that have been computed and are still there, by first column
+        self.lent: list[Tensor] = []  # places for the logits of the first chunks, in the weight's gradient
+        self.weight_grad: Tensor | None = None
 
     def weight(self, span: slice) -> Tensor:
         """The rows ``span`` of the weight in the GEMMs' dtype."""
         return self.params[1][span].to(self.dtype)
 
-    def logits(self, span: slice) -> Tensor:
-        """Logits ``[n, columns of the span]`` in the one buffer that all chunks use."""
+    def _place(self, span: slice) -> Tensor:
+        """Where the logits of a chunk lie: in the weight's gradient, or in the one buffer that the others use."""
+        number, columns = span.start // self.spans[0].stop, span.stop - span.start
+        if number < len(self.lent):
+            return self.lent[number][:, :columns]
         if self.buffer is None:
-            self.buffer = torch.empty((self.rows.count, self.width), dtype=self.dtype, device=self.x.device)
-            self.buffer[:, span.stop - span.start :].zero_()  # GEMMs on CPU read the padding, times zero
-        out = self.buffer[:, : span.stop - span.start]
-        if span != self.held:
-            bias = self.params[2]
+            self.buffer = self._padded(
+                torch.empty(self.rows.count * self.width, dtype=self.dtype, device=self.x.device)
+            )
+        self.ready.pop(self.in_buffer, None)
+        self.in_buffer = span.start
+        return self.buffer[:, :columns]
+
+    def _padded(self, memory: Tensor) -> Tensor:
+        """``memory`` as ``[n, width]``, zero beyond the columns of a chunk: GEMMs on CPU read the padding, times 0."""
+        place = memory.view(self.rows.count, self.width)
+        place[:, self.spans[0].stop :].zero_()
+        return place
+
+    def logits(self, span: slice) -> Tensor:
+        """Logits ``[n, columns of the span]``, computed unless they are still there."""
+        if span.start not in self.ready:
+            out, bias = self._place(span), self.params[2]
             if bias is None:
                 torch.mm(self.x, self.weight(span).t(), out=out)
             else:
                 torch.addmm(bias[span].to(self.dtype), self.x, self.weight(span).t(), out=out)
-            self.held = span
-        return out
+            self.ready[span.start] = out
+        return self.ready[span.start]
 
-    def statistics(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The first pass: lse ``[n]``, statistics ``[5, n]`` and the most probable tokens ``[n]``."""
+    def _lend_weight_gradient(self) -> None:
+        """Make the weight's gradient, and places in it for the logits of as many chunks as will fit."""
+        weight = self.params[1]
+        self.weight_grad = torch.empty(weight.shape, dtype=gradient_dtype(weight, self.dtype), device=weight.device)
+        memory = self.weight_grad.view(-1).view(torch.uint8)
+        size = self.rows.count * self.width * self.dtype.itemsize
+        lent, start = lent_chunks(
+            len(self.spans), size, self.spans[0].stop * memory.shape[0] // self.vocab_size, memory.shape[0]
+        )
+        places = memory[start : start + lent * size].view(self.dtype)
+        self.lent = [self._padded(place) for place in places.chunk(lent)] if lent else []
+
+    def statistics(self, with_gradients: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """The first pass: lse ``[n]``, statistics ``[5, n]`` and the most probable tokens ``[n]``.
+
+        ``with_gradients`` says whether ``gradients`` will follow, for which logits are kept.
+        """
         options = self.options
         stats = ChunkStats(self.rows.labels, options.transform, options.stats > 0, options.sum_dtype)
         if self.rows.count:
+            if with_gradients and options.wanted[1]:
+                self._lend_weight_gradient()
             for span in self.spans:
                 stats.add(self.logits(span), span.start)
         return *stats.finish(self.vocab_size), stats.argmax
@@ -77,32 +115,36 @@ class VocabChunks:
     def gradients(self, lse: Tensor, coefficients: RowCoefficients, wanted: Sequence[bool]) -> Gradients:
         """The second pass: gradients of hidden ``[N, H]``, weight and bias, ``None`` where not wanted.
 
-        They are in the parameters' dtypes, or in fp32 after fp16 GEMMs. The buffer is freed.
+        They are in the parameters' dtypes, or in fp32 after fp16 GEMMs. All other memory is freed.
         """
         hidden, weight, _ = self.params
-        hidden_grad = weight_grad = bias_grad = None
+        hidden_grad = bias_grad = None
         if self.rows.count:
             if wanted[2]:
                 bias_grad = torch.empty(self.vocab_size, dtype=self.options.sum_dtype, device=weight.device)
-            for span in reversed(self.spans):  # the last chunk's logits are still in the buffer
+            lent = len(self.lent)
+            # Kept logits go first, as what follows is written over them; then the last chunk, still in the buffer.
+            for span in [*self.spans[:lent], *reversed(self.spans[lent:])]:
                 dlogits = self.logits(span)
                 dlogits_rows(dlogits, self.rows.labels, lse, coefficients, self.options.transform, span.start)
-                self.held = None
+                del self.ready[span.start]
                 if wanted[1]:
-                    if weight_grad is None:  # after the first dlogits, which takes memory on a CPU
+                    if self.weight_grad is None:  # after the first dlogits, which takes memory on a CPU
                         dtype = gradient_dtype(weight, self.dtype)
-                        weight_grad = torch.empty(weight.shape, dtype=dtype, device=weight.device)
-                    mm_into(weight_grad[span], dlogits.t(), self.x)
+                        self.weight_grad = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+                    mm_into(self.weight_grad[span], dlogits.t(), self.x)
                 if bias_grad is not None:
                     torch.sum(dlogits, 0, dtype=bias_grad.dtype, out=bias_grad[span])
                 if wanted[0]:
                     hidden_grad = self._add_hidden(hidden_grad, dlogits, span)
                 del dlogits
-            self.buffer = None
+            self.buffer, self.lent = None, []
             if hidden_grad is not None and self.rows.index is not None:
                 compact = hidden_grad.to(gradient_dtype(hidden, self.dtype))
                 hidden_grad = compact.new_zeros(hidden.shape).index_copy_(0, self.rows.index, compact)
-        return in_gradient_dtypes([hidden_grad, weight_grad, bias_grad], self.params, wanted, self.dtype)
+        grads: Gradients = [hidden_grad, self.weight_grad, bias_grad]
+        self.weight_grad = None
+        return in_gradient_dtypes(grads, self.params, wanted, self.dtype)
 
     def _add_hidden(self, total: Tensor | None, dlogits: Tensor, span: slice) -> Tensor:
         if total is not None:
@@ -118,7 +160,7 @@ def forward_by_vocabulary(
     """The same as ``forward_by_tokens``, with the logits computed twice where there are gradients."""
     computed = compute_ignored_too(rows, labels)
     chunks = VocabChunks(params, computed, options)
-    lse, stats, predicted = chunks.statistics()
+    lse, stats, predicted = chunks.statistics(grad_scale is not None)
     factors = (options.label_smoothing, options.z_loss)
     loss = token_loss(lse, stats, *factors)
     row_weights = torch.ones_like(lse) if token_weights is None else computed.select(token_weights).to(lse.dtype)

@@ -6,12 +6,18 @@ Whatever the budget, all tokens are one chunk if that takes no more memory than 
 import pytest
 import torch
 from linear_inputs import DEVICE, budget, make_inputs, run
-from numerics import as_dtype
+from numerics import as_dtype, assert_no_worse_than_torch
 
+from liger_trainer.kernels import reference
 from liger_trainer.kernels.linear_cross_entropy import linear_cross_entropy
 from liger_trainer.kernels.linear_logprobs import Speculation, linear_logprobs
 from liger_trainer.kernels.linear_loss import chunk_sizes, token_chunks
-from liger_trainer.kernels.linear_loss.chunk_sizes import columns_per_chunk, head_bytes, rows_per_chunk
+from liger_trainer.kernels.linear_loss.chunk_sizes import (
+    columns_per_chunk,
+    head_bytes,
+    lent_chunks,
+    rows_per_chunk,
+)
 from liger_trainer.kernels.linear_loss.gradients import WeightSum
 from liger_trainer.kernels.linear_loss.options import (
     MEMORY_FIELDS,
@@ -22,6 +28,7 @@ from liger_trainer.kernels.linear_loss.options import (
     MemoryOptions,
 )
 from liger_trainer.kernels.linear_loss.token_chunks import TokenChunks, ValidRows
+from liger_trainer.kernels.linear_loss.vocab_chunks import VocabChunks
 
 
 def test_memory_options_and_their_keywords_agree():
@@ -198,6 +205,48 @@ def test_auto_is_fixed_where_chunks_need_not_grow_or_must_not(card, monkeypatch)
 )
 def test_bytes_of_a_head(tokens, memory, trained, mib):
     assert head_bytes(tokens, 128256, 4096, torch.bfloat16, memory, trained) == mib * 2**20
+
+
+@pytest.mark.parametrize("num_chunks", [1, 2, 5, 16])
+@pytest.mark.parametrize(("logits", "gradient"), [(64, 16), (64, 64), (64, 100), (16, 640), (640, 16)])
+def test_lent_logits_are_read_before_they_are_overwritten(num_chunks, logits, gradient):
+    total = num_chunks * gradient
+    lent, start = lent_chunks(num_chunks, logits, gradient, total)
+    assert start + lent * logits <= total
+    for chunk in range(lent):
+        assert (chunk + 1) * gradient <= start + chunk * logits  # what is written lies before what is still needed
+    assert lent >= min(num_chunks - 1, (total - gradient) // logits if logits >= gradient else 0)
+
+
+@pytest.mark.parametrize(
+    ("hidden_size", "dtype", "weight_dtype", "computed"),
+    [
+        (12, torch.bfloat16, torch.bfloat16, 12),  # seven chunks; the last is still in the buffer
+        (64, torch.bfloat16, torch.bfloat16, 8),
+        (64, torch.float16, torch.float16, 7),  # the gradient is fp32 until the end, which is twice the place
+        (64, torch.float32, torch.float32, 8),
+        (64, torch.bfloat16, torch.float32, 7),
+        (200, torch.bfloat16, torch.bfloat16, 7),
+    ],
+    ids=str,
+)
+def test_logits_that_fit_in_the_gradient_are_computed_once(
+    without_triton, monkeypatch, hidden_size, dtype, weight_dtype, computed
+):
+    params, labels = make_inputs(hidden_size=hidden_size, ignored=0.05)
+    same = as_dtype([p * 0.3 for p in params], weight_dtype)
+    exact = run(reference.linear_cross_entropy, as_dtype(same, torch.float64), labels)[1]
+    options = {"low_memory": True, "logits_budget_mib": 37 * 16 * dtype.itemsize / 2**20}
+    with torch.autocast(DEVICE, torch.bfloat16, enabled=dtype != weight_dtype):
+        ours = run(linear_cross_entropy, same, labels, **options)[1]
+        theirs = run(reference.linear_cross_entropy, same, labels)[1]
+        for name, *grads in zip(("hidden", "weight", "bias"), ours, theirs, exact, strict=True):
+            assert_no_worse_than_torch(*grads, name)
+        spans, original = [], VocabChunks.weight
+        monkeypatch.setattr(VocabChunks, "weight", lambda self, span: spans.append(span) or original(self, span))
+        only_weight = [same[0].detach(), same[1], None]
+        run(linear_cross_entropy, only_weight, labels, **options)
+    assert len(spans) == computed
 
 
 @pytest.fixture
