@@ -22,7 +22,8 @@ from torch import Tensor
 
 from . import reference
 from .runtime.autograd import Function, are_saved_tensors_hooked, differentiate
-from .runtime.checks import check_device, check_floating
+from .runtime.checks import as_rows, check_device, check_floating
+from .shared.low_rank import narrow, tall, update
 
 FIELDS = 5  # tensors of a projection: base, weight, bias, a, b
 
@@ -47,17 +48,14 @@ class Projection(NamedTuple):
     base: Tensor | None = None
 
 
-def _mm(a: Tensor, b: Tensor, alpha: float = 1.0, out: Tensor | None = None) -> Tensor:
-    """``alpha * a @ b`` in ``a``'s dtype: with ``out=``, autocast has no effect even if it is on in backward."""
-    out = a.new_empty(a.shape[0], b.shape[1]) if out is None else out
-    if alpha == 1.0:
-        return torch.mm(a, b, out=out)
-    return torch.addmm(out, a, b, beta=0, alpha=alpha, out=out)
+def _mm(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b`` in ``a``'s dtype: with ``out=``, autocast has no effect even if it is on in backward."""
+    return torch.mm(a, b, out=a.new_empty(a.shape[0], b.shape[1]))
 
 
 def _stacked(x: Tensor, tensors: Sequence[Tensor]) -> Tensor:
-    """All A in x's dtype, one below the other."""
-    return tensors[0].to(x.dtype) if len(tensors) == 1 else torch.cat([a.to(x.dtype) for a in tensors])
+    """All A, one below the other, in x's dtype if there are several."""
+    return tensors[0] if len(tensors) == 1 else torch.cat([a.to(x.dtype) for a in tensors])
 
 
 def _fields(tensors: Sequence[Any]) -> list[tuple]:
@@ -66,23 +64,22 @@ def _fields(tensors: Sequence[Any]) -> list[tuple]:
 
 def _compute(outs: Sequence[Tensor], x: Tensor, u: Tensor, scales: Sequence[float], tensors: Sequence[Any]) -> None:
     """Fill ``outs``, contiguous."""
-    rows, start = x.reshape(-1, x.shape[-1]), 0
+    rows, start = as_rows(x), 0
     for out, scale, (base, weight, bias, a, b) in zip(outs, scales, _fields(tensors), strict=True):
         out = out.view(-1, out.shape[-1])
-        own, up = u[:, start : start + len(a)], b.to(x.dtype).t()
+        own = u[:, start : start + len(a)]
         start += len(a)
-        added = None if bias is None else bias.to(x.dtype)
+        source = out
         if weight is not None:
             weight = weight.to(x.dtype).t()
-            torch.mm(rows, weight, out=out) if added is None else torch.addmm(added, rows, weight, out=out)
-            added = None
-        source = out if weight is not None else None if base is None else base.reshape(out.shape)
-        if source is None:
-            _mm(own, up, scale, out)
+            torch.mm(rows, weight, out=out) if bias is None else torch.addmm(bias.to(x.dtype), rows, weight, out=out)
+        elif base is not None:
+            source = as_rows(base)
         else:
-            torch.addmm(source, own, up, alpha=scale, out=out)
-        if added is not None:
-            out.add_(added)
+            out.zero_()
+        update(source, own, b.t(), scale, out)
+        if weight is None and bias is not None:
+            out.add_(bias.to(x.dtype))
 
 
 class _Save(Function):
@@ -102,7 +99,7 @@ class _Save(Function):
     def forward(ctx: Any, x: Tensor, scales: Sequence[float], *tensors: Any) -> tuple[Tensor, ...]:
         """Save what backward needs; of the products, compute u alone."""
         fields = _fields(tensors)
-        u = _mm(x.reshape(-1, x.shape[-1]), _stacked(x, [a for *_, a, _ in fields]).t())
+        u = narrow(as_rows(x), _stacked(x, [a for *_, a, _ in fields]))
         ctx.scales = scales
         ctx.has_base = [base is not None for base, *_ in fields]
         ctx.save_for_backward(x, u, *(t for _, weight, _, a, b in fields for t in (weight, a, b)))
@@ -132,29 +129,30 @@ def _backward(
     needs_x: bool, needed: Sequence[tuple],
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """The gradients of ``_Save``'s arguments."""
-    rows = x.reshape(-1, x.shape[-1])
+    rows = as_rows(x)
+    ranks = [len(a) for _, a, _ in weights]
     du = torch.empty_like(u) if needs_x or any(need[3] for need in needed) else None
     dx = torch.empty_like(rows, memory_format=torch.contiguous_format) if needs_x else None
     is_filled, start = False, 0
     gradients: list[list[Tensor | None]] = []
     for dout, scale, (weight, a, b), need in zip(douts, scales, weights, needed, strict=True):
-        dy, span = dout.reshape(-1, dout.shape[-1]), slice(start, start + len(a))
+        dy, span = as_rows(dout), slice(start, start + len(a))
         start += len(a)
         if du is not None:
-            _mm(dy, b.to(x.dtype), scale, du[:, span])
+            narrow(dy, b.t(), scale, du[:, span])
         if dx is not None and weight is not None:
             weight = weight.to(x.dtype)
             torch.addmm(dx, dy, weight, out=dx) if is_filled else torch.mm(dy, weight, out=dx)
             is_filled = True
         dbias = dy.sum(0, dtype=torch.float32 if x.dtype.itemsize < 4 else None) if need[2] else None
         dweight = _mm(dy.t(), rows) if need[1] else None
-        db = _mm(dy.t(), u[:, span], scale) if need[4] else None
+        db = tall(u[:, span], dy, scale, b.dtype, transposed=True) if need[4] else None
         gradients.append([dout if need[0] else None, dweight, dbias, None, db])
     if dx is not None and du is not None:
-        down = _stacked(x, [a for _, a, _ in weights])
-        torch.addmm(dx, du, down, out=dx) if is_filled else torch.mm(du, down, out=dx)
+        dx = dx if is_filled else dx.zero_()
+        update(dx, du, _stacked(x, [a for _, a, _ in weights]), 1.0, dx)
     if du is not None and any(need[3] for need in needed):
-        das = _mm(du.t(), rows).split([len(a) for _, a, _ in weights])
+        das = tall(du, rows, 1.0, weights[0][1].dtype).split(ranks)
         for found, da, need in zip(gradients, das, needed, strict=True):
             found[3] = da if need[3] else None
     return None if dx is None else dx.view(x.shape), None, *(g for found in gradients for g in found)
