@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .arguments.trainer import LigerSeq2SeqTrainingArguments as LigerSeq2SeqTrainingArguments
     from .arguments.trainer import LigerTrainingArguments as LigerTrainingArguments
     from .arguments.trl import *  # noqa: F403
+    from .arguments.trl_experimental import *  # noqa: F403
     from .auto import AutoLigerModelForCausalLM as AutoLigerModelForCausalLM
     from .callbacks import LigerCallback as LigerCallback
     from .config import LigerConfig as LigerConfig

@@ -47,7 +47,8 @@ class PatchState:
         fused: The fused loss, if it was applied.
         bound_methods: How many methods were bound to modules of the model.
         adapter_layers: How many of its layers PEFT had wrapped.
-        trl_head: Our op in TRL's fused head, if ``trl`` has put it there.
+        trl_head: Our op behind a TRL trainer's own computation of its loss, if ``trl`` has put it there.
+        purpose: For which TRL trainer the model was patched, if that makes a difference; set by ``trl``.
         handles: The hooks that were registered.
     """
 
@@ -58,6 +59,7 @@ class PatchState:
     bound_methods: int
     adapter_layers: int
     trl_head: CountsCalls | None = None
+    purpose: str = ""
     handles: list[RemovableHandle] = field(default_factory=list)
 
     def register_forward_pre_hook(self, core: nn.Module, *args: Any, **kwargs: Any) -> RemovableHandle:
@@ -132,7 +134,7 @@ def apply_with(model: nn.Module, config: LigerConfig, known: Mapping[str, Match 
                 f"config: got {config}; must be the current one: model is already patched with {state.config}. "
                 "Call revert_liger(model) first to apply another one"
             )
-        if not _is_stale(core, state) and not any(isinstance(known.get(kind), str) for kind in state.acted):
+        if not is_stale(core, state) and not any(isinstance(known.get(kind), str) for kind in state.acted):
             return state.report
         revert_liger(model)  # it was resized, wrapped or unpickled since then, so plan again
     plan = _Plan(config, known)
@@ -187,10 +189,11 @@ def _calls_forward_of(module: nn.Module, core: nn.Module) -> bool:
     return getattr(vars(module).get("forward"), "__self__", None) is core
 
 
-def _is_stale(core: nn.Module, state: PatchState) -> bool:
+def is_stale(model: nn.Module, state: PatchState) -> bool:
     """Whether the model has changed since: something applied is gone or was copied, PEFT has wrapped other layers, or
     what the fused loss relies on is not what it was.
     """
+    core = core_model(model)
     bound = _all_bound(core)
     counts = len(bound), _adapter_layers(core)
     if counts != (state.bound_methods, state.adapter_layers) or any(method.is_unpickled() for _, method in bound):

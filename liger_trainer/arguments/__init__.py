@@ -9,11 +9,12 @@ if TYPE_CHECKING:
     from .trainer import LigerSeq2SeqTrainingArguments as LigerSeq2SeqTrainingArguments
     from .trainer import LigerTrainingArguments as LigerTrainingArguments
     from .trl import *  # noqa: F403
+    from .trl_experimental import *  # noqa: F403
 else:
-    # The names come from the sources, because importing trl.py imports TRL.
+    # The names come from the sources, because importing trl.py imports TRL, and the other one warns.
     _MODULES = {
         name: file
-        for file in ("trainer", "trl")
+        for file in ("trainer", "trl", "trl_experimental")
         for name in re.findall(r"(?m)^class (\w+)", Path(__file__).with_name(f"{file}.py").read_text(encoding="utf-8"))
     }
     __all__ = list(_MODULES)

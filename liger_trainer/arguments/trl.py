@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from trl import DPOConfig, GRPOConfig, KTOConfig, RewardConfig, RLOOConfig, SFTConfig
+from trl import DistillationConfig, DPOConfig, GRPOConfig, KTOConfig, RewardConfig, RLOOConfig, SFTConfig
 
 from .mixin import LigerArgumentsMixin
 
@@ -35,3 +35,8 @@ class LigerRLOOConfig(LigerArgumentsMixin, RLOOConfig):
 @dataclass
 class LigerRewardConfig(LigerArgumentsMixin, RewardConfig):
     """``trl.RewardConfig`` with ``use_liger`` and ``liger_config``."""
+
+
+@dataclass
+class LigerDistillationConfig(LigerArgumentsMixin, DistillationConfig):
+    """``trl.DistillationConfig`` with ``use_liger`` and ``liger_config``."""

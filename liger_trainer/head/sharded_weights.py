@@ -1,10 +1,11 @@
 """Weights that a sharded engine (FSDP2, DeepSpeed ZeRO-3) splits over the ranks: checking and gathering them."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from typing import TypeVar
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, TypeVar
 
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.tensor import DTensor
 
 T = TypeVar("T", Tensor, Tensor | None)
@@ -49,3 +50,27 @@ def check_materialized(name: str, parameter: Tensor) -> None:
         "own module runs: call the module, do not use its weight directly, and call the model through the wrapper that "
         "the engine made"
     )
+
+
+def gathered_again_in_backward(*parameters: Tensor | None) -> AbstractContextManager[Any]:
+    """A context in which autograd saves a reference to a ZeRO-3 parameter instead of its current values.
+
+    The caller gathers lm_head's weight for one call only. By the time of backward the values are partitioned again,
+    so the saved reference gathers them once more.
+    """
+    managed = [p for p in parameters if p is not None and hasattr(p, "ds_id")]
+    if not managed:
+        return nullcontext()
+
+    def pack(tensor: Tensor) -> Tensor | int:
+        return next((i for i, p in enumerate(managed) if p is tensor), tensor)
+
+    def unpack(packed: Tensor | int) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        if not is_partitioned(managed[packed]):  # DeepSpeed has gathered it for a module that it saw reading it
+            return managed[packed]
+        with gathered(managed[packed]) as (whole,):
+            return whole.detach().clone()
+
+    return saved_tensors_hooks(pack, unpack)

@@ -19,6 +19,8 @@ from ..kernels.cross_entropy import cross_entropy
 from ..kernels.divergence import divergence
 from ..kernels.linear_loss.chunk_sizes import rows_per_chunk
 from ..kernels.linear_loss.gradients import add_mm_into, fp16_peak, mm_into
+from ..kernels.linear_loss.options import ALL_STATS, NUM_STATS, logit_transform
+from ..kernels.linear_loss.rows import loss_rows
 from ..kernels.runtime.autograd import Function
 from ..kernels.runtime.launch import use_triton
 from .divergences import LOWEST_LOG_PROB, at_tokens, with_rest
@@ -67,6 +69,7 @@ class DistillationOptions:
     dtype: torch.dtype  # of the student's GEMMs
     teacher_dtype: torch.dtype
     budget_mib: float
+    entropy: bool = False  # whether the student's entropy is wanted
 
 
 def _token_losses(
@@ -90,6 +93,15 @@ def _token_losses(
         **transform,
     )  # fmt: skip
     return soft, hard
+
+
+def _entropy(logits: Tensor, labels: Tensor, options: DistillationOptions) -> Tensor:
+    """The entropy of the student's distribution, ``[n]``, of logits ``[n, V]``; ``labels`` are any tokens."""
+    stats = logits.new_empty((NUM_STATS, *labels.shape), dtype=torch.promote_types(logits.dtype, torch.float32))
+    transform = logit_transform(options.logit_scale, options.softcap, options.temperature)
+    loss = torch.empty_like(stats[0])
+    loss_rows(logits, labels, loss, None, transform, ignore_index=reference.IGNORE_INDEX, stats=stats, level=ALL_STATS)
+    return stats[1]
 
 
 def _from_top_tokens(logits: Tensor, teacher: TopTokens, options: DistillationOptions) -> Tensor:
@@ -129,7 +141,10 @@ def _chunks(
 
 
 class DistillationFunction(Function):
-    """``(divergence, cross-entropy)`` of each row, ``[N]`` in fp32, or fp64 for fp64 inputs.
+    """``(divergence, cross-entropy, student's entropy)`` of each row, ``[N]`` in fp32, or fp64 for fp64 inputs.
+
+    Cross-entropy and entropy are 0 unless the options ask for them. The entropy is that at the divergence's temperature
+    and has no gradient.
 
     The teacher's three tensors are the fields of a ``Head``, or those of ``TopTokens`` and ``None``.
     """
@@ -138,23 +153,26 @@ class DistillationFunction(Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, teacher_a: Tensor,
         teacher_b: Tensor, teacher_c: Tensor | None, options: DistillationOptions, has_teacher_head: bool,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """Save the inputs and reduce one chunk after the other."""
         ctx.save_for_backward(hidden, weight, bias, labels, teacher_a, teacher_b, teacher_c)
         ctx.options, ctx.has_teacher_head = options, has_teacher_head
         ctx.set_materialize_grads(True)
         out_dtype = torch.promote_types(options.dtype, torch.float32)
-        soft, hard = (torch.empty(labels.shape, dtype=out_dtype, device=hidden.device) for _ in range(2))
+        soft, hard, entropy = (torch.zeros(labels.shape, dtype=out_dtype, device=hidden.device) for _ in range(3))
+        ctx.mark_non_differentiable(entropy)
         with torch.autocast(hidden.device.type, enabled=False):
             student = Head(hidden, weight, bias).to(options.dtype)
             teacher = _teacher(teacher_a, teacher_b, teacher_c, options, has_teacher_head)
             for rows, logits, losses in _chunks(student, labels, teacher, options):
                 soft[rows], hard[rows] = losses(logits)
-        return soft, hard
+                if options.entropy:
+                    entropy[rows] = _entropy(logits, labels[rows], options)
+        return soft, hard, entropy
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, soft_grad: Tensor, hard_grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, soft_grad: Tensor, hard_grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients of hidden, weight and bias that are needed."""
         hidden, weight, bias, labels, *teacher_tensors = ctx.saved_tensors
         options: DistillationOptions = ctx.options

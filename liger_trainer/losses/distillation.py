@@ -146,7 +146,7 @@ def distillation_loss(
 
     first, second, third = teacher
     teacher_rows = (selected(first), second if has_teacher_head else selected(second), third)
-    soft, hard = DistillationFunction.apply(
+    soft, hard, _ = DistillationFunction.apply(
         selected(hidden), weight, bias, rows.labels, *teacher_rows, options, has_teacher_head
     )
     every = torch.ones_like(soft, dtype=torch.bool)

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..config import LigerConfig
-from ..head.form import probe_head
+from ..head.form import HeadForm, probe_head
 from ..head.fused_head import FusedHead, check_loss_function, check_weights, has_hooks_on_logits, head_linears
 from ..probing.probe import name_in
 from ..probing.rebinding import free_attribute
@@ -30,6 +30,26 @@ def head_name(model: nn.Module) -> str:
 
 def probe(model: nn.Module, config: LigerConfig) -> Match:
     """The replacement of ``lm_head.forward`` and of the loss function."""
+    causal_lm, form, places = probe_places(model)
+    check_loss_function(causal_lm)
+    fused = FusedHead(causal_lm, form, config.options_of("fused_loss"))
+    heads = [(linear, place, fused.head_forward) for linear, place in places]
+    return Match(
+        "fused_loss",
+        str(form),
+        attributes=(*heads, (model, "_loss_function", fused.loss_function)),
+        before=fused.before_forward,
+        after=fused.after_forward,
+        acted=fused.acted,
+    )
+
+
+def probe_places(model: nn.Module) -> tuple[PreTrainedModel, HeadForm, list[tuple[nn.Linear, str]]]:
+    """``(model, form of its logits, (linear, attribute to set) of each lm_head)``, if the head may be replaced.
+
+    Raises:
+        Skip: It may not.
+    """
     head = _head(model)
     if head is None or not isinstance(model, PreTrainedModel):
         raise Skip("it has no output embeddings")
@@ -41,18 +61,7 @@ def probe(model: nn.Module, config: LigerConfig) -> Match:
     name = head_name(model)
     if "." in name:
         raise Skip(f"its output embeddings are nested ({name})")
-    check_loss_function(model)
-    form = probe_head(model, name, linears[0])
-    fused = FusedHead(model, form, config.options_of("fused_loss"))
-    heads = [(linear, place, fused.head_forward) for linear, place in zip(linears, places, strict=True)]
-    return Match(
-        "fused_loss",
-        str(form),
-        attributes=(*heads, (model, "_loss_function", fused.loss_function)),
-        before=fused.before_forward,
-        after=fused.after_forward,
-        acted=fused.acted,
-    )
+    return model, probe_head(model, name, linears[0]), list(zip(linears, places, strict=True))
 
 
 def _place(model: PreTrainedModel, linear: nn.Module) -> str:

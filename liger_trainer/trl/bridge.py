@@ -6,26 +6,26 @@ calls ``linear_logprobs``; otherwise it calls TRL's own function. Nothing else c
 metrics, and other models keep TRL's function.
 """
 
+import functools
 import importlib
 import threading
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 
 from ..config import LigerConfig
 from ..head.fused_head import is_plain
 from ..head.per_thread import PerThread, Reading, set_reading
-from ..head.sharded_weights import check_materialized, gathered, is_partitioned
+from ..head.sharded_weights import check_materialized, gathered_again_in_backward
 from ..kernels.linear_logprobs import Speculation, linear_logprobs
-from ..patching import apply_with, patch_state, revert_liger
+from ..patching import apply_with, is_stale, patch_state, revert_liger
 from ..probing.rule import Acted, Match
 from ..report import LigerReport
+from . import methods
 
 
 @dataclass
@@ -78,37 +78,13 @@ class _Dispatcher:
         head.calls_fused = 1 if torch.compiler.is_compiling() else head.calls_fused + 1
         head.acted.note()
         check_materialized("lm_head.weight", weight)
-        with _gathered_again_in_backward(weight, bias):
+        with gathered_again_in_backward(weight, bias):
             out = linear_logprobs(
                 hidden, weight, targets, bias, temperature=temperature, softcap=softcap, logit_scale=logit_scale,
                 speculation=head.speculation, **head.options,
             )  # fmt: skip
         optional = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
         return out.log_probs, *(getattr(out, name) if name in outputs else None for name in optional)
-
-
-def _gathered_again_in_backward(*parameters: Tensor | None) -> AbstractContextManager[Any]:
-    """A context in which autograd saves a reference to a ZeRO-3 parameter instead of its current values.
-
-    TRL's forward gathers lm_head's weight for this one call. By the time of backward the values are partitioned again,
-    so the saved reference gathers them once more.
-    """
-    managed = [p for p in parameters if p is not None and hasattr(p, "ds_id")]
-    if not managed:
-        return nullcontext()
-
-    def pack(tensor: Tensor) -> Tensor | int:
-        return next((i for i, p in enumerate(managed) if p is tensor), tensor)
-
-    def unpack(packed: Tensor | int) -> Tensor:
-        if isinstance(packed, Tensor):
-            return packed
-        if not is_partitioned(managed[packed]):  # DeepSpeed has gathered it for a module that it saw reading it
-            return managed[packed]
-        with gathered(managed[packed]) as (whole,):
-            return whole.detach().clone()
-
-    return saved_tensors_hooks(pack, unpack)
 
 
 class _Policy(threading.local):
@@ -159,7 +135,7 @@ def uses_fused_head(args: object) -> bool:
 
 
 def apply_for(args: object, model: nn.Module, config: LigerConfig, reasons: Mapping[str, str]) -> LigerReport:
-    """``apply_liger`` for the trainer of ``args``: in TRL's fused head, ``linear_logprobs`` is the fused loss.
+    """``apply_liger`` for the trainer of ``args``. Where that one computes its loss, it gets our op for it.
 
     Args:
         args: The trainer's arguments.
@@ -167,23 +143,37 @@ def apply_for(args: object, model: nn.Module, config: LigerConfig, reasons: Mapp
         config: The options.
         reasons: Why kinds cannot be used with ``args``.
     """
-    fused = config.fused_loss and "fused_loss" not in reasons and uses_fused_head(args)
+    trainer = methods.trainer_of(args)
+    wanted = config.fused_loss and "fused_loss" not in reasons
+    purpose = trainer or ("TRL's fused head" if wanted and uses_fused_head(args) else "")
     state = patch_state(model)
-    if state is not None and state.config == config and (state.trl_head is not None) != fused:
-        revert_liger(model)  # patched for another trainer
-    if not fused:
-        return apply_with(model, config, reasons)
+    if state is not None and state.config == config:
+        if state.purpose == purpose and not is_stale(model, state):
+            return apply_with(model, config, reasons)
+        revert_liger(model)  # patched for another trainer, or changed since then
+    head, known = None, dict[str, Match | str](reasons)
+    if trainer:
+        methods.install(args, functools.partial(apply_for, reasons={}))
+        head, of_trainer = methods.known_for(args, model, config)
+        known = of_trainer | known
+    elif purpose:
+        head = _fused_head(config)
+        known["fused_loss"] = Match(
+            "fused_loss", f"linear_logprobs, behind {purpose}", before=head.before_forward, after=head.after_forward,
+            acted=head.acted,
+        )  # fmt: skip
+    report = apply_with(model, config, known)
+    state = patch_state(model)
+    assert state is not None
+    state.purpose = purpose
+    if head is not None and any(acted is head.acted for acted in state.acted.get("fused_loss", [])):
+        state.trl_head = head
+    return report
+
+
+def _fused_head(config: LigerConfig) -> _Head:
+    """The head of a model under TRL's fused head, for which the dispatcher is installed."""
     trl_utils: Any = importlib.import_module("trl.trainer.utils")
     if not isinstance(trl_utils._ChunkedLogProbFunction, _Dispatcher):
         trl_utils._ChunkedLogProbFunction = _Dispatcher(trl_utils._ChunkedLogProbFunction)
-    head = _Head(config.options_of("fused_loss"))
-    match = Match(
-        "fused_loss", "linear_logprobs, behind TRL's fused head", before=head.before_forward, after=head.after_forward,
-        acted=head.acted,
-    )  # fmt: skip
-    report = apply_with(model, config, {**reasons, "fused_loss": match})
-    state = patch_state(model)
-    assert state is not None
-    if any(acted is head.acted for acted in state.acted.get("fused_loss", [])):  # otherwise it has one already
-        state.trl_head = head
-    return report
+    return _Head(config.options_of("fused_loss"))

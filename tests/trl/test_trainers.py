@@ -1,6 +1,7 @@
 """Stock TRL trainers with the flag: same losses, weights and logged metrics as without it."""
 
 import dataclasses
+import importlib
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -10,10 +11,10 @@ import torch
 import trl
 from datasets import Dataset
 from peft import LoraConfig
-from tiny_models import VOCAB, batch, kernels_skipped, tiny_config, tiny_model
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tiny_models import batch, kernels_skipped, tiny_config, tiny_model
 from training import arguments, assert_same_run, train
-from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
+from transformers import AutoModelForSequenceClassification
+from trl_data import text, tokenizer
 
 import liger_trainer
 from liger_trainer import LigerCallback, LigerSFTConfig
@@ -21,20 +22,6 @@ from liger_trainer.patching import patch_state
 from liger_trainer.rules import padding_mask
 
 METRICS = ("entropy", "mean_token_accuracy", "num_tokens", "grad_norm")
-
-
-def tokenizer(side="right"):
-    words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, VOCAB)}
-    backend = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>", padding_side=side
-    )
-
-
-def text(length, seed):
-    generator = torch.Generator().manual_seed(seed)
-    return " ".join(f"w{i}" for i in torch.randint(3, VOCAB, (length,), generator=generator).tolist())
 
 
 def sft_rows():
@@ -189,7 +176,7 @@ class Case(NamedTuple):
 ONLINE = {
     "num_generations": 4, "max_completion_length": 6, "beta": 0.0, "max_steps": 2, "per_device_train_batch_size": 8
 }  # fmt: skip
-# Every class in liger_trainer/arguments/trl.py; beta 0: no reference model.
+# Trainers that have TRL's fused head, and RewardTrainer; beta 0: no reference model.
 TRAINERS = {
     "SFT": Case(make_sft, {"max_length": 16, "max_steps": 2}),
     "DPO": Case(make_dpo, {}),
@@ -246,19 +233,26 @@ def test_every_trainer_un_pads_models_of_three_kinds(name, model_type, side, tmp
 
 
 def test_argument_classes_are_subclasses_of_trls():
-    names = {name for name in liger_trainer.arguments.__all__ if name.endswith("Config")}
-    assert {f"Liger{name}Config" for name in TRAINERS} == names
-    for name in TRAINERS:
-        cls = getattr(liger_trainer, f"Liger{name}Config")
-        assert issubclass(cls, getattr(trl, f"{name}Config"))
-        assert cls is getattr(liger_trainer, f"Liger{name}Config")
-        ours, theirs = (dataclasses.fields(c) for c in (cls, getattr(trl, f"{name}Config")))
-        defaults = {field.name: field.default for field in ours}
-        assert defaults == {f.name: f.default for f in theirs} | {"use_liger": False, "liger_config": None}
+    names = {name.removeprefix("Liger") for name in liger_trainer.arguments.__all__ if name.endswith("Config")}
+    classes = {name: getattr(trl, name, None) or getattr(experimental(name), name) for name in names}
+    assert names >= {f"{name}Config" for name in (*TRAINERS, "ORPO", "CPO", "GKD", "TPO", "GOLD", "OnlineDPO")}
+    for name, theirs in classes.items():
+        cls = getattr(liger_trainer, f"Liger{name}")
+        assert issubclass(cls, theirs)
+        assert cls is getattr(liger_trainer, f"Liger{name}")
+        defaults = {field.name: field.default for field in dataclasses.fields(cls)}
+        expected = {field.name: field.default for field in dataclasses.fields(theirs)}
+        assert defaults == expected | {"use_liger": False, "liger_config": None}
     with pytest.raises(ValueError, match="use_liger_kernel"):
         liger_trainer.LigerSFTConfig("out", use_liger=True, use_liger_kernel=True)
     with pytest.raises(AttributeError, match="LigerXConfig"):
         _ = liger_trainer.arguments.LigerXConfig
+
+
+def experimental(name):
+    """The module of ``trl.experimental`` that has an argument class."""
+    folder = {"OnlineDPOConfig": "online_dpo"}.get(name, name.removesuffix("Config").lower())
+    return importlib.import_module(f"trl.experimental.{folder}")
 
 
 def test_reward_model_gets_the_layer_kernels(tmp_path):
