@@ -188,7 +188,8 @@ def unpad_alone(trainer: "Trainer") -> Evidence:
     from liger_trainer.patching import core_model
     from liger_trainer.rules.unpad import unpadded_stack
 
-    apply_liger(trainer.model, dict.fromkeys(KINDS, False) | {"unpad": True, "padding_mask": True})
+    off = dict.fromkeys(KINDS, False) | {"recompute": "all"}
+    apply_liger(trainer.model, off | {"unpad": True, "padding_mask": True})
     stack = unpadded_stack(core_model(trainer.model))
     return lambda: {"padding_removed": stack.removed.share() if stack else 0.0}
 

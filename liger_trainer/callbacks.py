@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import os
 from typing import Any, cast
 
 import transformers.trainer
@@ -10,6 +11,8 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from .config import LigerConfig
 from .head.per_thread import loss_only
+from .memory.recompute import recompute_of
+from .memory.retry import retry_out_of_memory
 from .patching import PatchState, core_model, patch_state
 from .report import LigerReport
 from .rules.unpad import unpadded_stack
@@ -38,6 +41,7 @@ class LigerCallback(TrainerCallback):
         self._checked = False
         self._was_there = False  # when the Trainer was made
         announce_loss_only_steps()
+        retry_out_of_memory()
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Patch the model before it is wrapped for distributed training, and the reference models that follow it."""
@@ -91,9 +95,11 @@ class LigerCallback(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Add ``padding_removed`` to the training logs: the share of the batches' places that the layers did not see.
+        """Add to the training logs, and to ``log_history``, what this process's batches since the last log had.
 
-        It counts this process's batches since the last log, and goes into ``log_history`` as well.
+        ``padding_removed`` is the share of the batches' places that the layers did not see. On GPUs,
+        ``recomputed_layers`` is the mean number of layers that recomputed their activations, and
+        ``memory_headroom_gib`` what was free at the peak.
         """
         model = kwargs.get("model")
         unpadded = unpadded_stack(core_model(model)) if self.acts(args) and model is not None else None
@@ -102,6 +108,11 @@ class LigerCallback(TrainerCallback):
             logs.update(share)
             state.log_history[-1].update(share)
             unpadded.removed = Removed()
+        recompute = recompute_of(model) if self.acts(args) and model is not None else None
+        if recompute is not None and logs is not None and "loss" in logs:
+            entries = recompute.logs()
+            logs.update(entries)
+            state.log_history[-1].update(entries)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -176,7 +187,29 @@ def announce_loss_only_steps() -> None:
 
 def apply_for(args: TrainingArguments, model: nn.Module, config: LigerConfig | None = None) -> LigerReport:
     """``apply_liger`` for the Trainer of ``args``, whose ``liger_config`` is used if ``config`` is ``None``."""
-    smoothed = "label_smoothing_factor is set: the Trainer computes the smoothed loss from the logits"
-    reasons = {"fused_loss": smoothed} if args.label_smoothing_factor > 0 else {}
+    reasons = {}
+    if args.label_smoothing_factor > 0:
+        reasons["fused_loss"] = "label_smoothing_factor is set: the Trainer computes the smoothed loss from the logits"
+    keeps_checkpointing = _checkpoints_otherwise(args)
+    if keeps_checkpointing is not None:
+        reasons["recompute"] = keeps_checkpointing
     config = config or LigerConfig.parse(getattr(args, "liger_config", None))
     return bridge.apply_for(args, model, config, reasons)
+
+
+def _checkpoints_otherwise(args: TrainingArguments) -> str | None:
+    """Which argument says itself how activations are kept or recomputed, so that memory must not decide."""
+    chosen = getattr(args, "activation_checkpointing_kwargs", None) or args.gradient_checkpointing_kwargs or {}
+    for name in ("every_n_layers", "offload"):
+        if name in chosen:
+            return f"the arguments of activation checkpointing set {name}"
+    if getattr(args, "activation_offloading", False):
+        return "activation_offloading is set"
+    launched = os.environ.get("FSDP_ACTIVATION_CHECKPOINTING")  # what `accelerate launch` makes of its config file
+    if _is_true(launched) or _is_true(cast(dict, args.fsdp_config or {}).get("activation_checkpointing")):
+        return "FSDP checkpoints by itself (activation_checkpointing of fsdp_config)"
+    return None
+
+
+def _is_true(value: Any) -> bool:
+    return str(value).lower() in ("true", "1")

@@ -16,9 +16,9 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
-def _kind() -> Any:
+def _kind(default: bool | str = True) -> Any:
     """A field that turns one kind of rule on or off; ``liger_trainer/rules/`` has the rules of that name."""
-    return dataclasses.field(default=True, metadata={"kind": True})
+    return dataclasses.field(default=default, metadata={"kind": True})
 
 
 def _option_of(kind: str, default: Any) -> Any:
@@ -69,7 +69,7 @@ class LigerConfig:
             padding is on the right and has no labels. Loss and gradients stay the same; hidden states at padding
             change. Does not apply under torch.compile. Deprecated as an option: ``unpad`` takes its place.
         strict: Raise an error if a requested kernel cannot be applied, instead of listing it in the report.
-            ``unpad`` and ``padding_mask`` are exempt because they are decided per batch.
+            ``unpad``, ``padding_mask`` and ``recompute`` are exempt because they are decided per batch.
         logits_budget_mib: Memory budget, in MiB, for one chunk of logits, or "auto": 512 MiB, and where a trained head
             runs on a CUDA device, up to half of the memory that is free at that time. A larger chunk is faster. Ignored
             when a single chunk needs no more memory than chunking plus its fp32 accumulator. Changes results by
@@ -78,13 +78,17 @@ class LigerConfig:
         low_memory: Compute the logits of the fused loss twice, at most 64 MiB at a time, without an fp32 accumulator
             for the gradient of ``lm_head``. Saves the accumulator and most of a chunk; makes a trained head 17 to 56 %
             slower (H100, ``docs/paper.md``).
+        recompute: ``"auto"``: where activation checkpointing is asked for, recompute as many layers as memory requires
+            and no more; where it is not, recompute layers instead of running out of memory. ``"all"``: as the
+            arguments say. Acts on GPUs (``docs/memory.md``); not under torch.compile.
+        memory_margin: Share of the GPU's memory that ``recompute="auto"`` leaves free.
         recompute_glu: Recompute ``act(gate) * up`` in backward instead of saving it. Saves a third of the activations
             of a gated MLP for one extra write. Applies if the down projection is a plain ``nn.Linear`` without adapters
             or hooks.
 
     Raises:
         TypeError: An option has the wrong type. The message names the option, its value and the expected type.
-        ValueError: ``logits_budget_mib`` is below 1.
+        ValueError: ``logits_budget_mib`` is below 1, or ``memory_margin`` is not from 0 to below 1.
     """
 
     rms_norm: bool = _kind()
@@ -96,10 +100,12 @@ class LigerConfig:
     fused_loss: bool = _kind()
     unpad: bool = _kind()
     padding_mask: bool = _kind()
+    recompute: Literal["auto", "all"] = _kind("auto")
     strict: bool = False
     logits_budget_mib: int | Literal["auto"] = _option_of("fused_loss", "auto")
     low_memory: bool = _option_of("fused_loss", False)
     recompute_glu: bool = _option_of("glu", True)
+    memory_margin: float = _option_of("recompute", 0.08)
 
     def __post_init__(self) -> None:
         if self.padding_mask is False:
@@ -112,6 +118,8 @@ class LigerConfig:
         budget = self.logits_budget_mib
         if budget != "auto" and budget < 1:
             raise ValueError(f"liger_config.logits_budget_mib: got {budget}; must be at least 1 (MiB), or 'auto'")
+        if not 0 <= self.memory_margin < 1:
+            raise ValueError(f"liger_config.memory_margin: got {self.memory_margin}; must be from 0 to below 1")
 
     @classmethod
     def parse(cls, value: "LigerConfig | dict[str, Any] | str | None") -> "LigerConfig":
@@ -146,7 +154,7 @@ class LigerConfig:
 
     def wants(self, kind: str) -> bool:
         """Whether ``kind``, one of ``KINDS``, is requested."""
-        return getattr(self, kind)
+        return getattr(self, kind) not in (False, "all")
 
     def options_of(self, kind: str) -> dict[str, Any]:
         """The options that belong to ``kind``, one of ``KINDS``, as keyword arguments of its op."""

@@ -253,6 +253,7 @@ class _Plan:
                 applied = Applied(kind, where, cls, match.variant)
                 self.report.applied.append(applied)
                 match.acted.on_refusal = functools.partial(self.report.withdraw, applied)
+                match.acted.on_restatement = functools.partial(self.report.restate, applied)
                 self.bound += bound
                 self.hooks.append((match.before, match.after))
                 self.acted.setdefault(kind, []).append(match.acted)

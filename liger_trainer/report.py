@@ -74,6 +74,13 @@ class LigerReport:
             self.skipped.append(Skipped(applied.kind, applied.module, applied.cls, reason))
             logger.warning("liger_trainer: %s of %s does not act: %s", applied.kind, applied.cls, reason)
 
+    def restate(self, applied: Applied, variant: str) -> None:
+        """Give a replacement another ``variant``, for what shows only when the model runs."""
+        place = (applied.kind, applied.module)
+        self.applied[:] = [
+            dataclasses.replace(a, variant=variant) if (a.kind, a.module) == place else a for a in self.applied
+        ]
+
     def to_dict(self) -> dict[str, Any]:
         """The report as plain dicts and lists, for JSON."""
         return {**dataclasses.asdict(self), "counts": self.counts}

@@ -20,7 +20,7 @@ LAYERS = [
     {"kernels", "config", "report", "environment"},
     {"probing", "losses", "nn"},
     {"head"},
-    {"unpadding"},
+    {"unpadding", "memory"},
     {"rules"},
     {"patching"},
     {"trl", "medusa", "auto"},

@@ -48,7 +48,7 @@ def _is_of_model(file: str) -> bool:
 
 
 def _ignore(reason: str) -> None:
-    """What happens to a refusal before a report has the match."""
+    """What happens to a refusal or a restatement before a report has the match."""
 
 
 class _Unnoted(threading.local):
@@ -77,10 +77,15 @@ class Acted:
     def __init__(self) -> None:
         self.on = self.compiled = False
         self.on_refusal: Callable[[str], None] = _ignore
+        self.on_restatement: Callable[[str], None] = _ignore
 
     def refuse(self, reason: str) -> None:
         """Say that it will not do its work after all, which showed only at run time."""
         self.on_refusal(reason)
+
+    def restate(self, variant: str) -> None:
+        """Say what it does more exactly than could be told before the model ran."""
+        self.on_restatement(variant)
 
     def note(self) -> None:
         """Note that it does its work now."""

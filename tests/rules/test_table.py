@@ -18,7 +18,9 @@ def test_the_kinds_of_the_config_are_those_of_the_table():
     order = [KINDS.index(rule.kinds[0]) for rule in RULES]
     assert order == sorted(order)
     assert "padding_mask" in PER_BATCH
-    assert all(LigerConfig(**{kind: False}).wants(kind) is False for kind in KINDS)
+    off = {kind: "all" if kind == "recompute" else False for kind in KINDS}
+    assert all(LigerConfig(**{kind: off[kind]}).wants(kind) is False for kind in KINDS)
+    assert all(map(LigerConfig().wants, KINDS))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -36,3 +38,4 @@ def test_every_option_is_a_kind_or_belongs_to_one_or_to_all():
     assert of_loss == {**of_loss, "logits_budget_mib": "auto", "low_memory": True}
     assert tuple(of_loss) == MEMORY_FIELDS
     assert LigerConfig().options_of("glu") == {"recompute_glu": True}
+    assert LigerConfig().options_of("recompute") == {"memory_margin": 0.08}

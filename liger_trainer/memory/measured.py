@@ -1,0 +1,106 @@
+"""What is measured of a model's layers, and what tells that it has to be measured again."""
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from ..probing.probe import full_shape, submodules
+
+
+@dataclass(frozen=True)
+class Size:
+    """Bytes, and the number of tokens at which they were measured."""
+
+    size: int
+    tokens: int
+
+    def at(self, tokens: int) -> float:
+        """The bytes for another number of tokens."""
+        return self.size * tokens / self.tokens
+
+    def at_least(self, tokens: int) -> float:
+        """The bytes for another number of tokens; not fewer than measured, because a part may not depend on tokens."""
+        return self.size * max(1.0, tokens / self.tokens)
+
+
+@dataclass
+class Measured:
+    """Sizes of one model's layers. They hold for one ``signature``.
+
+    Args:
+        signature: As ``Parameters`` gives it.
+        kinds: The kind of each layer, by index. Layers of one kind keep equally many bytes.
+        kept: What a layer of a kind adds if it keeps its activations.
+        recomputed: What a layer adds if it recomputes them.
+        head: What the model holds at the end of its forward on top of the layers, for the most tokens so far.
+        widest: Bytes of the largest layer's parameters, unsharded.
+    """
+
+    signature: Hashable = None
+    kinds: dict[int, Hashable] = field(default_factory=dict)
+    kept: dict[Hashable, Size] = field(default_factory=dict)
+    recomputed: Size | None = None
+    head: Size | None = None
+    widest: int = 0
+
+    def knows(self, count: int) -> bool:
+        """Whether each of ``count`` layers is of a kind that was measured."""
+        return len(self.kinds) == count and all(kind in self.kept for kind in self.kinds.values())
+
+    def note_layer(self, index: int, layer: nn.Module) -> Hashable:
+        """The kind of a layer."""
+        if index not in self.kinds:
+            parts = ((type(m), *map(_description, m._parameters.values())) for m in submodules(layer))
+            self.kinds[index] = tuple(parts)
+            self.widest = max(self.widest, sum(full_shape(p).numel() * p.element_size() for p in layer.parameters()))
+        return self.kinds[index]
+
+    def note_head(self, size: int, tokens: int) -> None:
+        """What the model holds on top of its layers."""
+        if self.head is None or tokens >= self.head.tokens:
+            self.head = Size(size, tokens)
+
+
+def _description(parameter: Tensor | None) -> Hashable:
+    if parameter is None:
+        return None
+    return full_shape(parameter), parameter.dtype, parameter.requires_grad
+
+
+class Parameters:
+    """One walk over a model's parameters.
+
+    Attributes:
+        signature: Which parameters there are, of which dtype, and which of them are trained.
+        has_gradients: Whether any of them has a gradient.
+        trained: Bytes of those that are trained, of which this process holds a shard.
+        is_sharded: Whether using them takes all processes (FSDP2, ZeRO-3).
+        is_partitioned: Whether ZeRO-3 holds them.
+    """
+
+    def __init__(self, model: nn.Module):
+        parameters = {p for module in submodules(model) for p in module._parameters.values() if p is not None}
+        described = sum(hash(_description(p)) for p in parameters)  # a set has no order
+        trained = [p for p in parameters if p.requires_grad]
+        self.signature = (len(parameters), described)
+        self.has_gradients = any(p.grad is not None for p in trained)
+        self.trained = sum(map(_bytes_here, trained))
+        self.is_partitioned = any(hasattr(p, "ds_id") for p in parameters)
+        self.is_sharded = self.is_partitioned or any(isinstance(p, DTensor) for p in parameters)
+
+
+def _bytes_here(parameter: Tensor) -> int:
+    """Bytes of a parameter, or of this process's shard of it."""
+    local = getattr(parameter, "ds_tensor", None)
+    if local is None:
+        local = parameter._local_tensor if isinstance(parameter, DTensor) else parameter
+    return local.numel() * parameter.element_size()
+
+
+def hidden_states(values: tuple) -> Tensor | None:
+    """The hidden states ``[batch, tokens, hidden]`` among a layer's arguments."""
+    found = (v for v in values if torch.is_tensor(v) and v.dim() == 3 and v.is_floating_point())
+    return next(found, None)

@@ -1,0 +1,350 @@
+"""Decides for each training batch which layers recompute their activations, and measures what that takes.
+
+The first forward runs as the user asked, but for one layer of each kind, which keeps its activations and is measured.
+From then on the first layer of each batch keeps its activations, and what it adds tells how many others can.
+"""
+
+import functools
+import logging
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..head.fused_head import fused_head_of
+from ..probing.probe import full_shape
+from ..probing.rebinding import ModuleRef
+from ..probing.rule import Acted
+from . import card as cards
+from .measured import Measured, Parameters, Size, hidden_states
+from .plan import Costs, layers_to_recompute, peak
+
+logger = logging.getLogger(__name__)
+
+GIB = 2**30
+MIB = 2**20
+# Share of the device by which the budget shrinks when the allocator had to return memory, and when it ran out of it.
+AFTER_RETRY, AFTER_FAILURE = 0.01, 0.1
+# An unknown layer is kept and measured if its hidden states fit this many times more. A decoder layer keeps 15 to 40
+# times as much, needs it again for gradients, and another layer recomputes at the same time.
+ROOM_TO_MEASURE = 90
+
+
+@dataclass
+class Run:
+    """One forward of the layers.
+
+    Args:
+        card: The memory of the device.
+        asked: Whether the user asked for recomputation.
+        tokens: Places of the batch that the layers see.
+        output: Bytes of one layer's hidden states.
+        costs: What the forward and its backward take, but for the sizes of the layers.
+        budget: The most bytes that may be in tensors.
+        alike: All processes must recompute the same layers.
+        recomputed: The layers that recompute; ``None``: as the user asked, but for those that are measured.
+        measures_recomputed: Whether what a recomputed layer adds has yet to be measured.
+        end: Bytes in tensors after the last layer.
+    """
+
+    card: cards.Card
+    asked: bool
+    tokens: int
+    output: int
+    costs: Costs
+    budget: float
+    alike: bool
+    recomputed: frozenset[int] | None = None
+    measures_recomputed: bool = True
+    end: int | None = None
+
+
+@dataclass
+class Logged:
+    """Forwards since the last log, and how many layers recomputed in all of them together."""
+
+    forwards: int = 0
+    layers: int = 0
+
+
+@dataclass
+class Recompute:
+    """Which layers of one model recompute; ``forward`` takes the place of each layer's.
+
+    Args:
+        core: The model.
+        acted: Set when layers recompute otherwise than the user asked.
+        count: Number of the layers.
+        margin: Share of the device that stays free.
+        chunk: Bytes that the fused loss may take for logits.
+    """
+
+    core: ModuleRef
+    acted: Acted
+    count: int
+    margin: float
+    chunk: int
+    measured: Measured = field(default_factory=Measured)
+    flags: dict[int, bool] = field(default_factory=dict)  # the user's, in the last forward
+    run: Run | None = None
+    last: Run | None = None  # the last forward that came to its end, or failed
+    logged: Logged = field(default_factory=Logged)
+    lost: float = 0  # bytes by which the budget has shrunk
+    retries: int | None = None  # the allocator's, at the last forward
+    cautious: bool = False  # the next forward recomputes all layers
+    had_gradients: bool = False  # before the last forward
+    forward_ended: bool = False
+    told: set[str] = field(default_factory=set)
+    most: int = -1  # layers that recompute, as the report says
+
+    def wrap(self, index: int, of_class: Callable, original: Callable) -> Callable:
+        """The forward that takes the place of layer ``index``'s.
+
+        The class's own forward is looked up at each call, because FSDP2 gives the layer another class.
+        """
+        return functools.partial(self.forward, index, None if original is of_class else original)
+
+    def forward(self, index: int, original: Callable | None, layer: Any, *args: Any, **kwargs: Any) -> Any:
+        """The layer's forward, with the flag that makes transformers checkpoint it set for this call alone."""
+        call = original or type(layer).forward
+        if torch.compiler.is_compiling() or not layer.training or not torch.is_grad_enabled() or _in_backward():
+            return call(layer, *args, **kwargs)
+        if index == 0:
+            self.run = self._begin(layer, args, kwargs)
+            self.flags = {}
+        self.flags[index] = layer.gradient_checkpointing
+        run = self.run
+        if run is None or self.flags[index] != run.asked:
+            self.run = None
+            return call(layer, *args, **kwargs)
+        kind = self.measured.note_layer(index, layer)
+        recomputes = self._recomputes(run, index, kind)
+        measures = run.measures_recomputed if recomputes else index == 0 or kind not in self.measured.kept
+        before = run.card.allocated() if measures else 0
+        with _flag(layer, recomputes):
+            output = call(layer, *args, **kwargs)
+        if measures:
+            self._note(run, index, kind, recomputes, Size(max(0, run.card.allocated() - before), run.tokens))
+        self.logged.layers += recomputes
+        if index == self.count - 1:
+            run.end = run.card.allocated()
+        return output
+
+    def after_forward(self, module: nn.Module, args: tuple, output: Any) -> None:
+        """Forward hook of the model: measure its head, and say what was decided."""
+        run, self.run = self.run, None
+        if run is None or run.end is None:
+            return
+        self.forward_ended = True
+        self.measured.note_head(max(0, run.card.allocated() - run.end), run.tokens)
+        self.logged.forwards += 1
+        if run.recomputed is not None:
+            if (len(run.recomputed) < self.count) if run.asked else run.recomputed:
+                self.acted.note()
+            self._tell_plan(run, run.recomputed)
+
+    def logs(self) -> dict[str, float]:
+        """Entries for the Trainer's logs, over the forwards since the last call."""
+        logged, self.logged = self.logged, Logged()
+        if not logged.forwards or self.last is None:
+            return {}
+        reading = self.last.card.read()
+        headroom = (reading.free + reading.reserved - self.last.card.peak()) / GIB
+        return {
+            "recomputed_layers": round(logged.layers / logged.forwards, 2), "memory_headroom_gib": round(headroom, 2)
+        }  # fmt: skip
+
+    def give_up_more(self) -> bool:
+        """After running out of memory: let the next forward recompute all layers, and shrink the budget.
+
+        Returns:
+            Whether there was anything to give up.
+        """
+        run, self.run = self.last, None
+        if run is None or (run.recomputed is not None and len(run.recomputed) == self.count):
+            return False
+        self.lost += AFTER_FAILURE * run.card.read().total
+        self.cautious = True
+        return True
+
+    def _begin(self, layer: Any, args: tuple, kwargs: dict[str, Any]) -> Run | None:
+        """Read the memory before the first layer; ``None``: leave this forward to the user's settings."""
+        self.forward_ended, self.last = False, None
+        hidden = hidden_states((*args, *kwargs.values()))
+        card = None if hidden is None else cards.card_of(hidden.device)
+        asked = layer.gradient_checkpointing
+        if hidden is None or card is None or _has_past(kwargs):
+            return None
+        if len({*self.flags.values()}) > 1:
+            return self._leave("not all of them are set to be checkpointed")
+        if asked and not _is_of_torch(layer._gradient_checkpointing_func):
+            return self._leave("their checkpoint function is not torch's own")
+        core = self.core()
+        parameters = Parameters(core)
+        if self.measured.signature != parameters.signature:
+            self.measured = Measured(parameters.signature)
+        self.had_gradients = parameters.has_gradients
+        reading = card.read()
+        if self.retries is not None and reading.retries > self.retries:
+            self.lost += AFTER_RETRY * reading.total
+        self.retries = reading.retries
+        tokens, output = hidden.shape[:-1].numel(), hidden.numel() * hidden.element_size()
+        costs = Costs(
+            reading.allocated, (), (), *self._head(core, hidden),
+            gradients=0 if parameters.has_gradients else parameters.trained,
+            gathered=3 * self.measured.widest if parameters.is_sharded else 0,  # one early, one in use, its gradient
+        )  # fmt: skip
+        budget = reading.free + reading.reserved - self.margin * reading.total - self.lost
+        run = self.last = Run(card, asked, tokens, output, costs, budget, parameters.is_partitioned)
+        everything = frozenset(range(self.count))
+        if self.cautious:
+            run.recomputed = everything
+        elif self.measured.knows(self.count):
+            run.recomputed = self._plan(run, 1.0)
+        elif asked and budget - reading.allocated < (ROOM_TO_MEASURE + self.count) * output:
+            run.recomputed = everything
+        self.cautious = False
+        if run.alike:
+            number = _most_of_ranks(-1 if run.recomputed is None else len(run.recomputed), hidden.device)
+            run.recomputed = None if number < 0 else frozenset(self._order()[:number])
+        return run
+
+    def _leave(self, reason: str) -> None:
+        """Say once why the layers are left as the user set them."""
+        if reason not in self.told:
+            self.told.add(reason)
+            self.acted.restate(f"left as they are: {reason}")
+            logger.warning("liger_trainer: recompute leaves the layers as they are: %s", reason)
+
+    def _recomputes(self, run: Run, index: int, kind: Hashable) -> bool:
+        if run.recomputed is not None:
+            return index in run.recomputed
+        return run.asked and kind in self.measured.kept  # the first of a kind is kept, and measured
+
+    def _note(self, run: Run, index: int, kind: Hashable, recomputes: bool, size: Size) -> None:
+        """Take in what a layer added. The first one's tells what the others of this batch will."""
+        measured = self.measured
+        if recomputes:
+            measured.recomputed, run.measures_recomputed = size, False
+            return
+        before, measured.kept[kind] = measured.kept.get(kind), size
+        if index == 0 and not run.alike and (measured.knows(self.count) or not run.asked):
+            expected = 0 if before is None else before.at(run.tokens)
+            run.recomputed = self._plan(run, size.size / expected if expected else 1.0, kept=(0,))
+
+    def _plan(self, run: Run, scale: float, kept: tuple[int, ...] = ()) -> frozenset[int]:
+        """The layers that must recompute; ``kept`` have run already, and kept their activations."""
+        costs = self._costs(run, scale)
+        order = [index for index in self._order() if index not in kept]
+        return layers_to_recompute(costs, run.budget, order)
+
+    def _order(self) -> list[int]:
+        """Which layers recompute first: the lower ones, but the first layer last, as it is measured.
+
+        Backward comes to the lower layers last, when the others have freed what they kept.
+        """
+        return [*range(1, self.count), 0]
+
+    def _costs(self, run: Run, scale: float) -> Costs:
+        """With the sizes of all layers. Kinds that this batch did not measure grow by ``scale``, as the first did."""
+        measured, tokens = self.measured, run.tokens
+        first = measured.kinds[0]
+        kept = []
+        for index in range(self.count):
+            kind = measured.kinds.get(index, first)
+            size = measured.kept.get(kind, measured.kept[first])
+            kept.append(size.at(tokens) * (1.0 if kind == first else scale))
+        recomputed = run.output if measured.recomputed is None else measured.recomputed.at_least(tokens)
+        return replace(run.costs, kept=kept, recomputed=[recomputed] * self.count)
+
+    def _head(self, core: Any, hidden: Tensor) -> tuple[float, float]:
+        """Bytes that the model holds on top of its layers, and bytes that it takes there for a moment."""
+        tokens, output = hidden.shape[:-1].numel(), hidden.numel() * hidden.element_size()
+        linear = core.get_output_embeddings()
+        vocabulary, width = (0, 0) if linear is None else full_shape(linear.weight)
+        if self.measured.head is not None:
+            head = self.measured.head.at_least(tokens)
+        elif fused_head_of(vars(core).get("_loss_function")) is not None:
+            head = 2 * output
+        else:  # logits in half precision, and their log-softmax in fp32
+            head = 6 * vocabulary * tokens
+        accumulator = 4 * vocabulary * width if linear is not None and linear.weight.requires_grad else 0
+        return head, max(2 * head, self.chunk + accumulator)
+
+    def _tell_plan(self, run: Run, recomputed: frozenset[int]) -> None:
+        """Put the decision into the report whenever more layers recompute than before, and into the log at first."""
+        if len(recomputed) <= self.most or self.measured.kinds[0] not in self.measured.kept:
+            return
+        self.most = len(recomputed)
+        needs = peak(self._costs(run, 1.0), recomputed) / GIB
+        text = (
+            f"{self.most} of {self.count} layers recompute their activations at {run.tokens} tokens, the others keep "
+            f"them: {needs:.1f} of {run.budget / GIB:.1f} GiB"
+        )
+        self.acted.restate(text)
+        if not run.asked and recomputed and "not asked" not in self.told:
+            self.told |= {"not asked", "plan"}
+            logger.warning("liger_trainer: a batch would not fit without activation checkpointing: %s", text)
+        elif run.asked and "plan" not in self.told:
+            self.told.add("plan")
+            logger.warning("liger_trainer: activation checkpointing only as far as memory requires: %s", text)
+
+
+def recompute_of(model: nn.Module) -> Recompute | None:
+    """What decides for ``model``, or for a model in it; ``None`` if nothing does."""
+    for module in model.modules():
+        for hook in module._forward_hooks.values():
+            owner = getattr(hook, "__self__", None)
+            if isinstance(owner, Recompute):
+                return owner
+    return None
+
+
+@contextmanager
+def _flag(layer: Any, recomputes: bool) -> Iterator[None]:
+    """Let the layer recompute or not, in place of the user's setting."""
+    if recomputes == layer.gradient_checkpointing:
+        yield
+        return
+    changed: dict[str, Any] = {"gradient_checkpointing": recomputes}
+    if recomputes:
+        changed["_gradient_checkpointing_func"] = functools.partial(checkpoint, use_reentrant=False)
+    attributes = vars(layer)
+    before = {name: attributes[name] for name in changed if name in attributes}
+    attributes.update(changed)
+    try:
+        yield
+    finally:
+        for name in changed:
+            del attributes[name]
+        attributes.update(before)
+
+
+def _is_of_torch(function: Any) -> bool:
+    """Whether transformers set this checkpoint function without offloading."""
+    return isinstance(function, functools.partial) and function.func is checkpoint
+
+
+def _has_past(kwargs: dict[str, Any]) -> bool:
+    """Whether there are keys and values of earlier tokens, which transformers drops for a checkpointed layer."""
+    past = kwargs.get("past_key_values")
+    if past is None:
+        return False
+    return not hasattr(past, "get_seq_length") or int(past.get_seq_length()) > 0
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
+
+
+def _most_of_ranks(number: int, device: torch.device) -> int:
+    """The largest ``number`` of any process."""
+    if not torch.distributed.is_initialized():
+        return number
+    most = torch.tensor(number, device=device)
+    torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX)
+    return int(most.item())

@@ -1,0 +1,62 @@
+"""Rule for activation checkpointing by memory: each batch recomputes as many layers as it must, and no more.
+
+What decides is in ``liger_trainer/memory/``. This rule finds the layers that transformers can checkpoint one by one.
+"""
+
+import functools
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from ..config import LigerConfig
+from ..kernels.linear_loss.options import AUTO_MIB
+from ..memory import card
+from ..memory.recompute import MIB, Recompute
+from ..probing.rebinding import ModuleRef
+from ..probing.rule import Acted, Match, Rule, Skip
+
+VARIANT = "layers recompute only as far as memory requires"
+
+
+def matches(model: nn.Module) -> bool:
+    """Models that may run on a GPU. Elsewhere there is no budget."""
+    return card.has_cards()
+
+
+def layers_of(model: Any) -> list[nn.Module]:
+    """The longest list of layers of the decoder that transformers can checkpoint one by one."""
+    start = model.get_decoder()
+    lists = [[*m] for m in (start or model).modules() if isinstance(m, nn.ModuleList) and len(m) > 1]
+    return max((found for found in lists if all(map(_is_layer, found))), key=len, default=[])
+
+
+def _is_layer(module: nn.Module) -> bool:
+    return isinstance(module, GradientCheckpointingLayer)
+
+
+def probe(model: nn.Module, config: LigerConfig) -> Match:
+    """The forwards of all layers."""
+    if not isinstance(model, PreTrainedModel):
+        raise Skip("it is not a transformers model")
+    if model.config.is_encoder_decoder:
+        raise Skip("its encoder and decoder take turns")
+    layers = layers_of(model)
+    if not layers:
+        raise Skip("it has no list of layers that can be checkpointed one by one")
+    acted = Acted()
+    chunk = AUTO_MIB if config.logits_budget_mib == "auto" else config.logits_budget_mib
+    recompute = Recompute(ModuleRef(model), acted, len(layers), config.memory_margin, int(chunk * MIB))
+    return Match(
+        "recompute",
+        VARIANT,
+        wraps=tuple(
+            (layer, functools.partial(recompute.wrap, index, type(layer).forward)) for index, layer in enumerate(layers)
+        ),
+        after=recompute.after_forward,
+        acted=acted,
+    )
+
+
+RULES = (Rule(("recompute",), matches, probe, key=id, whole_model=True, per_batch=True),)

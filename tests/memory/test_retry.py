@@ -1,0 +1,95 @@
+"""Running out of memory in a micro-batch all the same: it runs again, or the run ends with the cause."""
+
+import pytest
+import torch
+from fake_card import FakeCard, put_card  # noqa: F401  a fixture
+from tiny_models import tiny_model
+from training import Rows, arguments, assert_same_run
+from transformers import Trainer, TrainerCallback
+
+from liger_trainer.memory.recompute import recompute_of
+from liger_trainer.patching import patch_state
+
+
+class Fails:
+    """Runs out of memory once, in the micro-batch of this number, in the forward or the backward of a layer."""
+
+    def __init__(self, model, number, backward):
+        self.calls, self.number, self.backward, self.fired = 0, number, backward, 0
+        model.model.layers[2].mlp.register_forward_hook(self.forward)
+
+    def forward(self, module, args, output):
+        self.calls += torch._C._current_graph_task_id() == -1
+        if self.calls == self.number and not self.fired:
+            if self.backward:
+                output.register_hook(self.fail)
+            else:
+                self.fail(None)
+
+    def fail(self, gradient):
+        self.fired += 1
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def run(directory, put, number=0, backward=False, accumulation=1, **config):
+    model = tiny_model("llama", num_hidden_layers=4, attention_dropout=0.1)
+    put(FakeCard(10**9))
+    args = arguments(
+        directory, use_liger=True, liger_config={"logits_budget_mib": 1, **config}, optim="sgd", learning_rate=0.1,
+        gradient_accumulation_steps=accumulation, activation_checkpointing=True, max_steps=3,
+    )  # fmt: skip
+    trainer = Trainer(model, args, train_dataset=Rows())
+    trainer.failing = Fails(model, number, backward)
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize(
+    ("backward", "number", "accumulation"), [(False, 2, 1), (True, 2, 1), (False, 4, 2), (True, 3, 2)]
+)
+def test_the_micro_batch_runs_again_and_nothing_is_lost(backward, number, accumulation, tmp_path, put_card, caplog):  # noqa: F811
+    """Dropout drops the same, too."""
+    expected = run(tmp_path, put_card, accumulation=accumulation)
+    actual = run(tmp_path, put_card, number, backward, accumulation)
+    assert actual.failing.fired == 1
+    assert caplog.text.count("runs again with all layers recomputed") == 1
+    assert_same_run(expected, actual, tolerance=1e-30)
+    assert recompute_of(actual.model).lost == pytest.approx(0.1 * 10**9)
+    assert recompute_of(expected.model).lost == 0
+    assert actual.state.log_history[0]["recomputed_layers"] >= 0
+    assert actual.state.log_history[0]["memory_headroom_gib"] > 0
+    assert patch_state(actual.model).report.ran["recompute"] >= 1
+
+
+def test_backward_of_a_later_micro_batch_ends_the_run_with_the_cause(tmp_path, put_card):  # noqa: F811
+    """Its gradients have been added to those of the first one."""
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        run(tmp_path, put_card, number=4, backward=True, accumulation=2)
+    notes = " ".join(caught.value.__notes__)
+    assert "gradients of earlier micro-batches" in notes
+    assert "per_device_train_batch_size" in notes
+    assert "memory_margin" in notes
+
+
+def test_nothing_more_to_give_up(tmp_path, put_card, monkeypatch):  # noqa: F811
+    """The second failure of a micro-batch is the last: all its layers were recomputed."""
+    monkeypatch.setattr(Fails, "forward", lambda self, module, args, output: self.fail(None))
+    with pytest.raises(torch.OutOfMemoryError):
+        run(tmp_path, put_card, number=1)
+
+
+def test_arguments_that_say_themselves_what_is_kept(tmp_path, put_card):  # noqa: F811
+    class Counts(TrainerCallback):
+        def on_log(self, args, state, control, logs, **kwargs):
+            assert "recomputed_layers" not in logs
+
+    for settings, reason in (
+        ({"activation_checkpointing_kwargs": {"every_n_layers": 2}}, "set every_n_layers"),
+        ({"activation_checkpointing_kwargs": {"offload": True}}, "set offload"),
+    ):
+        put_card(FakeCard(10**9))
+        args = arguments(tmp_path, use_liger=True, activation_checkpointing=True, **settings)
+        trainer = Trainer(tiny_model("llama"), args, train_dataset=Rows(), callbacks=[Counts()])
+        [skipped] = [s for s in patch_state(trainer.model).report.skipped if s.kind == "recompute"]
+        assert reason in skipped.reason
+        assert recompute_of(trainer.model) is None
