@@ -64,10 +64,14 @@ def test_flash_attention_within_rows(dtype, window, heads, key_heads, width, mon
 
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_gradients_in_bf16(side):
-    """The error against fp32 is at most 1.2 times that of the unpatched model."""
+    """The error against fp32 is at most 1.2 times that of the unpatched model.
+
+    A left-padded row's first token has no label: padding predicts it, and what padding attends to depends on the kernel.
+    """
     ids = torch.randint(3, VOCAB, (16, 64), generator=torch.Generator().manual_seed(2)).cuda()
     mask = ragged_mask(16, 64, left=side == "left")
-    inputs = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+    labelled = mask.bool() & (mask.cumsum(1) > 1)
+    inputs = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(~labelled, -100)}
 
     def gradients(dtype, patched):
         model = sdpa_model("llama", head_dim=64).to("cuda", dtype).train()
@@ -109,8 +113,8 @@ def test_no_step_of_another_length_is_slow():
 
 def test_fp32_takes_the_definition():
     """Flash attention has no fp32; the numbers are those of the padded batch."""
-    ids = torch.randint(3, VOCAB, (4, 20), generator=torch.Generator().manual_seed(2)).cuda()
-    mask = ragged_mask(4, 20)
+    ids = torch.randint(3, VOCAB, (16, 64), generator=torch.Generator().manual_seed(2)).cuda()
+    mask = ragged_mask(16, 64)
     model = sdpa_model("llama").cuda().train()
     inputs = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
     theirs = model(**inputs).loss
