@@ -93,7 +93,7 @@ def _probe_copy(module: nn.Module, dtype: torch.dtype, adapters: torch.dtype) ->
     random, (width, out) = generator(), WIDTHS
 
     def linear(into: int, to: int, dtype: torch.dtype, bias: bool = False) -> nn.Linear:
-        made = nn.Linear(into, to, bias, dtype=dtype)
+        made = nn.utils.skip_init(nn.Linear, into, to, bias, dtype=dtype)  # would use the process-wide generator
         for parameter in made.parameters():
             parameter.data.copy_(torch.randn(parameter.shape, generator=random) / 4)
         return made

@@ -152,6 +152,7 @@ def test_every_trainer_is_the_same(name, tmp_path):
         ("ORPO", {"peft_config": LORA, "gradient_accumulation_steps": 2}),
         ("CPO", {"loss_type": "simpo", "cpo_alpha": 0.0, "model_type": "gemma2"}),
         ("TPO", {"model_type": "cohere", "loss_type": "tpo-l"}),
+        ("OnlineDPO", {"peft_config": LORA}),  # the same completions, so patching must leave the random numbers alone
         ("GKD", {"model_type": "gemma2", "gradient_accumulation_steps": 2}),
     ],
     ids=lambda value: value if isinstance(value, str) else "+".join(value),
