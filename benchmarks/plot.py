@@ -1,7 +1,7 @@
 """Draw the plots (PNG) and write the tables (Markdown) of every result file in a folder.
 
     liger-trainer plot
-    liger-trainer plot --update README.md docs/paper.md docs/models.md
+    liger-trainer plot --update README.md docs/*.md
 
 ``--update`` replaces the text between ``<!-- table:NAME -->`` and ``<!-- /table -->`` in the given files. The headings
 in the Markdown files beside the results are names of tables.
@@ -17,7 +17,7 @@ from typing import Any
 if not __package__:  # run as a script; see kernels.py
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from benchmarks import cases, common, tables
+from benchmarks import cases, common, face, tables
 from benchmarks.peers import PEERS, TRAIN_ARMS
 
 MARKER = re.compile(r"(<!-- table:(\S+) -->\n).*?(<!-- /table -->)", re.DOTALL)
@@ -197,6 +197,8 @@ def main(argv: list[str] | None = None) -> int:
             written[-1].write_text(f"# {file.stem}\n\n" + "\n".join(sections))
             if kind == "train" and plot_train(data, file.with_suffix(".png")):
                 written.append(file.with_suffix(".png"))
+    if face.draw(args.results, args.results / "readme.png"):
+        written.append(args.results / "readme.png")
     if not written:
         print(f"no result files in {args.results}", file=sys.stderr)
         return 1
