@@ -3,7 +3,7 @@ VENV := .venv
 STAMP := $(VENV)/.installed
 PYTHON ?= python3
 
-.PHONY: demo test test-long test-gpu lint package
+.PHONY: demo test test-long test-gpu lint package docs
 
 demo: $(STAMP)  ## train the quickstart recipe; make demo ARGS="--max_steps 20"
 	$(VENV)/bin/liger-trainer train recipes/quickstart.yaml $(ARGS)
@@ -29,6 +29,13 @@ package: $(STAMP)  ## build sdist and wheel, check them, and train from the whee
 	$(PYTHON) -m venv out/package
 	out/package/bin/pip install --quiet --constraint constraints.txt dist/*.whl
 	cd out/package && bin/liger-trainer recipes && bin/liger-trainer train quickstart --max_steps 2
+
+docs: $(VENV)/.docs  ## the docs site, in out/site
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
+
+$(VENV)/.docs: $(STAMP)
+	$(VENV)/bin/pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	touch $@
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -35,17 +35,20 @@ def recipe_file(name: str) -> Path:
     return shipped[name]
 
 
+def descriptions() -> dict[str, str]:
+    """What the header of each recipe says first, by name."""
+    made = {}
+    for name, file in recipes().items():
+        header = file.read_text(encoding="utf-8").split("\n#\n")[0].removeprefix("# ").replace("\n# ", " ")
+        made[name] = re.split(r"[.:](?:\s|$)", header, maxsplit=1)[0]
+    return made
+
+
 def listing() -> str:
-    """A line for each recipe, of at most ``WIDTH`` characters: its name, and what its header says first."""
-    shipped = recipes()
-    names = max(map(len, shipped))
-    about = {name: textwrap.shorten(_first_sentence(file), WIDTH - names - 2) for name, file in shipped.items()}
-    return "\n".join(f"{name:<{names}}  {text}" for name, text in about.items())
-
-
-def _first_sentence(file: Path) -> str:
-    header = file.read_text(encoding="utf-8").split("\n#\n")[0]
-    return re.split(r"[.:](?:\s|$)", header.removeprefix("# ").replace("\n# ", " "), maxsplit=1)[0]
+    """A line of at most ``WIDTH`` characters for each recipe: its name and what it trains."""
+    about = descriptions()
+    width = max(map(len, about))
+    return "\n".join(f"{name:<{width}}  {textwrap.shorten(text, WIDTH - width - 2)}" for name, text in about.items())
 
 
 def copy_to(folder: Path) -> list[Path]:

@@ -120,7 +120,7 @@ class SequenceBase(RuleBasedStateMachine):
         theirs, ours = results
         limit = max(tolerance or 0, self.pair.tolerance)
         if batch.has_no_valid_label and theirs["loss"] is not None and theirs["loss"].isnan():
-            self.pair.forget_gradients()  # ours may be 0, README's Limits say
+            self.pair.forget_gradients()  # ours may be 0, docs/limits.md says
             return
         compare("loss", theirs["loss"], ours["loss"], limit)
         their_logits, our_logits = theirs.pop("logits"), ours.pop("logits")

@@ -85,7 +85,7 @@ class Batch:
 
     @property
     def has_no_valid_label(self) -> bool:
-        """Whether the loss is a mean over nothing: 0 with the fused loss and NaN without, as README's Limits say."""
+        """Whether the loss is a mean over nothing: 0 with the fused loss and NaN without, as docs/limits.md says."""
         return self.labels in ("ignored", "first token")
 
     def call(self, model: nn.Module) -> tuple[Tensor | None, Tensor]:
