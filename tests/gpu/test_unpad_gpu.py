@@ -66,7 +66,7 @@ def test_flash_attention_within_rows(dtype, window, heads, key_heads, width, mon
 def test_gradients_in_bf16(side):
     """The error against fp32 is at most 1.2 times that of the unpatched model.
 
-    A left-padded row's first token has no label: padding predicts it, and what padding attends to depends on the kernel.
+    A left-padded row's first token has no label: padding predicts it, and the kernel decides what padding attends to.
     """
     ids = torch.randint(3, VOCAB, (16, 64), generator=torch.Generator().manual_seed(2)).cuda()
     mask = ragged_mask(16, 64, left=side == "left")

@@ -2,6 +2,7 @@
 
 ``torchrun ... -m ranks.worker DIRECTORY JOB`` with the models of ``save_models`` in the directory, and as JSON
 ``{"cases": [the fields of a Case, ...], "checks": [[name of a function in checks.py, engine], ...]}``.
+With ``RANKS_ON_GPUS`` in the environment each rank has a GPU, in place of the CPU.
 """
 
 import gc
@@ -18,8 +19,12 @@ from ranks import checks
 from ranks.cases import Case, resume, run
 
 from liger_trainer.kernels.runtime import launch
+from liger_trainer.unpadding import stack
 
 torch.set_num_threads(1)
+ON_GPUS = "RANKS_ON_GPUS" in os.environ
+if ON_GPUS:
+    stack.MULTIPLE["cuda"] = 1  # rounded up, rows as short as the cases' would not be un-padded
 ZERO2 = {"stage": 2}
 ZERO3 = {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_gather_16bit_weights_on_model_save": True}
 AUTO = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
@@ -27,6 +32,10 @@ AUTO = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumula
 
 def settings(engine: str) -> dict:
     """Training arguments that ask for the engine."""
+    return {"use_cpu": not ON_GPUS} | _of_engine(engine)
+
+
+def _of_engine(engine: str) -> dict:
     if engine == "ddp":
         return {}
     if engine == "fsdp2":
@@ -70,7 +79,7 @@ def run_case(case: Case, directory: str):
     if case.checkpoint:
         result["resumed"] = resume(case, directory, **settings(case.engine))
         reset()
-    calls = torch.tensor(result["calls_fused"])
+    calls = torch.tensor(result["calls_fused"], device="cuda" if ON_GPUS else "cpu")
     torch.distributed.all_reduce(calls, op=torch.distributed.ReduceOp.MIN)
     result["calls_fused"] = calls.item()
     if torch.distributed.get_rank() == 0:
