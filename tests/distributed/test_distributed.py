@@ -42,6 +42,7 @@ CASES = [
     Case("zero3", "sft", "qwen2", accumulation=4),
     Case("zero3", "sft", "qwen2", lora=True),
     Case("zero3", "dpo"),
+    *(Case(engine, model_type="deep", recompute=True) for engine in ("ddp", "fsdp2", "zero3")),
 ]
 CHECKS = [
     ["throughput_over_ranks", "ddp"], ["fsdp2_units", "fsdp2"], ["evaluation_logits", "fsdp2"],
@@ -55,7 +56,9 @@ def test_two_ranks_train_as_one_process_does(kernels, tmp_path):
     save_models(tmp_path)
     cases = list(CASES)
     if kernels == "more":  # under each engine and trainer, once
-        short = [case for case in CASES if not (case.lora or case.checkpoint) and case.accumulation == 1]
+        short = [
+            case for case in CASES if not (case.lora or case.checkpoint or case.recompute) and case.accumulation == 1
+        ]
         cases = [replace(case, triton=case in short) for case in CASES]
     alone = {case: replace(case, engine="", triton=False) for case in cases}
     with two_ranks("ranks.worker", tmp_path, {"cases": [asdict(case) for case in cases], "checks": CHECKS}):
@@ -68,6 +71,8 @@ def test_two_ranks_train_as_one_process_does(kernels, tmp_path):
         # Alone with its row of SFT's data, a rank has no padding; otherwise one of the ranks has in each step.
         assert (actual["steps_unpadded"] > 0) == (case.trainer != "sft"), case.name
         assert_same(actual, single[alone[case]], case.name)
+        if case.recompute:  # the first rank wants one layer; under ZeRO-3 it recomputes as many as the second wants
+            assert actual["recomputed"][-1] == (3 if case.engine == "zero3" else 1), case.name
         if case.checkpoint:
             assert_same_tensors(actual["resumed"], actual["weights"][-1], f"{case.name}, resumed", all_names=False)
 

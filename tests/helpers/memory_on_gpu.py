@@ -103,7 +103,11 @@ def train(shape, lengths, rows, checkpointing, config):
     stats = torch.cuda.memory_stats()
     watch.losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     watch.report = [a.variant for a in recompute_applied(model)]
-    watch.retries, watch.ooms, watch.reserved = stats["num_alloc_retries"], stats["num_ooms"], stats["reserved_bytes.all.peak"]
+    watch.retries, watch.ooms, watch.reserved = (
+        stats["num_alloc_retries"],
+        stats["num_ooms"],
+        stats["reserved_bytes.all.peak"],
+    )
     del trainer, model
     gc.collect()
     torch.cuda.empty_cache()

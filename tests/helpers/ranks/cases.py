@@ -36,21 +36,23 @@ class Case:
     """One run.
 
     ``triton``: the kernels in Triton's interpreter instead of the ops' plain definitions. ``checkpoint``: also resume
-    from a checkpoint made half way, and load the result into a plain model.
+    from a checkpoint made half way, and load the result into a plain model. ``recompute``: layers recompute by memory, on
+    a made-up card, and each rank wants another number of them.
     """
 
     engine: str
     trainer: str = "trainer"
-    model_type: str = "llama"  # qwen2 has tied embeddings
+    model_type: str = "llama"  # qwen2 has tied embeddings, deep is a llama of four layers
     lora: bool = False
     accumulation: int = 1
     triton: bool = False
     checkpoint: bool = False
+    recompute: bool = False
 
     @property
     def name(self) -> str:
         parts = [self.engine, self.trainer, self.model_type, "lora" * self.lora, f"accumulate{self.accumulation}"]
-        return "-".join(part for part in [*parts, "triton" * self.triton] if part)
+        return "-".join(part for part in [*parts, "triton" * self.triton, "recompute" * self.recompute] if part)
 
 
 def valid_labels(row: int) -> int:
@@ -73,6 +75,7 @@ def build(case: Case, directory, use_liger: bool, world_size: int, origin=None, 
     settings |= {"per_device_train_batch_size": 2 // world_size, **overrides}
     if case.checkpoint:  # an optimizer with a state; the epsilon keeps it from blowing up roundings
         settings |= {"optim": "adamw_torch", "adam_epsilon": 1e-2, "learning_rate": 1e-2}
+    settings["activation_checkpointing"] = case.recompute
     origin = origin or directory
     cls, own = KINDS[case.trainer]
     args = arguments(settings.pop("output_dir", directory), cls=cls, **own, **settings)
@@ -99,6 +102,7 @@ def build(case: Case, directory, use_liger: bool, world_size: int, origin=None, 
 def save_models(directory) -> None:
     """What the cases start from."""
     tiny_model("llama").save_pretrained(f"{directory}/llama")
+    tiny_model("llama", num_hidden_layers=4).save_pretrained(f"{directory}/deep")
     tiny_model("qwen2").save_pretrained(f"{directory}/qwen2")
     tiny_model("llama", seed=1).save_pretrained(f"{directory}/reference")
 
@@ -126,6 +130,7 @@ def run(case: Case, directory, use_liger: bool, world_size: int, **overrides) ->
         "calls_fused": calls_fused,
         "steps_unpadded": 0 if state is None else state.report.ran["unpad"],
         "skipped": [] if state is None else [str(skipped) for skipped in state.report.skipped],
+        "recomputed": [entry.get("recomputed_layers") for entry in trainer.state.log_history if "loss" in entry],
         "engine": engine_of(trainer),
     }
 
