@@ -22,6 +22,7 @@ from liger_trainer import LigerTrainingArguments
 from liger_trainer.memory import recompute as recompute_module
 from liger_trainer.memory.plan import peak
 from liger_trainer.memory.recompute import recompute_of
+from liger_trainer.patching import patch_state
 
 GIB = 2**30
 DEVICE = "cuda"
@@ -34,7 +35,10 @@ NARROW = {
     "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 24, "num_attention_heads": 8,
     "num_key_value_heads": 4, "head_dim": 64, "vocab_size": 32000, "tie_word_embeddings": False,
 }  # fmt: skip
-HOLD = "import sys, torch; x = torch.empty(int(sys.argv[1]), dtype=torch.uint8, device='cuda'); print(1, flush=True); input()"
+HOLD = (
+    "import sys, torch; x = torch.empty(int(sys.argv[1]), dtype=torch.uint8, device='cuda'); "
+    "print('held', flush=True); input()"
+)
 
 
 class Rows(torch.utils.data.Dataset):
@@ -62,7 +66,7 @@ class Watch(TrainerCallback):
     """Times of the steps, and how far the plans were from the peaks."""
 
     def __init__(self):
-        self.times, self.ratios, self.recomputed, self.tokens = [], [], [], []
+        self.times, self.peaks, self.ratios, self.recomputed, self.tokens = [], [], [], [], []
 
     def on_step_begin(self, args, state, control, **kwargs):
         torch.cuda.synchronize()
@@ -80,7 +84,7 @@ class Watch(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         torch.cuda.synchronize()
         self.times.append(time.perf_counter() - self.start)
-        self.peaks = getattr(self, "peaks", []) + [torch.cuda.max_memory_allocated() / GIB]
+        self.peaks.append(torch.cuda.max_memory_allocated() / GIB)
 
 
 def train(shape, lengths, rows, checkpointing, config):
@@ -92,9 +96,10 @@ def train(shape, lengths, rows, checkpointing, config):
     watch = Watch()
     with tempfile.TemporaryDirectory() as folder:
         args = LigerTrainingArguments(
-            folder, use_liger=True, liger_config=config, per_device_train_batch_size=rows, max_steps=len(lengths) // rows,
+            folder, use_liger=True, liger_config=config, per_device_train_batch_size=rows,
+            max_steps=len(lengths) // rows, remove_unused_columns=False,
             activation_checkpointing=checkpointing, bf16=True, logging_steps=1, report_to="none", disable_tqdm=True,
-            save_strategy="no", train_sampling_strategy="sequential", dataloader_num_workers=2, remove_unused_columns=False,
+            save_strategy="no", train_sampling_strategy="sequential", dataloader_num_workers=2,
         )  # fmt: skip
         trainer = Trainer(
             model, args, train_dataset=Rows(lengths, shape["vocab_size"]), data_collator=padded, callbacks=[watch]
@@ -102,7 +107,7 @@ def train(shape, lengths, rows, checkpointing, config):
         trainer.train()
     stats = torch.cuda.memory_stats()
     watch.losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    watch.report = [a.variant for a in recompute_applied(model)]
+    watch.report = [a.variant for a in patch_state(model).report.applied if a.kind == "recompute"]
     watch.retries, watch.ooms, watch.reserved = (
         stats["num_alloc_retries"],
         stats["num_ooms"],
@@ -112,12 +117,6 @@ def train(shape, lengths, rows, checkpointing, config):
     gc.collect()
     torch.cuda.empty_cache()
     return watch
-
-
-def recompute_applied(model):
-    from liger_trainer.patching import patch_state
-
-    return [a for a in patch_state(model).report.applied if a.kind == "recompute"]
 
 
 def steps(shape=LLAMA_1B, rows=32, tokens=1024, number=9):
@@ -161,8 +160,8 @@ def budgets(shares=(0.4, 0.6, 0.9), number=300, rows=24, longest=4096):
             watch = train(NARROW, lengths, rows, True, {})
         print(
             f"{name}: {len(watch.times)} steps, budget {budget / GIB:.1f} GiB, peak {max(watch.peaks):.1f} GiB, "
-            f"of the last step {watch.peaks[-1]:.1f} GiB with {watch.tokens[-1]} tokens and {watch.recomputed[-1]} of 24 "
-            f"layers recomputed; mean {statistics.mean(watch.recomputed):.1f}; peak / planned "
+            f"of the last step {watch.peaks[-1]:.1f} GiB with {watch.tokens[-1]} tokens and {watch.recomputed[-1]} "
+            f"of 24 layers recomputed; mean {statistics.mean(watch.recomputed):.1f}; peak / planned "
             f"{min(watch.ratios):.3f} to {max(watch.ratios):.3f}; reserved {watch.reserved / GIB:.1f} GiB, "
             f"{watch.retries} retries of the allocator, {watch.ooms} out of memory; "
             f"{1000 * statistics.median(watch.times):.0f} ms a step, {sum(watch.times):.0f} s",

@@ -36,8 +36,8 @@ class Case:
     """One run.
 
     ``triton``: the kernels in Triton's interpreter instead of the ops' plain definitions. ``checkpoint``: also resume
-    from a checkpoint made half way, and load the result into a plain model. ``recompute``: layers recompute by memory, on
-    a made-up card, and each rank wants another number of them.
+    from a checkpoint made half way, and load the result into a plain model. ``recompute``: layers recompute by memory,
+    on a made-up card, and each rank wants another number of them.
     """
 
     engine: str
