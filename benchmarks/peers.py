@@ -296,6 +296,8 @@ PEERS = {
         "liger_trainer, padded", "#e07a85", (), None, ON | {"liger_config": '{"unpad": false}'}, (report_of_ours,)
     ),
     "hf": Peer("HF eager", "#8d99ae", (), hf, OFF),
+    "hf_seed_1": Peer("HF eager, seed 1", "#c0c7d3", (), None, OFF | {"seed": 1}),
+    "hf_seed_2": Peer("HF eager, seed 2", "#dfe3e8", (), None, OFF | {"seed": 2}),
     "torch": Peer("PyTorch op", "#c0c7d3", (), torch_own),
     "compile": Peer("torch.compile", "#5c677d", (), compiled, OFF | {"torch_compile": True}, (graphs,)),
     "ours_compile": Peer(

@@ -51,6 +51,8 @@ def in_set(rows: list[dict], name: str) -> list[dict]:
 
 def train_tables(stem: str, data: dict) -> dict[str, str]:
     """Every table of a result file of the training benchmark, by name."""
+    if data["suite"].get("curves"):
+        return {stem: tables.convergence_table(data["results"])}
     made = tables.Training(data["results"], data["suite"])
     parts = {part: getattr(made, part)() for part in ("brief", "gains", "average", "growth")}
     return {stem: made.full(), **{f"{stem}-{part}": text for part, text in parts.items()}}
@@ -132,6 +134,44 @@ def plot_train(data: dict, path: Path) -> bool:
     return True
 
 
+def plot_curves(data: dict, path: Path) -> bool:
+    """Draw a panel for each model with every arm's loss, and below it the differences from HF. False without data."""
+    from matplotlib.figure import Figure
+
+    points: dict[str, dict[str, dict]] = {}
+    for row in data["results"]:
+        if row["status"] == "ok":
+            points.setdefault(row["point"], {})[row["arm"]] = row
+    if not points:
+        return False
+    columns = min(4, len(points))
+    height, lines = 2 * -(-len(points) // columns), {}
+    figure = Figure(figsize=(3.4 * columns, 1.9 * height), layout="constrained")
+    axes = figure.subplots(height, columns, squeeze=False)
+    for index, (point, rows) in enumerate(points.items()):
+        upper, lower = axes[2 * (index // columns)][index % columns], axes[2 * (index // columns) + 1][index % columns]
+        upper.set_title(point, fontsize=9)
+        for arm in (arm for arm in TRAIN_ARMS if arm in rows):
+            losses, steps = rows[arm]["rounds"][-1]["losses"], rows[arm]["window"]
+            x = [steps * (window + 1) for window in range(len(losses))]
+            style = {"color": PEERS[arm].color, "linestyle": "--" if arm.startswith("ours") else "-", "linewidth": 1.2}
+            (lines[arm],) = upper.plot(x, losses, label=PEERS[arm].label, **style)
+            if "hf" in rows and arm != "hf":
+                base = rows["hf"]["rounds"][-1]["losses"]
+                lower.plot(x, [abs(own - other) for own, other in zip(losses, base, strict=True)], **style)
+        lower.set_yscale("symlog", linthresh=1e-6)
+        for axis, label in ((upper, "loss"), (lower, "difference from HF")):
+            axis.set_ylabel(label, fontsize=8)
+            axis.tick_params(labelsize=7)
+            axis.grid(linewidth=0.4, alpha=0.6)
+    for empty in (axis for axis in axes.flat if not axis.lines):
+        empty.set_visible(False)
+    figure.legend(handles=list(lines.values()), loc="outside lower center", ncols=5, fontsize=8, frameon=False)
+    figure.suptitle(f"{data['suite']['title']}\n{re.sub('^NVIDIA ', '', data['runs'][-1]['device'])}", fontsize=10)
+    figure.savefig(path, dpi=150)
+    return True
+
+
 # Files
 
 
@@ -195,7 +235,8 @@ def main(argv: list[str] | None = None) -> int:
             sections = [f"## {name}\n\n{text}" for name, text in own.items() if not name.endswith(SETS)]
             written.append(file.with_suffix(".md"))
             written[-1].write_text(f"# {file.stem}\n\n" + "\n".join(sections))
-            if kind == "train" and plot_train(data, file.with_suffix(".png")):
+            draw = plot_curves if data.get("suite", {}).get("curves") else plot_train
+            if kind == "train" and draw(data, file.with_suffix(".png")):
                 written.append(file.with_suffix(".png"))
     if face.draw(args.results, args.results / "readme.png"):
         written.append(args.results / "readme.png")

@@ -86,6 +86,36 @@ def survey_tables(name: str, rows: list[dict]) -> dict[str, str]:
     return {name: "\n\n".join(parts) + "\n", f"{name}-summary": f"{summary}\n"}
 
 
+def convergence_table(rows: list[dict]) -> str:
+    """One line per model: the last loss of each arm, and how far curves are apart.
+
+    The distance of two curves is the largest difference of their losses in one window. The spread is the smallest one
+    between two of HF's seeds; an arm's distance is that from HF with the same seed.
+    """
+    places: dict[str, dict[str, list[float]]] = {}
+    for row in rows:
+        if row["status"] == "ok":
+            places.setdefault(row["point"], {})[row["arm"]] = row["rounds"][-1]["losses"]
+    arms = [arm for arm in TRAIN_ARMS if any(arm in curves for curves in places.values())]
+    others = [arm for arm in arms if not arm.startswith("hf")]
+    lines = []
+    for point, curves in places.items():
+        seeds = [curve for arm, curve in curves.items() if arm.startswith("hf")]
+        pairs = [(a, b) for i, a in enumerate(seeds) for b in seeds[i + 1 :]]
+        apart = [min((largest_difference(*pair) for pair in pairs), default=None)]
+        apart += [
+            largest_difference(curves[arm], curves["hf"]) if {arm, "hf"} <= curves.keys() else None for arm in others
+        ]
+        lines.append([point, *(f"{curves[arm][-1]:.4f}" if arm in curves else None for arm in arms), *apart])
+    header = ["model", *labels(arms), "spread of seeds", *(f"{label}, distance from HF" for label in labels(others))]
+    return text_table(header, lines) if lines else ""
+
+
+def largest_difference(a: list[float], b: list[float]) -> float:
+    """The largest difference between two curves at the same window."""
+    return max(abs(x - y) for x, y in zip(a, b, strict=True))
+
+
 class Training:
     """The tables of one result file of the training benchmark.
 

@@ -20,6 +20,7 @@ import os
 import socket
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -110,28 +111,31 @@ def environment(job: dict) -> dict[str, str]:
     return fixed | job["environment"]
 
 
-def launch(job: dict, timeout: float, module: str = WORKER) -> dict:
-    """Train ``job`` and return its round, with ``seconds``; a failed round says how it failed.
+def launch(jobs: list[dict], timeout: float, module: str = WORKER) -> list[dict]:
+    """Train ``jobs``, which share arm and launch, and return their rounds, with ``seconds`` of all.
 
-    If several ranks fail, the round is the first one's.
+    A failed round says how it failed; if several ranks fail, it is the first one's. Jobs after it fail with it.
     """
+    job = jobs[0]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", job["config_file"],
                "--num_processes", str(job["processes"]), "--main_process_port", port, "-m", module,
-               json.dumps(job)]  # fmt: skip
+               json.dumps(jobs)]  # fmt: skip
     start = time.monotonic()
     *sent, end = workers.run(command, timeout, environment(job))
     failed = [message for message in sent if message["status"] != "ok"]
-    if not failed and (not sent or end["code"] != 0):
+    if not failed and (len(sent) < len(jobs) or end["code"] != 0):
         ending = f"was still running after {timeout:.0f} s" if end["code"] is None else f"ended with {end['code']}"
         failed = [{"status": "error", "note": f"{ending}: {end['log'][-400:]}"}]
-    round_ = (failed or sent)[0]
-    if round_["status"] == "error":
-        print(end["log"], file=sys.stderr)
+    if failed:  # of the rows of this rank before it, the last one cannot be told from that of a job which failed
+        if failed[0]["status"] == "error":
+            print(end["log"], file=sys.stderr)
+        done = [message for message in sent if message["status"] == "ok"][: len(jobs) - 1]
+        sent = done + failed[:1] * (len(jobs) - len(done))
     seconds = {"seconds": round(time.monotonic() - start, 1)}
-    return {key: value for key, value in round_.items() if key != "kind"} | seconds
+    return [{key: value for key, value in row.items() if key != "kind"} | seconds for row in sent]
 
 
 def missing_packages(job: dict) -> list[str]:
@@ -195,6 +199,9 @@ class Run:
     def work(self) -> None:
         """Run the jobs, as far as the budget allows."""
         left = [job for job in self.jobs if not self.is_done(job)]
+        if self.suite.about["curves"]:
+            self.work_at_once(left)
+            return
         progress = common.Progress(len(left))
         for job in left:
             ranks, place = f" x {job['processes']}" if job["processes"] > 1 else "", rows.place_of(job)
@@ -209,10 +216,20 @@ class Run:
                 missing = missing_packages(job)
                 round_ = {"status": "absent", "note": f"{', '.join(missing)} not installed"}
                 if not missing:
-                    round_ = launch(job, self.args.timeout)
+                    (round_,) = launch([job], self.args.timeout)
                     self.seconds[place] = round_["seconds"]
                 self.record(job, round_)
                 progress.step(f"{title}: {rows.describe(round_)}")
+
+    def work_at_once(self, left: list[dict]) -> None:
+        """Run the jobs of each arm in one process, and all arms at the same time: their times mean nothing."""
+        arms = [[job for job in left if job["arm"] == arm] for arm in dict.fromkeys(job["arm"] for job in left)]
+        progress = common.Progress(len(left))
+        with ThreadPoolExecutor(max(1, len(arms))) as pool:
+            for jobs, rounds in zip(arms, pool.map(lambda jobs: launch(jobs, self.args.timeout), arms), strict=True):
+                for job, round_ in zip(jobs, rounds, strict=True):
+                    self.record(job, round_)
+                    progress.step(f"{job['point']}, {job['arm']}: {rows.describe(round_)}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -228,7 +245,8 @@ def main(argv: list[str] | None = None) -> int:
     measured = run.rows()
     if args.profile:
         print(tables.profile_text(measured))
-    print(tables.Training(measured, run.about()).full())
+    curves = args.chosen.about["curves"]
+    print(tables.convergence_table(measured) if curves else tables.Training(measured, run.about()).full())
     print(f"written: {run.results.path}")
     if any(rows.has_failed(row) for row in measured):
         return 1

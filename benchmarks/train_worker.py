@@ -1,11 +1,12 @@
 """One rank of one arm of the training benchmark: the recipe's own Trainer, timed.
 
 ``python -m benchmarks.train_worker --hello DEVICE`` reports the device. ``accelerate launch ... -m
-benchmarks.train_worker JOB`` trains; the first rank sends a row, and so does every rank that fails, which then ends at
-once so that no other rank waits for it in a collective.
+benchmarks.train_worker JOBS`` trains; the first rank sends a row for each job, and so does every rank that fails, which
+then ends at once so that no other rank waits for it in a collective.
 """
 
 import contextlib
+import functools
 import json
 import math
 import multiprocessing
@@ -24,6 +25,7 @@ from benchmarks.op_worker import describe_device, release_memory
 from benchmarks.peers import PEERS
 from benchmarks.rows import MEMORY
 from benchmarks.workers import emit
+from liger_trainer.training import data
 from liger_trainer.training.build import build_trainer
 from liger_trainer.training.failures import is_out_of_memory
 from liger_trainer.training.recipe import as_flags, parse_recipe
@@ -147,26 +149,28 @@ def speed(intervals: list[Interval]) -> dict:
     }
 
 
-def first_and_last(log_history: list[dict]) -> dict[str, float | None]:
-    """The mean loss of the first and the last window, and the gradient norm before clipping of their last steps."""
-    found: dict[str, float | None] = {}
+def first_and_last(log_history: list[dict]) -> dict[str, Any]:
+    """The mean loss of each window, of the first and the last one, and the gradient norm (unclipped) of these two."""
+    found: dict[str, Any] = {"losses": [round(entry["loss"], 6) for entry in log_history if "loss" in entry]}
     for name in ("loss", "grad_norm"):
         values = [float(entry[name]) for entry in log_history if name in entry]
         found |= {f"first_{name}": values[0] if values else None, f"last_{name}": values[-1] if values else None}
     return found
 
 
-def main(job: dict) -> NoReturn:
-    """Train and send the row; ends the process."""
-    try:
-        row = train(job)
-    except Exception as error:
-        status = "oom" if is_out_of_memory(error) else "error"
-        traceback.print_exc()
-        emit({"kind": "row", "status": status, "note": f"{type(error).__name__}: {error}"[:400]})
-        end(1)
-    if os.environ.get("RANK", "0") == "0":
-        emit({"kind": "row", **row})
+def main(jobs: list[dict]) -> NoReturn:
+    """Train each job and send its row; ends the process, at the first failure."""
+    data.embedded_pairs = functools.cache(data.embedded_pairs)  # reading all docstrings takes longer than a short run
+    for job in jobs:
+        try:
+            row = train(job)
+        except Exception as error:
+            status = "oom" if is_out_of_memory(error) else "error"
+            traceback.print_exc()
+            emit({"kind": "row", "status": status, "note": f"{type(error).__name__}: {error}"[:400]})
+            end(1)
+        if os.environ.get("RANK", "0") == "0":
+            emit({"kind": "row", **row})
     if torch.distributed.is_initialized():
         with contextlib.suppress(RuntimeError):  # another rank may pass the barrier and exit first
             torch.distributed.barrier()

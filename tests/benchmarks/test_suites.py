@@ -20,7 +20,7 @@ from liger_trainer.training.recipe import parse_recipe
 ROOT = Path(__file__).parents[2]
 with pytest.MonkeyPatch.context() as patch:  # a checkout's folder, not installed
     patch.syspath_prepend(str(ROOT))
-    from benchmarks import peers, rows, suite, train, train_worker
+    from benchmarks import peers, plot, rows, suite, tables, train, train_worker
 
 SUITES = sorted(file.stem for file in (ROOT / "benchmarks" / "suites").glob("*.yaml"))
 EXTRA = {"device": "cpu", "profile": False}
@@ -97,6 +97,44 @@ def test_tokens_are_those_of_the_timed_steps(fresh_state, monkeypatch):
     assert row["tokens"] == 4 + 5 + 6 + 7 + 8 + 9  # two rows a step; the first step's 2 and 3 are warm-up
     assert row["padded_tokens"] == 2 * 5 + 2 * 7 + 2 * 9
     assert row["peak_allocated_gib"] is None
+
+
+def test_curves_of_all_arms_lie_on_each_other(fresh_state):
+    """The convergence suite in short: the losses of five steps."""
+    made = {}
+    small = suite.load(Path("convergence"), smoke=True)
+    small = replace(small, points=small.points[2:], arms=("hf", "ours_padded", "ours"))  # Gemma, Llama with LoRA
+    for job in small.jobs():
+        fresh_state()
+        changed = {"steps": 4, "overrides": job["overrides"] | {"learning_rate": 1e-2, "warmup_steps": 0}}
+        made[job["point"], job["arm"]] = train_worker.train(job | EXTRA | changed)["losses"]
+    assert len(made) == 2 * 3
+    for (point, arm), losses in made.items():
+        assert losses == pytest.approx(made[point, "hf"], abs=2e-5), (point, arm)
+        assert len(losses) == 5
+
+
+def test_all_points_of_an_arm_run_in_one_process(monkeypatch, tmp_path):
+    """And a failure is the failure of the points after it."""
+    started = []
+
+    def launch(jobs, timeout):
+        started.append([job["point"] for job in jobs])
+        good = {"status": "ok", "losses": [3.0, 2.0, 1.0 + len(jobs[0]["arm"]) / 10], "step_ms": 1.0, "seconds": 1.0}
+        good |= dict.fromkeys(rows.MEDIANS, 1.0)
+        return [good] * 3 + [{"status": "error", "note": "no"}]
+
+    monkeypatch.setattr(train, "launch", launch)
+    args = train.parse_args(["convergence", "--smoke", "--arms", "hf,hf_seed_1,ours", "--out", str(tmp_path)])
+    device = {"device": "cpu", "devices": None, "packages": {}, "driver": None, "python": "3"}
+    run = train.Run(args, device)
+    run.work()
+    assert started == [[point["point"] for point in args.chosen.points]] * 3
+    table = tables.convergence_table(run.rows())
+    assert table.splitlines()[2].replace(" ", "") == "|Llamaatbf16False|1.2000|1.4000|1.9000|0.7|0.2|"
+    assert len(table.splitlines()) == 2 + 3
+    assert plot.main(["--results", str(tmp_path)]) == 0
+    assert {file.suffix for file in tmp_path.iterdir()} == {".json", ".md", ".png"}
 
 
 def broken_backward(trainer):
@@ -231,7 +269,7 @@ def test_failures_of_ranks(monkeypatch, tmp_path):
     limits = {"ours": 90, "hf": 10, "trl_head": 90}
     start = time.monotonic()
     with ThreadPoolExecutor() as pool:
-        oom, hung, failed = pool.map(lambda arm: train.launch(jobs[arm], limits[arm], "ranks.bench_rank"), limits)
+        oom, hung, failed = pool.map(lambda arm: train.launch([jobs[arm]], limits[arm], "ranks.bench_rank")[0], limits)
     loaders = [int(file.read_text()) for file in tmp_path.iterdir()]
     assert len(loaders) == 2
     assert not any(is_running(pid) for pid in loaders)

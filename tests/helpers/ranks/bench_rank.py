@@ -39,7 +39,7 @@ def hang(job: dict) -> dict:
 
 
 if __name__ == "__main__":
-    job = json.loads(sys.argv[1])
+    jobs = json.loads(sys.argv[1])
     tasks = {"ours": short_of_memory_on_one_rank, "trl_head": fail_after_the_first_rank, "hf": hang}
-    train_worker.train = tasks[job["arm"]]
-    train_worker.main(job)
+    train_worker.train = tasks[jobs[0]["arm"]]
+    train_worker.main(jobs)
