@@ -21,9 +21,7 @@ from torch import Tensor
 from .runtime.autograd import Function, are_saved_tensors_hooked, differentiate
 from .runtime.launch import cdiv, use_triton
 from .runtime.operators import opaque_op
-from .shared.gated import GELU_ERF, GELU_TANH, SILU, Gating, check_gated, gated_bwd, gated_fwd
-
-ACTIVATIONS = {"silu": SILU, "gelu_tanh": GELU_TANH, "gelu": GELU_ERF}
+from .shared.gated import ACTIVATIONS, Gating, check_gated, gated_bwd, gated_fwd
 
 # From this size on, h is computed in parts that share dgate's memory. For a smaller h the extra launches cost too much.
 PARTED_BYTES = 256 * 2**20

@@ -11,11 +11,14 @@ in fp32.
 
 Memory traffic beyond the base GEMMs: x and y read, y written; dy read twice, x read, dx read and written.
 
+``x`` may also be a gated activation, ``act(gate) * up``, the input of a gated MLP's down projection. It is then not
+saved: backward recomputes it from gate and up, in the kernel that computes their gradients.
+
 Under activation checkpointing the op is two nodes, as in ``gated_linear``: the second forward stops before the GEMMs.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -23,9 +26,22 @@ from torch import Tensor
 from . import reference
 from .runtime.autograd import Function, are_saved_tensors_hooked, differentiate
 from .runtime.checks import as_rows, check_device, check_floating
+from .runtime.launch import use_triton
+from .shared.gated import ACTIVATIONS, Gating, check_gated, gated_bwd, gated_fwd
 from .shared.low_rank import narrow, tall, update
 
 FIELDS = 5  # tensors of a projection: base, weight, bias, a, b
+
+
+class Dequantised(Protocol):
+    """A quantised weight: ``to`` gives its values, which backward asks for again."""
+
+    shape: torch.Size
+    device: torch.device
+
+    def to(self, dtype: torch.dtype) -> Tensor:
+        """The weight ``[O, H]`` in ``dtype``."""
+        ...
 
 
 class Projection(NamedTuple):
@@ -35,7 +51,7 @@ class Projection(NamedTuple):
         a: ``[r, H]``.
         b: ``[O, r]``.
         scale: multiplies the adapter's product.
-        weight: ``[O, H]``, or None without a base product.
+        weight: ``[O, H]``, a tensor or ``Dequantised``; None without a base product.
         bias: ``[O]``, or None.
         base: ``[..., O]`` in x's dtype, to which the rest is added, or None.
     """
@@ -43,7 +59,7 @@ class Projection(NamedTuple):
     a: Tensor
     b: Tensor
     scale: float = 1.0
-    weight: Tensor | None = None
+    weight: Tensor | Dequantised | None = None
     bias: Tensor | None = None
     base: Tensor | None = None
 
@@ -62,7 +78,7 @@ def _fields(tensors: Sequence[Any]) -> list[tuple]:
     return [tuple(tensors[i : i + FIELDS]) for i in range(0, len(tensors), FIELDS)]
 
 
-def _compute(outs: Sequence[Tensor], x: Tensor, u: Tensor, scales: Sequence[float], tensors: Sequence[Any]) -> None:
+def _compute(outs: Sequence[Any], x: Tensor, u: Tensor, scales: Sequence[float], tensors: Sequence[Any]) -> None:
     """Fill ``outs``, contiguous."""
     rows, start = as_rows(x), 0
     for out, scale, (base, weight, bias, a, b) in zip(outs, scales, _fields(tensors), strict=True):
@@ -82,57 +98,77 @@ def _compute(outs: Sequence[Tensor], x: Tensor, u: Tensor, scales: Sequence[floa
             out.add_(bias.to(x.dtype))
 
 
+def _halves(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
+    first, second = gate.chunk(2, dim=-1) if up is None else (gate, up)
+    return first, second
+
+
 class _Save(Function):
-    """The node that saves: it returns u and uninitialised memory for the results, and runs the backward of the op."""
+    """The node that saves: it returns u and uninitialised memory for the results, and runs the backward of the op.
+
+    Its arguments are x, or gate and up with their gating, the scales, and ``FIELDS`` tensors for each projection.
+    """
 
     @staticmethod
-    def definition(x: Tensor, scales: Sequence[float], *tensors: Any) -> tuple[Tensor, ...]:
-        """The whole op in plain PyTorch; an unused tensor takes the place of u."""
+    def definition(
+        x: Tensor, up: Tensor | None, gating: Gating | None, scales: Sequence[float], *tensors: Any
+    ) -> tuple[Tensor | None, ...]:
+        """The whole op in plain PyTorch, without u and x."""
         with torch.autocast(x.device.type, enabled=False):
+            x = x if gating is None else gating.define(x, up)
             outs = [
                 reference.lora_linear(x, a, b, s, weight, bias, base)
                 for s, (base, weight, bias, a, b) in zip(scales, _fields(tensors), strict=True)
             ]
-        return x.new_empty(0), *outs
+        return None, None, *outs
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scales: Sequence[float], *tensors: Any) -> tuple[Tensor, ...]:
-        """Save what backward needs; of the products, compute u alone."""
+    def forward(
+        ctx: Any, x: Tensor, up: Tensor | None, gating: Gating | None, scales: Sequence[float], *tensors: Any
+    ) -> tuple[Any, ...]:
+        """Save what backward needs; of the products, compute u alone. A gated x is an output: it is not saved."""
         fields = _fields(tensors)
-        u = narrow(as_rows(x), _stacked(x, [a for *_, a, _ in fields]))
-        ctx.scales = scales
+        hidden = x if gating is None else gated_fwd(*_halves(x, up), gating)
+        u = narrow(as_rows(hidden), _stacked(x, [a for *_, a, _ in fields]))
+        ctx.gating, ctx.scales = gating, scales
         ctx.has_base = [base is not None for base, *_ in fields]
-        ctx.save_for_backward(x, u, *(t for _, weight, _, a, b in fields for t in (weight, a, b)))
-        ctx.mark_non_differentiable(u)
-        return u, *(x.new_empty(*x.shape[:-1], len(b)) for *_, b in fields)
+        ctx.quantised = [None if torch.is_tensor(weight) else weight for _, weight, *_ in fields]
+        kept = [(weight if torch.is_tensor(weight) else None, a, b) for _, weight, _, a, b in fields]
+        ctx.save_for_backward(x, up, u, *(t for each in kept for t in each))
+        ctx.mark_non_differentiable(*((u,) if gating is None else (u, hidden)))
+        outs = (x.new_empty(*x.shape[:-1], len(b)) for *_, b in fields)
+        return u, None if gating is None else hidden, *outs
 
     @staticmethod
-    def backward(ctx: Any, _: Tensor, *douts: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, _: Any, __: Any, *douts: Tensor) -> tuple[Tensor | None, ...]:
         """Compute only the gradients that are needed."""
-        x, u, *saved = ctx.saved_tensors
+        x, up, u, *saved = ctx.saved_tensors
         weights = [saved[i : i + 3] for i in range(0, len(saved), 3)]
-        needs_x, _, *needs = ctx.needs_input_grad
+        for each, quantised in zip(weights, ctx.quantised, strict=True):
+            each[0] = each[0] if quantised is None else quantised
+        needs_x, needs_up, _, _, *needs = ctx.needs_input_grad
         needed = _fields(needs)
         if torch.is_grad_enabled():
             # Any base and bias will do: the gradients do not depend on their values.
-            tensors: list[Tensor | None] = []
+            tensors: list[Any] = []
             for dout, (weight, a, b), need, has_base in zip(douts, weights, needed, ctx.has_base, strict=True):
                 base = torch.zeros_like(dout, requires_grad=need[0]) if has_base else None
                 bias = b.new_zeros(len(b), requires_grad=True) if need[2] else None
                 tensors += [base, weight, bias, a, b]
-            return differentiate(_Save.definition, (x, ctx.scales, *tensors), (None, *douts))
-        return _backward(x, u, ctx.scales, weights, douts, needs_x, needed)
+            return differentiate(_Save.definition, (x, up, ctx.gating, ctx.scales, *tensors), (None, None, *douts))
+        dx, dup, gradients = _backward(x, up, ctx.gating, u, ctx.scales, weights, douts, needs_x or needs_up, needed)
+        return dx, dup, None, None, *(g for found in gradients for g in found)
 
 
 def _backward(
-    x: Tensor, u: Tensor, scales: Sequence[float], weights: Sequence[Sequence[Any]], douts: Sequence[Tensor],
-    needs_x: bool, needed: Sequence[tuple],
-) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """The gradients of ``_Save``'s arguments."""
-    rows = as_rows(x)
-    ranks = [len(a) for _, a, _ in weights]
-    du = torch.empty_like(u) if needs_x or any(need[3] for need in needed) else None
-    dx = torch.empty_like(rows, memory_format=torch.contiguous_format) if needs_x else None
+    x: Tensor, up: Tensor | None, gating: Gating | None, u: Tensor, scales: Sequence[float],
+    weights: Sequence[Sequence[Any]], douts: Sequence[Tensor], needs_x: bool, needed: Sequence[tuple],
+) -> tuple[Tensor | None, Tensor | None, list[list[Tensor | None]]]:  # fmt: skip
+    """The gradients of x and up, and those of the fields of each projection."""
+    needs_a, needs_weight = any(need[3] for need in needed), any(need[1] for need in needed)
+    du = torch.empty_like(u) if needs_x or needs_a else None
+    width = x.shape[-1] // (2 if gating is not None and up is None else 1)
+    dx = x.new_empty(len(u), width) if needs_x else None
     is_filled, start = False, 0
     gradients: list[list[Tensor | None]] = []
     for dout, scale, (weight, a, b), need in zip(douts, scales, weights, needed, strict=True):
@@ -145,28 +181,54 @@ def _backward(
             torch.addmm(dx, dy, weight, out=dx) if is_filled else torch.mm(dy, weight, out=dx)
             is_filled = True
         dbias = dy.sum(0, dtype=torch.float32 if x.dtype.itemsize < 4 else None) if need[2] else None
-        dweight = _mm(dy.t(), rows) if need[1] else None
         db = tall(u[:, span], dy, scale, b.dtype, transposed=True) if need[4] else None
-        gradients.append([dout if need[0] else None, dweight, dbias, None, db])
+        gradients.append([dout if need[0] else None, None, dbias, None, db])
     if dx is not None and du is not None:
         dx = dx if is_filled else dx.zero_()
         update(dx, du, _stacked(x, [a for _, a, _ in weights]), 1.0, dx)
-    if du is not None and any(need[3] for need in needed):
-        das = tall(du, rows, 1.0, weights[0][1].dtype).split(ranks)
+    dgate, dup, rows = dx, None, x
+    if gating is not None:
+        dgate, dup, rows = _gate_gradients(x, up, gating, dx, needs_a or needs_weight)
+    if du is not None and needs_a:
+        das = tall(du, as_rows(rows), 1.0, weights[0][1].dtype).split([len(a) for _, a, _ in weights])
         for found, da, need in zip(gradients, das, needed, strict=True):
             found[3] = da if need[3] else None
-    return None if dx is None else dx.view(x.shape), None, *(g for found in gradients for g in found)
+    for found, dout, need in zip(gradients, douts, needed, strict=True):
+        found[1] = _mm(as_rows(dout).t(), as_rows(rows)) if need[1] else None
+    return None if dgate is None else dgate.view(x.shape), dup, gradients
+
+
+def _gate_gradients(
+    gate: Tensor, up: Tensor | None, gating: Gating, dhidden: Tensor | None, needs_hidden: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    """The gradients of gate and up, and what is gated, where needed; dup takes the memory of ``dhidden``."""
+    first, second = _halves(gate, up)
+    if dhidden is None:
+        return None, None, gated_fwd(first, second, gating)
+    dhidden = dhidden.view(first.shape)
+    hidden = torch.empty_like(dhidden) if needs_hidden else None
+    dgate = gate.new_empty(gate.shape)
+    if up is None:
+        dfirst, dsecond = dgate.chunk(2, dim=-1)
+        gated_bwd(dhidden, first, second, dfirst, dsecond, gating, hidden)
+        dup = None
+    else:
+        gated_bwd(dhidden, first, second, dgate, dhidden, gating, hidden)
+        dup = dhidden
+    return dgate, dup, dhidden if hidden is None else hidden
 
 
 class LoraLinearFunction(_Save):
     """``lora_linears``; all arguments are positional."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scales: Sequence[float], *tensors: Any) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, x: Tensor, up: Tensor | None, gating: Gating | None, scales: Sequence[float], *tensors: Any
+    ) -> tuple[Tensor | None, ...]:
         """Save and compute."""
-        u, *outs = _Save.forward(ctx, x, scales, *tensors)
-        _compute(outs, x, u, scales, tensors)
-        return u, *outs
+        u, hidden, *outs = _Save.forward(ctx, x, up, gating, scales, *tensors)
+        _compute(outs, x if hidden is None else hidden, u, scales, tensors)
+        return u, hidden, *outs
 
 
 class _Fill(Function):
@@ -206,11 +268,11 @@ def _check(x: Tensor, projections: Sequence[Projection], is_cast: bool) -> None:
                 raise ValueError(f"{name}: got shape {tuple(tensor.shape)}; must be {shape}")
         if weight is not None and base is not None:
             raise ValueError("weight, base: got both; must be one of them, or neither")
-        if weight is not None and not is_cast and weight.dtype != x.dtype:
+        if torch.is_tensor(weight) and not is_cast and weight.dtype != x.dtype:
             raise ValueError(f"weight: got dtype {weight.dtype}; must be {x.dtype}, x's dtype, without autocast")
         for name, tensor in (("a", a), ("b", b), ("weight", weight), ("bias", bias), ("base", base)):
             if tensor is not None:
-                check_device(name, tensor, x)
+                check_device(name, cast(Tensor, tensor), x)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -238,20 +300,52 @@ def lora_linears(x: Tensor, projections: Sequence[Projection]) -> tuple[Tensor, 
     dtype = compute_dtype(x)
     _check(x, projections, is_cast=torch.is_autocast_enabled(x.device.type))
     x = x.to(dtype)
+    return _run(x, None, None, projections)
+
+
+def gated_lora_linear(gate: Tensor, up: Tensor | None, projection: Projection, activation: str = "silu") -> Tensor:
+    """``lora_linear(act(gate) * up, ...)``, whose input is not kept for backward.
+
+    Args:
+        gate: ``[..., H]``, fp16, bf16, fp32 or fp64. Without ``up``, ``[..., 2 * H]``: gate, then up.
+        up: like ``gate`` in shape and dtype, or None.
+        projection: as in ``lora_linears``.
+        activation: ``"silu"``, ``"gelu_tanh"`` or ``"gelu"`` (exact).
+
+    Returns:
+        ``[..., O]`` in the dtype of the computation. Where Triton does not run, and under autocast to another dtype
+        than ``gate``'s, the definition of the activation runs, and its result is kept.
+
+    Raises:
+        TypeError, ValueError: as in ``lora_linears``; ``activation`` is unknown.
+    """
+    check_gated(gate, up)
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation: got {activation!r}; must be one of {', '.join(map(repr, ACTIVATIONS))}")
+    gating = Gating(ACTIVATIONS[activation])
+    kernels = use_triton(gate, up) and gate.dtype != torch.float64 and (up is None or up.dtype == gate.dtype)
+    if not kernels or compute_dtype(gate) != gate.dtype or torch.compiler.is_compiling():
+        return lora_linears(gating.define(gate, up), (projection,))[0]
+    _check(_halves(gate, up)[0], (projection,), is_cast=torch.is_autocast_enabled(gate.device.type))
+    return _run(gate, up, gating, (projection,))[0]
+
+
+def _run(x: Tensor, up: Tensor | None, gating: Gating | None, projections: Sequence[Projection]) -> tuple[Any, ...]:
     scales = tuple(float(p.scale) for p in projections)
     tensors = [t for p in projections for t in (p.base, p.weight, p.bias, p.a, p.b)]
     if torch.compiler.is_compiling():
-        return _Save.definition(x, scales, *tensors)[1:]
+        return _Save.definition(x, up, gating, scales, *tensors)[2:]
     if not are_saved_tensors_hooked() or not torch.is_grad_enabled():
-        return LoraLinearFunction.apply(x, scales, *tensors)[1:]
-    u, *outs = _Save.apply(x, scales, *tensors)
-    arguments = (None if t is None else t.detach() for t in tensors)
-    return _Fill.apply(len(outs), *outs, x.detach(), u, scales, *arguments)
+        return LoraLinearFunction.apply(x, up, gating, scales, *tensors)[2:]
+    u, hidden, *outs = _Save.apply(x, up, gating, scales, *tensors)
+    hidden = x.detach() if hidden is None else hidden
+    arguments = (t.detach() if torch.is_tensor(t) else t for t in tensors)
+    return _Fill.apply(len(outs), *outs, hidden, u, scales, *arguments)
 
 
 def lora_linear(
-    x: Tensor, a: Tensor, b: Tensor, scale: float = 1.0, weight: Tensor | None = None, bias: Tensor | None = None,
-    base: Tensor | None = None,
+    x: Tensor, a: Tensor, b: Tensor, scale: float = 1.0, weight: Tensor | Dequantised | None = None,
+    bias: Tensor | None = None, base: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """``x W^T + bias + scale * (x a^T) b^T``, or ``base`` in place of the base product; see ``lora_linears``.
 

@@ -83,8 +83,8 @@ class LigerConfig:
             arguments say. Acts on GPUs (``docs/memory.md``); not under torch.compile.
         memory_margin: Share of the GPU's memory that ``recompute="auto"`` leaves free.
         recompute_glu: Recompute ``act(gate) * up`` in backward instead of saving it. Saves a third of the activations
-            of a gated MLP for one extra write. Applies if the down projection is a plain ``nn.Linear`` without adapters
-            or hooks.
+            of a gated MLP for one extra write. Applies if the down projection is a plain ``nn.Linear`` without hooks,
+            or a LoRA layer over one or over a 4-bit one.
 
     Raises:
         TypeError: An option has the wrong type. The message names the option, its value and the expected type.

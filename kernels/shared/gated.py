@@ -21,6 +21,7 @@ from ..runtime.launch import cdiv, launcher, next_power_of_2, sm_count, tl, trit
 from ..runtime.operators import opaque_op
 
 SILU, GELU_TANH, GELU_ERF = 0, 1, 2
+ACTIVATIONS = {"silu": SILU, "gelu_tanh": GELU_TANH, "gelu": GELU_ERF}
 DEFINITIONS = {
     SILU: reference.swiglu,
     GELU_TANH: partial(reference.geglu, approximate="tanh"),

@@ -42,10 +42,15 @@ def is_intercepted(module: nn.Module) -> bool:
     return not all(map(is_of_engine, before)) or has_hooks_on_outputs(module)
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether hooks run when the module is called, an engine's included."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(hooks) or bool(_has_any_global_hook())
+
+
 def has_own_call(module: nn.Module) -> bool:
     """Whether anything besides its class's forward runs when the module is called, an engine's hooks included."""
-    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return bool(hooks) or "forward" in module.__dict__ or bool(_has_any_global_hook())
+    return "forward" in module.__dict__ or has_hooks(module)
 
 
 def is_bare_linear(module: nn.Module | None) -> bool:

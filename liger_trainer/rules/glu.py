@@ -32,6 +32,7 @@ from ..probing.probe import (
     takes_one_tensor,
 )
 from ..probing.rule import Acted, Match, Rule, Skip
+from .lora import gated_output, outputs_of
 
 
 class Activation(NamedTuple):
@@ -168,13 +169,17 @@ def _mlp_forward(
             return original(self, *args, **kwargs)
         acted.note()
         hidden_states = args[0] if args else kwargs[input_name]
-        inner = [getattr(self, name)(hidden_states) for name in inner_names]
+        inner = outputs_of([getattr(self, name) for name in inner_names], hidden_states)
         if swapped:
             inner = [*reversed(inner[0].chunk(2, dim=-1) if len(inner) == 1 else inner)]
         down = getattr(self, down_name)
-        if recompute and torch.is_grad_enabled() and is_bare_linear(down):
+        if recompute and torch.is_grad_enabled():
             gate, up = inner if len(inner) == 2 else (inner[0], None)
-            return gated_linear(gate, up, down.weight, down.bias, activation=activation.name)
+            if is_bare_linear(down):
+                return gated_linear(gate, up, down.weight, down.bias, activation=activation.name)
+            out = gated_output(down, gate, up, activation.name)
+            if out is not None:
+                return out
         return down(activation.op(*inner))
 
     return forward

@@ -4,26 +4,30 @@ The probe runs the layer's own forward with small linear layers in place of its 
 nor its quantisation matter. Which adapters are active, their scaling, and whether they are merged or disabled is read
 at each call, as PEFT's forward reads them.
 
-A base that is a plain ``nn.Linear`` is computed by our op, adapter included. Any other base is called as it is, and the
-adapter's product is added to its output.
+A base that is a plain ``nn.Linear``, or bitsandbytes's 4-bit one, is computed by our op, adapter included. Any other
+base is called as it is, and the adapter's product is added to its output. The rule for gated MLPs hands over gate and
+up, which then are one op (``outputs_of``), and a down projection whose input need not be kept (``gated_output``).
 """
 
 import functools
+import importlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..config import LigerConfig
-from ..kernels.lora_linear import compute_dtype, lora_linear
+from ..kernels.lora_linear import Projection, compute_dtype, gated_lora_linear, lora_linear, lora_linears
 from ..kernels.runtime.launch import is_plain
-from ..probing.hooks import has_own_call, is_bare_linear
+from ..probing.hooks import has_hooks, has_own_call, is_bare_linear
 from ..probing.probe import TOLERANCE, difference, generator, hollow_copy
+from ..probing.rebinding import Bound
 from ..probing.rule import Acted, Match, Rule, Skip
 
 logger = logging.getLogger(__name__)
+_ACTED = "_lora_acted"  # attribute of our forward
 TABLES = ("lora_A", "lora_B", "lora_dropout")
 # (dtype of x and the base, dtype of the adapters, whether bf16 autocast is on)
 SAMPLES = (
@@ -33,6 +37,7 @@ SAMPLES = (
     (torch.float32, torch.float32, True),
     (torch.bfloat16, torch.float32, True),
 )
+FOUR_BIT = ("Linear4bit", "LinearNF4", "LinearFP4")  # bitsandbytes's
 WIDTHS = 16, 12  # of the probe's base layer
 HOOKED = (
     "liger_trainer: %s runs PEFT's own forward: its adapter's layers have hooks, sharded weights or dtypes that our op "
@@ -82,8 +87,9 @@ def probe(module: nn.Module, config: LigerConfig) -> Match:
         computed = torch.bfloat16 if autocast else dtype
         if ours is None or difference(ours, theirs) > TOLERANCE[computed]:
             raise Skip("its forward is not base(x) + scaling * lora_B(lora_A(x))")
-    base, acted = module._modules["base_layer"], Acted()
-    variant = "lora_linear" if type(base) is nn.Linear else f"lora_linear, beside {type(base).__name__}"
+    base, acted = type(module._modules["base_layer"]), Acted()
+    whole = base is nn.Linear or base.__name__ in FOUR_BIT
+    variant = "lora_linear" if base is nn.Linear else f"lora_linear, {'over' if whole else 'beside'} {base.__name__}"
     return Match("lora", variant, methods={"forward": _bound_forward(type(module).forward, acted)}, acted=acted)
 
 
@@ -130,7 +136,38 @@ def _bound_forward(original: Callable, acted: Acted) -> Callable:
         acted.note()
         return out
 
+    forward.__dict__[_ACTED] = acted
     return forward
+
+
+def outputs_of(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
+    """``[layer(x) for layer in layers]``, as one op if all are LoRA layers that ours computes."""
+    taken = [_taken(layer, x) for layer in layers]
+    projections = [projection for projection, _ in taken if projection is not None]
+    if len(projections) < len(layers):
+        return [layer(x) for layer in layers]
+    for _, acted in taken:
+        acted.note()
+    return [*lora_linears(x, projections)]
+
+
+def gated_output(layer: nn.Module, gate: Tensor, up: Tensor | None, activation: str) -> Tensor | None:
+    """``layer(act(gate) * up)`` without keeping its input, or None if it is not a LoRA layer that our op computes."""
+    projection, acted = _taken(layer, gate)
+    if projection is None:
+        return None
+    acted.note()
+    return gated_lora_linear(gate, up, projection, activation)
+
+
+def _taken(layer: nn.Module, x: Tensor) -> tuple[Projection | None, Acted]:
+    """What our op needs to be the whole of this layer, if it can, and the layer's ``Acted``."""
+    bound = layer.__dict__.get("forward")
+    acted = bound.function.__dict__.get(_ACTED) if isinstance(bound, Bound) else None
+    if acted is None or torch.compiler.is_compiling() or has_hooks(layer) or _is_off(layer):
+        return None, Acted()
+    adapters = _usable(layer, x)
+    return (None if adapters is None or len(adapters) > 1 else _projection(layer, adapters[0], x)), acted
 
 
 def _is_off(module: nn.Module) -> bool:
@@ -159,32 +196,73 @@ def _takes(adapter: _Adapter, x: Tensor, autocast: bool) -> bool:
     return autocast or dtype == x.dtype or (x.dtype == torch.bfloat16 and dtype == torch.float32)
 
 
-def _forward(module: Any, x: Tensor) -> Tensor | None:
-    """The layer's output, or None where PEFT's own forward has to compute it."""
-    adapters = [*_active(module)]
-    attributes = module.__dict__
+def _usable(module: Any, x: Tensor) -> list[_Adapter] | None:
+    """The active adapters, or None where PEFT's own forward has to run."""
+    adapters, attributes = [*_active(module)], module.__dict__
     if not adapters or not is_plain(x) or not attributes.get("cast_input_dtype_enabled", True):
         return None
     if any(name in module.active_adapters for name in attributes.get("lora_variant", ())):
         return None
-    dtype = compute_dtype(x)
     autocast = torch.is_autocast_enabled(x.device.type)
     if (autocast and x.dtype == torch.float64) or not all(_takes(adapter, x, autocast) for adapter in adapters):
         return None
+    return adapters
+
+
+def _projection(module: Any, adapter: _Adapter, x: Tensor) -> Projection | None:
+    """The base with this adapter as one product, if our op can compute the base."""
     base = module._modules["base_layer"]
-    first = adapters[0]
-    if is_bare_linear(base) and not _drops(first) and (autocast or base.weight.dtype == x.dtype):
-        out = lora_linear(x, first.a.weight, first.b.weight, first.scale, base.weight, _bias(first, base.bias))
-        adapters = adapters[1:]
-    else:
-        out = base(x)
-    for adapter in adapters:
+    weight = None if _drops(adapter) else _weight_of(base, x)
+    if weight is None:
+        return None
+    return Projection(adapter.a.weight, adapter.b.weight, adapter.scale, weight, _bias(adapter, base.bias))
+
+
+class _FourBit:
+    """The weight of bitsandbytes's ``Linear4bit``."""
+
+    def __init__(self, weight: Any):
+        self._packed, self._state = weight.data, weight.quant_state
+        self.shape, self.device = torch.Size(self._state.shape), self._packed.device
+
+    def to(self, dtype: torch.dtype) -> Tensor:
+        """Its values."""
+        functional = importlib.import_module("bitsandbytes.functional")  # it is there: it made the weight
+        return functional.dequantize_4bit(self._packed, self._state).to(dtype)
+
+
+def _weight_of(base: Any, x: Tensor) -> Tensor | _FourBit | None:
+    """The base's weight, if the base does nothing but multiply by it and add its bias in the dtype of the op."""
+    if is_bare_linear(base):
+        autocast = torch.is_autocast_enabled(x.device.type)
+        return base.weight if autocast or base.weight.dtype == x.dtype else None
+    state = getattr(getattr(base, "weight", None), "quant_state", None)
+    if type(base).__name__ not in FOUR_BIT or not type(base).__module__.startswith("bitsandbytes.") or state is None:
+        return None
+    if has_own_call(base) or torch.compiler.is_compiling() or type(base.weight).__name__ != "Params4bit":
+        return None
+    if not base.compute_type_is_set:  # as its forward does in its first call
+        base.set_compute_type(x)
+        base.compute_type_is_set = True
+    fits = tuple(state.shape) == (base.out_features, base.in_features) and not base.weight.requires_grad
+    return _FourBit(base.weight) if fits and x.dtype == compute_dtype(x) == (base.compute_dtype or x.dtype) else None
+
+
+def _forward(module: Any, x: Tensor) -> Tensor | None:
+    """The layer's output, or None where PEFT's own forward has to compute it."""
+    adapters = _usable(module, x)
+    if adapters is None:
+        return None
+    whole = _projection(module, adapters[0], x)
+    out = module._modules["base_layer"](x) if whole is None else lora_linears(x, (whole,))[0]
+    dtype = compute_dtype(x)
+    for adapter in adapters if whole is None else adapters[1:]:
         inputs = adapter.dropout(x.to(adapter.a.weight.dtype)) if _drops(adapter) else x
-        inputs = inputs.to(dtype)
         same = out.dtype == dtype
         added = lora_linear(
-            inputs, adapter.a.weight, adapter.b.weight, adapter.scale, bias=_bias(adapter), base=out if same else None
-        )
+            inputs.to(dtype), adapter.a.weight, adapter.b.weight, adapter.scale, bias=_bias(adapter),
+            base=out if same else None,
+        )  # fmt: skip
         out = added if same else (out + added).to(out.dtype)
     return out
 

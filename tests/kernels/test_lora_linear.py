@@ -1,5 +1,7 @@
 """Linear layers with low-rank adapters: numbers, gradients, what is saved, and what checkpointing computes again."""
 
+import contextlib
+
 import pytest
 import torch
 from numerics import as_dtype, assert_no_worse_than_torch
@@ -7,7 +9,8 @@ from torch.utils.checkpoint import checkpoint
 
 from liger_trainer.kernels import lora_linear as lora_module
 from liger_trainer.kernels import reference
-from liger_trainer.kernels.lora_linear import Projection, lora_linear, lora_linears
+from liger_trainer.kernels.lora_linear import Projection, gated_lora_linear, lora_linear, lora_linears
+from liger_trainer.kernels.shared.gated import ACTIVATIONS, DEFINITIONS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAMES = ("a", "b", "weight", "bias", "base")
@@ -87,7 +90,7 @@ def test_two_nodes_give_the_same_bits(case):
     """With saved tensors hooked, as under checkpointing, the op saves in one node and computes in another."""
     inputs = in_dtype(*make(**case), torch.float32)
     whole = run(ours, *inputs)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+    with kept_as_they_are():
         parted = run(ours, *inputs)
     assert all(torch.equal(a, b) for a, b in zip(parted, whole, strict=True))
 
@@ -165,3 +168,101 @@ def test_bad_input_is_an_error():
             lora_linear(*arguments)
     with pytest.raises(ValueError, match="projections: got none"):
         lora_linears(x, [])
+
+
+class Halves:
+    """Stands for a quantised weight: its values are twice what it holds."""
+
+    def __init__(self, weight):
+        self.packed, self.shape, self.device, self.asked = weight.detach() / 2, weight.shape, weight.device, 0
+
+    def to(self, dtype):
+        self.asked += 1
+        return (2 * self.packed).to(dtype)
+
+
+def kept_as_they_are(hooked=True):
+    """Saved tensors are hooked, which changes nothing in them."""
+    return torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t) if hooked else contextlib.nullcontext()
+
+
+@pytest.mark.parametrize("hooked", [False, True], ids=["one node", "two nodes"])
+def test_a_quantised_weight_is_dequantised_once_a_pass(hooked):
+    x, projections = make(outs=(20, 9), without=("base",))
+    wanted = run(ours, x, projections)
+    stored = [(s, a, b, Halves(w), bias, None) for s, a, b, w, bias, _ in projections]
+
+    def op(x, _):
+        with kept_as_they_are(hooked):
+            return ours(x, stored)
+
+    for found, want in zip(run(op, x, projections), wanted, strict=True):
+        torch.testing.assert_close(found, want)
+    assert [each[3].asked for each in stored] == [2, 2]
+
+
+GATED = {
+    "separate": {}, "packed": {"packed": True}, "frozen gate": {"frozen": ("weight", "gate")},
+    "frozen inputs": {"frozen": ("weight", "gate", "up")}, "frozen adapter": {"frozen": ("weight", "a", "b")},
+    "trained weight": {"frozen": ()}, "no tokens": {"tokens": (0, 7)},
+}  # fmt: skip
+
+
+def make_gated(packed=False, **options):
+    x, [(_, *tensors)] = make(without=("base",), **options)
+    frozen, shape = options.get("frozen", ()), (*x.shape[:-1], x.shape[-1] * (1 + packed))
+    gate, up = (torch.randn(shape, device=DEVICE).requires_grad_(name not in frozen) for name in ("gate", "up"))
+    return [gate, None if packed else up, *tensors[:4]]
+
+
+def run_gated(function, inputs, activation):
+    out = function(*inputs, activation)
+    leaves = [t for t in inputs if t is not None and t.requires_grad]
+    torch.manual_seed(1)
+    return [out, *torch.autograd.grad(out, leaves, torch.randn(out.shape, device=DEVICE).to(out.dtype))]
+
+
+def our_gated(gate, up, a, b, weight, bias, activation):
+    return gated_lora_linear(gate, up, Projection(a, b, -0.7, weight, bias), activation)
+
+
+def gated_definition(gate, up, a, b, weight, bias, activation):
+    return reference.lora_linear(DEFINITIONS[ACTIVATIONS[activation]](gate, up), a, b, -0.7, weight, bias)
+
+
+@pytest.mark.parametrize("case", GATED.values(), ids=GATED)
+@pytest.mark.parametrize(
+    ("activation", "dtype", "hooked"),
+    [("silu", torch.float32, False), ("silu", torch.bfloat16, True), ("gelu_tanh", torch.float16, False),
+     ("gelu", torch.float32, True)], ids=str,
+)  # fmt: skip
+def test_gated_input(case, activation, dtype, hooked):
+    rounded = as_dtype(make_gated(**case), dtype)
+    exact = run_gated(gated_definition, as_dtype(rounded, torch.float64), activation)
+    with kept_as_they_are(hooked):
+        found = run_gated(our_gated, rounded, activation)
+    for number, row in enumerate(zip(found, run_gated(gated_definition, rounded, activation), exact, strict=True)):
+        assert_no_worse_than_torch(*row, name=f"result {number}")
+
+
+def test_a_gated_input_is_not_saved(monkeypatch):
+    kept, calls, compute = [], [], lora_module._compute
+    monkeypatch.setattr(lora_module, "_compute", lambda *args: calls.append(1) or compute(*args))
+    inputs = make_gated()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        our_gated(*inputs, "silu")
+    wide = [t.data_ptr() for t in kept if t.shape == inputs[0].shape]
+    assert wide == [t.data_ptr() for t in inputs[:2]]
+    calls.clear()
+    wanted = run_gated(our_gated, inputs, "silu")
+    found = run_gated(lambda *args: checkpoint(our_gated, *args, use_reentrant=False), inputs, "silu")
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    assert len(calls) == 2  # one for each of the two runs
+
+
+def test_gated_bad_input_is_an_error():
+    gate, up, a, b, *_ = make_gated()
+    with pytest.raises(ValueError, match="activation: got 'tanh'"):
+        gated_lora_linear(gate, up, Projection(a, b), "tanh")
+    with pytest.raises(ValueError, match="a, b: got shapes"):
+        gated_lora_linear(gate, up, Projection(a[:, :5], b))

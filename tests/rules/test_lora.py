@@ -12,6 +12,7 @@ from torch import nn
 from liger_trainer import apply_liger, revert_liger
 from liger_trainer.patching import patch_state
 from liger_trainer.probing.rebinding import bound_methods
+from liger_trainer.rules import lora as lora_rule
 
 TARGETS = ["q_proj", "k_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -233,3 +234,40 @@ def test_off_and_reverted():
     revert_liger(model)
     apply_liger(model, {"unpad": False})
     assert list(bound_methods(a_layer(model)))
+
+
+@pytest.mark.parametrize("change", ["", "hook", "dropout", "disabled"])
+def test_gate_and_up_are_one_op(change, monkeypatch):
+    """Unless a call of one of them has to do something else."""
+    pair = ModelPair(wrapped(target_modules=["gate_proj", "up_proj"]))
+    pair.apply({})
+    calls, op = [], lora_rule.lora_linears
+    monkeypatch.setattr(
+        lora_rule, "lora_linears", lambda x, projections: calls.append(len(projections)) or op(x, projections)
+    )
+
+    def action(model):
+        layer = next(m for n, m in model.named_modules() if n.endswith("up_proj"))
+        if change == "hook":
+            layer.register_forward_hook(lambda module, inputs, out: 2 * out)
+        elif change == "dropout":
+            layer.lora_dropout["default"] = nn.Dropout(0.5)
+        elif change == "disabled":
+            layer.enable_adapters(False)
+        return step(model)
+
+    pair.same(action)
+    assert calls == {"": [2], "hook": [1, 1], "dropout": [1], "disabled": [1]}[change]
+
+
+def test_an_adapter_of_the_down_projection_does_not_keep_its_input(monkeypatch):
+    """On a GPU; the op's own tests show that it then is not saved."""
+    seen, op = [], lora_rule.gated_lora_linear
+    monkeypatch.setattr(lora_rule, "gated_lora_linear", lambda *args: seen.append(args[-1]) or op(*args))
+    pair = ModelPair(wrapped(target_modules=["down_proj"]))
+    pair.apply({})
+    pair.same(step)
+    assert seen == ["silu"]
+    pair.apply({"recompute_glu": False})
+    pair.same(step)
+    assert seen == ["silu"]
