@@ -106,6 +106,10 @@ def parse_recipe(argv: list[str]) -> Recipe:
         if f"--{key}" not in options:
             source = "command line" if key in overrides else argv[0]
             hint = f" (did you mean {ALIASES[key]!r}?)" if f"--{ALIASES.get(key)}" in options else nearest(key, valid)
+            others = [
+                name for name in TRAINERS if any(key in cls.__dataclass_fields__ for cls in argument_classes(name))
+            ]
+            hint = f": it needs trainer: {others[0]}, got {trainer}" if others else hint
             raise RecipeError(f"{source}: unknown key {key!r}{hint}")
     try:
         run, model, training, medusa, *tokens, rest = parser.parse_args_into_dataclasses(

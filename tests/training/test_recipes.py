@@ -115,6 +115,7 @@ def test_keys_may_be_spelled_with_dashes(tmp_path):
         ({"learning_rat": 1}, [], r"recipe\.yaml: unknown key 'learning_rat' \(did you mean 'learning_rate'\?\)"),
         ({}, ["--max_step", "3"], r"command line: unknown key 'max_step' \(did you mean 'max_steps'\?\)"),
         ({}, ["--use_lger=true"], r"unknown key 'use_lger' \(did you mean 'use_liger'\?\)"),
+        ({}, ["--packing", "true"], "command line: unknown key 'packing': it needs trainer: sft, got trainer"),
         ({}, ["max_steps", "3"], "'max_steps' belongs to no key"),
         ({"max_steps": "many"}, [], "max_steps.*many"),
         ({"max_steps": [1, 2]}, [], "'2' belongs to no key"),
