@@ -16,6 +16,7 @@ def search(
     limit: int,
     resolution: float = 0.0,
     expected: Callable[[], int | None] = lambda: None,
+    accept_expected: bool = False,
 ) -> int:
     """The largest number from 1 to ``limit`` that fits, or 0. Anything smaller than a number that fits must fit too.
 
@@ -28,12 +29,15 @@ def search(
         expected: the result to expect from the numbers tried so far, or None. It is asked after each number that fits,
             and tried next instead of the doubled number or the midpoint. A wrong guess costs trials but does not
             change the quality of the result.
+        accept_expected: an expected number that fits is the result, though a larger one may fit as well.
     """
     good, bad = 0, limit + 1
     size = min(start, limit)
-    stride = 1
+    stride, guess = 1, None
     while True:
         if fits(size):
+            if accept_expected and guess is not None and size >= min(guess, limit):
+                return size
             good, guess = size, expected()
         else:
             bad, guess = size, None

@@ -9,6 +9,8 @@ from typing import Any, cast
 
 import torch
 
+from ..config import LigerConfig
+from ..kernels.linear_loss.options import AUTO_MIB
 from .build import DEFAULT_VOCAB_SIZE, build_trainer
 from .failures import ERROR, OUT_OF_MEMORY, STOPPED, SUCCESS, WRONG_RECIPE, exit_status, is_lost_peer
 from .recipe import Recipe, as_flags, parse_recipe
@@ -36,14 +38,16 @@ def trial_recipe(job: dict[str, Any]) -> Recipe:
         "output_dir": job["folder"],
         "train_sampling_strategy": "sequential",
         **dict.fromkeys(("auto_find_batch_size", "load_best_model_at_end", "push_to_hub"), False),
-        **dict.fromkeys(("save_strategy", "eval_strategy", "logging_strategy"), "no"),
-        **{"report_to": "none", "disable_tqdm": True},
+        **dict.fromkeys(("save_strategy", "eval_strategy"), "no"),
+        **{"logging_strategy": "steps", "logging_steps": 1, "report_to": "none", "disable_tqdm": True},
         **({"use_liger": True} if job["use_liger"] else {}),
     }
     recipe = parse_recipe([*job["argv"], *as_flags(settings)])
     run, args = recipe.run, cast(Any, recipe.training)  # Liger's arguments of one trainer or another
     if not job["use_liger"]:  # as a flag, it would clash with a liger_config of the recipe
         args.use_liger, args.liger_config = False, None
+    elif job["measures"]:
+        args.liger_config = smallest(LigerConfig.parse(args.liger_config))
     full = run.dataset == SYNTHETIC and run.synthetic_lengths == "full"
     run.dataset, run.synthetic_lengths = SYNTHETIC, "full" if full else "ragged"
     if run.trainer == "sft":
@@ -53,6 +57,12 @@ def trial_recipe(job: dict[str, Any]) -> Recipe:
     if run.model_config is not None:  # the size of the tokenizer that would be trained on the recipe's data
         recipe.shape.setdefault("vocab_size", DEFAULT_VOCAB_SIZE)
     return recipe
+
+
+def smallest(config: LigerConfig) -> dict[str, Any]:
+    """The options with which peaks grow evenly: what adapts to free memory takes as little as it can."""
+    budget = AUTO_MIB if config.logits_budget_mib == "auto" else config.logits_budget_mib
+    return {**config.to_dict(), "recompute": "all", "logits_budget_mib": int(budget)}
 
 
 def outcome(job: dict[str, Any]) -> dict[str, Any]:
@@ -65,7 +75,9 @@ def outcome(job: dict[str, Any]) -> dict[str, Any]:
         if device.type == "cuda":
             facts["device"] = torch.cuda.get_device_name(device)
             facts["free_gib"] = torch.cuda.mem_get_info(device)[0] / GIB
-        build_trainer(recipe).train()
+        trainer = build_trainer(recipe)
+        trainer.train()
+        last = next((entry for entry in reversed(trainer.state.log_history) if "loss" in entry), {})
     except Exception as error:
         status = exit_status(error)
         if status == OUT_OF_MEMORY:
@@ -73,8 +85,9 @@ def outcome(job: dict[str, Any]) -> dict[str, Any]:
         if status == WRONG_RECIPE:
             return {"status": status, "message": str(error)}
         return {"status": STOPPED if is_lost_peer(error) else ERROR, "message": traceback.format_exc()}
+    speed = {name: last.get(name) for name in ("tokens_per_second", "recomputed_layers")}
     return {
-        "status": SUCCESS, **facts, "world_size": recipe.training.world_size, "peak_gib": peak_memory(device)
+        "status": SUCCESS, **facts, **speed, "world_size": recipe.training.world_size, "peak_gib": peak_memory(device)
     }  # fmt: skip
 
 

@@ -43,6 +43,7 @@ class Trial(NamedTuple):
     use_liger: bool
     batch: int  # rows per process
     accumulation: int  # micro-batches per step
+    measures: bool = False  # takes as little memory as the recipe can, whatever is free
 
 
 @dataclass
@@ -52,6 +53,8 @@ class Outcome:
     Attributes:
         fits: whether it trained.
         peak_gib: as ``peak_memory`` returns it, the largest value of any process.
+        tokens_per_second: real tokens of all processes in the last step; None if it did not train.
+        recomputed_layers: layers that recomputed their activations in the last step; None if memory did not decide.
         free_gib: free GPU memory before the first use, the smallest value of any process; None on other devices.
         device: name of the device.
         seconds: duration of the trial.
@@ -62,11 +65,21 @@ class Outcome:
     free_gib: float | None = None
     device: str = ""
     seconds: float = 0.0
+    tokens_per_second: float | None = None
+    recomputed_layers: float | None = None
 
     @property
     def peak(self) -> str:
         """The peak memory for people."""
         return ", ".join(f"{name} {gib:.2f} GiB" for name, gib in self.peak_gib.items())
+
+    @property
+    def speed(self) -> str:
+        """Tokens per second and recomputed layers for people, as far as they are known."""
+        parts = [] if self.tokens_per_second is None else [f"{self.tokens_per_second:,.0f} tokens/s"]
+        if self.recomputed_layers is not None:
+            parts.append(f"{self.recomputed_layers:g} layers recomputed")
+        return ", ".join(parts)
 
 
 def recipe_batch(argv: list[str]) -> tuple[int, int]:
@@ -83,7 +96,7 @@ def run_and_print(trial: Trial, launch: Launch) -> Outcome:
     """``run_trial`` with a line of progress."""
     print(f"use_liger {str(trial.use_liger).lower():<5}  batch {trial.batch:>5}  ", end="", flush=True)
     outcome = run_trial(trial, launch)
-    result = f"fits, peak {outcome.peak}" if outcome.fits else "out of memory"
+    result = ", ".join(filter(None, (f"fits, peak {outcome.peak}", outcome.speed))) if outcome.fits else "out of memory"
     print(f"{result}  ({outcome.seconds:.0f} s)", flush=True)
     return outcome
 
@@ -123,7 +136,9 @@ def run_trial(trial: Trial, launch: Launch) -> Outcome:
             f"a trial with batch {trial.batch} ended with status {process.returncode}, and not all of its processes "
             f"said why: killed for the host's memory? The end of what it printed:\n{text[-LOG_CHARACTERS:]}"
         )
-    return Outcome(True, results[0]["peak_gib"], free, results[0]["device"], seconds)
+    first = results[0]
+    speed = (first.get(name) for name in ("tokens_per_second", "recomputed_layers"))
+    return Outcome(True, first["peak_gib"], free, first["device"], seconds, *speed)
 
 
 @contextmanager

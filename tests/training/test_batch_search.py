@@ -42,6 +42,13 @@ def test_more_fits_than_expected():
     assert trials(lambda n: True, 32, 1024, 1 / 16, lambda: 1)[1] == [32, 34, 38, 46, 62, 110, 220, 440, 880, 1024]
 
 
+def test_an_expected_size_that_fits_can_be_the_result():
+    guess = {"accept_expected": True, "expected": lambda: 90}
+    assert trials(lambda n: n <= 99, 32, 1024, 1 / 16, **guess) == (90, [32, 90])
+    assert trials(lambda n: n <= 80, 32, 1024, **guess)[0] == 80
+    assert trials(lambda n: True, 32, 70, **guess) == (70, [32, 70])
+
+
 def test_the_ends():
     assert trials(lambda n: False, 8, 100) == (0, [8, 4, 2, 1])
     assert trials(lambda n: False, 1, 1) == (0, [1])

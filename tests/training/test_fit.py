@@ -57,7 +57,10 @@ def test_a_short_machine_ends_the_search_with_the_largest_that_trained(recipe, t
 
 
 def test_a_trial_is_the_recipe_with_long_rows_and_nothing_around(recipe, tmp_path):
-    job = {"argv": [recipe, "--seed", "5"], "use_liger": False, "batch": 3, "accumulation": 4, "folder": str(tmp_path)}
+    job = {
+        "argv": [recipe, "--seed", "5"], "use_liger": False, "batch": 3, "accumulation": 4, "measures": False,
+        "folder": str(tmp_path),
+    }  # fmt: skip
     trial = trial_recipe(job)
     run, args = trial.run, trial.training
     assert (run.dataset, run.synthetic_lengths, run.synthetic_examples) == ("synthetic", "ragged", 2 * 3 * STEPS)
@@ -75,6 +78,8 @@ def test_a_trial_is_the_recipe_with_long_rows_and_nothing_around(recipe, tmp_pat
     assert args.use_liger
     assert args.liger_config["rope"] is False
     assert args.gradient_accumulation_steps == 1
+    args = trial_recipe({**job, "use_liger": True, "measures": True}).training
+    assert {**args.liger_config, "rope": False, "recompute": "all", "logits_budget_mib": 512} == args.liger_config
 
 
 @pytest.mark.parametrize(
@@ -110,29 +115,46 @@ def test_what_the_processes_wrote_decides(results, expected, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("free", "batches"), [(100.0, [64, 128, 440, 467]), (None, [64, 128, 256, 512, 384, 448, 416, 432])]
+    ("free", "batches"), [(100.0, [64, 128, 440]), (None, [64, 128, 256, 512, 384, 448, 416, 432])]
 )
 def test_what_the_trials_took_cuts_the_search_short(free, batches, recipe, monkeypatch):
     """On a GPU memory says where to look; elsewhere the search doubles and bisects."""
 
+    measured = []
+
     def run_trial(trial, launch):
+        measured.append(trial.measures)
         peak = 10 + 0.2 * trial.batch
         if peak > 98.5:
             return trials.Outcome(False, {}, free)
         larger = free and free + (trial.batch == 64)  # the least that was free counts
-        return trials.Outcome(True, {"allocated": peak, "reserved": 2 * peak}, larger)
+        return trials.Outcome(True, {"allocated": peak, "reserved": 2 * peak}, larger, "a GPU", 1.0, 1234.5, 3.0)
 
     monkeypatch.setattr(trials, "run_trial", run_trial)
     found = fit.fit([recipe], True)
     assert list(found.trials) == batches
     assert found.batch <= 442 <= found.batch * 17 / 16
+    assert measured == [number < 2 or not free for number in range(len(batches))], "the recipe as it is checks"
+    assert "1,234 tokens/s, 3 layers recomputed" in fit.table([found], 1024)
+
+
+def test_a_prediction_that_fails_is_searched_below(recipe, monkeypatch):
+    def run_trial(trial, launch):
+        return trials.Outcome(trial.batch <= 300, {"allocated": 10 + 0.2 * trial.batch}, 100.0)
+
+    monkeypatch.setattr(trials, "run_trial", run_trial)
+    found = fit.fit([recipe], False)
+    assert list(found.trials)[:3] == [64, 128, 440]
+    assert found.batch <= 300 <= found.batch * 17 / 16
 
 
 @pytest.mark.parametrize("train", [lambda: None, lambda: torch.empty(1 << 60)], ids=["fits", "out of memory"])
 def test_a_trial_on_a_gpu_says_what_was_free_before(train, tmp_path, monkeypatch):
     recipe = SimpleNamespace(training=SimpleNamespace(device=torch.device("cuda"), world_size=1))
     monkeypatch.setattr(fit_trial, "trial_recipe", lambda job: recipe)
-    monkeypatch.setattr(fit_trial, "build_trainer", lambda recipe: SimpleNamespace(train=train))
+    log = [{"loss": 1.0, "tokens_per_second": 7.0}, {"train_loss": 1.0}]
+    built = SimpleNamespace(train=train, state=SimpleNamespace(log_history=log))
+    monkeypatch.setattr(fit_trial, "build_trainer", lambda recipe: built)
     monkeypatch.setattr(fit_trial, "peak_memory", lambda device: {"allocated": 3.0})
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (6 * 2**30, 8 * 2**30))
@@ -143,6 +165,7 @@ def test_a_trial_on_a_gpu_says_what_was_free_before(train, tmp_path, monkeypatch
     )
     outcome = trials.run_trial(trials.Trial(["recipe.yaml"], True, 4, 1), trials.Launch())
     assert (outcome.device, outcome.free_gib) == ("a GPU", 6.0)
+    assert outcome.tokens_per_second == (7.0 if outcome.fits else None)
 
 
 @pytest.mark.parametrize(("number", "deaf"), [(signal.SIGTERM, False), (signal.SIGHUP, True)])
