@@ -28,7 +28,7 @@ RECIPES = sorted((ROOT / "recipes").glob("**/*.yaml"))
 SMALL = {"vocab_size": 131, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 16,
          "num_attention_heads": 2, "num_key_value_heads": 1, "pad_token_id": 0}  # fmt: skip
 HERE = [f"--{key}" for key in ("use_cpu=true", "bf16=false", "report_to=none", "dataset=synthetic")]
-HERE.append("--synthetic_examples=4")
+HERE += ["--synthetic_examples=4", "--load_in_4bit=false"]  # random weights have nothing to quantise
 LORA = {"use_peft": True, "lora_r": 2}
 
 
