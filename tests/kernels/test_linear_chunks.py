@@ -336,3 +336,29 @@ def test_one_chunk_never_takes_more_memory(monkeypatch, tokens, ignored):
     assert ours <= several + slack
     if tokens <= 2047:
         assert ours < several - slack
+
+
+@pytest.mark.gpu
+def test_auto_stays_within_the_memory_of_the_process(chunks):
+    """All rows at once where memory is free, chunks where it is not, and the same gradients."""
+    params, labels = make_inputs(16384, 512, 64000, ignored=0.0)
+    params = [*as_dtype([p * 0.1 for p in params[:2]], torch.bfloat16), None]
+    torch.use_deterministic_algorithms(False)
+    fixed = run(linear_cross_entropy, params, labels, logits_budget_mib=512)[1]
+    assert chunks == [4096] * 4
+    chunks.clear()
+    whole = run(linear_cross_entropy, params, labels)[1]
+    assert chunks == [16384]
+    chunks.clear()
+    torch.cuda.empty_cache()
+    total, limit = torch.cuda.mem_get_info()[1], torch.cuda.memory_reserved() + 2 * GIB  # the logits take 1.95 GiB
+    torch.cuda.set_per_process_memory_fraction(limit / total)
+    try:
+        several = run(linear_cross_entropy, params, labels)[1]
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    assert len(chunks) > 1
+    for one, *others in zip(fixed, whole, several, strict=True):
+        for other in others:
+            torch.testing.assert_close(other, one)
