@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..head.fused_head import fused_head_of
+from ..kernels.linear_loss.chunk_sizes import head_bytes
+from ..kernels.linear_loss.options import MemoryOptions
 from ..probing.probe import full_shape
 from ..probing.rebinding import ModuleRef
 from ..probing.rule import Acted
@@ -26,7 +28,6 @@ from .plan import Costs, layers_to_recompute, peak
 logger = logging.getLogger(__name__)
 
 GIB = 2**30
-MIB = 2**20
 # Share of the device by which the budget shrinks when the allocator had to return memory, and when it ran out of it.
 AFTER_RETRY, AFTER_FAILURE = 0.01, 0.1
 # An unknown layer is kept and measured if its hidden states fit this many times more. A decoder layer keeps 15 to 40
@@ -80,14 +81,14 @@ class Recompute:
         acted: Set when layers recompute otherwise than the user asked.
         count: Number of the layers.
         margin: Share of the device that stays free.
-        chunk: Bytes that the fused loss may take for logits.
+        of_head: How much memory the fused loss may take.
     """
 
     core: ModuleRef
     acted: Acted
     count: int
     margin: float
-    chunk: int
+    of_head: MemoryOptions
     measured: Measured = field(default_factory=Measured)
     flags: dict[int, bool] = field(default_factory=dict)  # the user's, in the last forward
     run: Run | None = None
@@ -272,8 +273,10 @@ class Recompute:
             head = 2 * output
         else:  # logits in half precision, and their log-softmax in fp32
             head = 6 * vocabulary * tokens
-        accumulator = 4 * vocabulary * width if linear is not None and linear.weight.requires_grad else 0
-        return head, max(2 * head, self.chunk + accumulator)
+        if linear is None:
+            return head, 2 * head
+        trained = linear.weight.requires_grad
+        return head, max(2 * head, head_bytes(tokens, vocabulary, width, hidden.dtype, self.of_head, trained))
 
     def _tell_plan(self, run: Run, recomputed: frozenset[int]) -> None:
         """Put the decision into the report whenever more layers recompute than before, and into the log at first."""

@@ -11,9 +11,9 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..config import LigerConfig
-from ..kernels.linear_loss.options import AUTO_MIB
+from ..kernels.linear_loss.options import MemoryOptions
 from ..memory import card
-from ..memory.recompute import MIB, Recompute
+from ..memory.recompute import Recompute
 from ..probing.rebinding import ModuleRef
 from ..probing.rule import Acted, Match, Rule, Skip
 
@@ -46,8 +46,8 @@ def probe(model: nn.Module, config: LigerConfig) -> Match:
     if not layers:
         raise Skip("it has no list of layers that can be checkpointed one by one")
     acted = Acted()
-    chunk = AUTO_MIB if config.logits_budget_mib == "auto" else config.logits_budget_mib
-    recompute = Recompute(ModuleRef(model), acted, len(layers), config.memory_margin, int(chunk * MIB))
+    of_head = MemoryOptions(config.logits_budget_mib, config.low_memory)
+    recompute = Recompute(ModuleRef(model), acted, len(layers), config.memory_margin, of_head)
     return Match(
         "recompute",
         VARIANT,
