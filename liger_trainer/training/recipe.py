@@ -105,12 +105,7 @@ def parse_recipe(argv: list[str]) -> Recipe:
     for key in given:
         if f"--{key}" not in options:
             source = "command line" if key in overrides else argv[0]
-            hint = f" (did you mean {ALIASES[key]!r}?)" if f"--{ALIASES.get(key)}" in options else nearest(key, valid)
-            others = [
-                name for name in TRAINERS if any(key in cls.__dataclass_fields__ for cls in argument_classes(name))
-            ]
-            hint = f": it needs trainer: {others[0]}, got {trainer}" if others else hint
-            raise RecipeError(f"{source}: unknown key {key!r}{hint}")
+            raise RecipeError(f"{source}: unknown key {key!r}{_hint(key, trainer, valid)}")
     try:
         run, model, training, medusa, *tokens, rest = parser.parse_args_into_dataclasses(
             as_flags(given), return_remaining_strings=True, look_for_args_file=False
@@ -124,6 +119,14 @@ def parse_recipe(argv: list[str]) -> Recipe:
     _choose_model(recipe, "model_config" in overrides)
     _check(recipe)
     return recipe
+
+
+def _hint(key: str, trainer: str, valid: set[str]) -> str:
+    """What may help with a key that ``trainer`` does not have: another trainer, or the nearest valid key."""
+    for other in TRAINERS:
+        if any(key in cls.__dataclass_fields__ for cls in argument_classes(other)):
+            return f": it needs trainer: {other}, got {trainer}"
+    return f" (did you mean {ALIASES[key]!r}?)" if ALIASES.get(key) in valid else nearest(key, valid)
 
 
 def peek(argv: list[str], key: str) -> str | None:
