@@ -19,7 +19,10 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-OUTSIDE = ("kernels/README.md", "benchmarks/*.md", "benchmarks/results/*", "CHANGELOG.md", "CONTRIBUTING.md")
+OUTSIDE = (
+    "kernels/README.md", "benchmarks/*.md", "benchmarks/results/*", "examples/*.py", "examples/*.ipynb",
+    "CHANGELOG.md", "CONTRIBUTING.md",
+)  # fmt: skip
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s#]*)(#[^)\s]*)?\)")
 TABLE = re.compile(r"<!-- generated: (\w+) -->")
 

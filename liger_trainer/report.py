@@ -109,8 +109,9 @@ class LigerReport:
 
     def _repr_html_(self) -> str:
         """The table as Jupyter shows it."""
-        rows = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in self._rows()]
-        head = "".join(f"<th>{column}</th>" for column in COLUMNS)
+        left = 'style="text-align: left"'  # notebooks align to the right
+        rows = ["".join(f"<td {left}>{html.escape(cell)}</td>" for cell in row) for row in self._rows()]
+        head = "".join(f"<th {left}>{column}</th>" for column in COLUMNS)
         return f"<table><tr>{head}</tr>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>"
 
 

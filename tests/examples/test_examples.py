@@ -29,11 +29,11 @@ def test_notebook(monkeypatch, tmp_path):
     assert ours == pytest.approx(plain, rel=1e-4)
     assert ours[-1] < ours[0]
     assert names["same"] is True
-    assert "<td>fused_loss</td>" in names["report"]._repr_html_()
+    assert ">fused_loss</td>" in names["report"]._repr_html_()
     # The outputs that are committed come from such a run; GitHub and editors show them.
     shown = [output for cell in code for output in cell["outputs"]]
     tables = ["".join(output["data"]["text/html"]) for output in shown if "text/html" in output.get("data", {})]
     assert len(tables) == 1
-    assert "<td>fused_loss</td>" in tables[0]
+    assert ">fused_loss</td>" in tables[0]
     printed = "".join("".join(output["text"]) for output in shown if output["output_type"] == "stream")
     assert f"step {steps[0]:>3}   with the kernels" in printed
