@@ -18,7 +18,7 @@ from tiny_models import tiny_model
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from liger_trainer.cli import main
-from liger_trainer.training import data
+from liger_trainer.training import data, train
 from liger_trainer.training.recipe import parse_recipe
 from liger_trainer.training.shipped import recipe_file
 
@@ -160,6 +160,20 @@ def test_commands_are_right(page, hub, tmp_path, capsys):
                 pass
             case _:
                 pytest.fail(f"{page.name}: no test knows the command {shlex.join(words)}")
+
+
+SMALL = ["--max_steps", "1", "--use_cpu", "true", "--bf16", "false", "--sample_prompt", "null", "--max_length", "64"]
+RUNS = [words for page in PAGES for words in commands(page) if words[:3] == ["liger-trainer", "train", "sft_lora"]]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("words", [words for words in RUNS if "--load_in_4bit" not in words], ids=shlex.join)
+def test_commands_train(words, hub, tmp_path):
+    """One step of the commands whose model is among the tiny local ones."""
+    (tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, CHATS)))
+    (tmp_path / "Qwen" / "Qwen3-1.7B").symlink_to("Qwen3-0.6B")
+    train.main([*words[2:], *SMALL])
+    assert list((tmp_path / "out").rglob("*.safetensors"))
 
 
 def test_losses_improve(hub):

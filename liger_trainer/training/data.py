@@ -31,7 +31,7 @@ SHUFFLE_BUFFER = 1000  # rows
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "{% if message['role'] == 'user' %}{{ '<|user|>' + message['content'] }}"
-    "{% else %}{{ '<|assistant|>' + message['content'] + eos_token }}{% endif %}"
+    "{% else %}{{ '<|assistant|>' }}{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 
@@ -303,20 +303,19 @@ def encode(example: dict[str, Any], tokenizer: Any, max_length: int) -> dict[str
     """Token ids and labels of one example, cut to ``max_length``.
 
     Args:
-        example: ``prompt`` and ``completion``, both strings or both lists of messages, or ``text``.
-        tokenizer: must have a chat template if the pair consists of messages.
+        example: ``prompt`` and ``completion``, both strings or both lists of messages, or ``messages``, or ``text``.
+        tokenizer: must have a chat template for messages.
         max_length: maximum number of tokens.
 
     Returns:
         ``input_ids``, ``attention_mask`` and ``labels``. The prompt's labels are -100, so only the answer has loss.
 
     Raises:
-        RecipeError: the example has ``messages``, or the chat template renders the prompt alone differently from the
-            prompt before its answer.
+        RecipeError: the chat template renders the prompt alone differently from the prompt before its answer.
     """
     if "messages" in example:
-        raise RecipeError("a dataset of messages needs trainer: sft, or prompt_column and completion_column")
-    if "text" in example:
+        ids, start = tokenizer.apply_chat_template(example["messages"])["input_ids"], 0
+    elif "text" in example:
         ids, start = [*tokenizer(example["text"])["input_ids"], tokenizer.eos_token_id], 0
     elif isinstance(example["prompt"], str):
         prompt = tokenizer(example["prompt"])["input_ids"]

@@ -165,6 +165,12 @@ def test_tokenizer_round_trip(tokenizer):
         data.train_tokenizer(iter(["a"]), 100)
 
 
+def test_every_token_of_a_chat_has_loss(tokenizer):
+    encoded = data.encode({"messages": TURNS}, tokenizer, 1000)
+    assert tokenizer.decode(encoded["input_ids"]) == "<|begin|><|user|>Why?<|assistant|>So.<|end|>"
+    assert encoded["labels"] == encoded["input_ids"]
+
+
 @pytest.mark.parametrize("form", ["strings", "messages", "text"])
 def test_encode(tokenizer, form):
     example = {"prompt": "What does `f` do?", "completion": "Return the value."}
@@ -186,8 +192,6 @@ def test_encode(tokenizer, form):
 
 
 def test_encode_rejects_what_it_cannot_mask(tokenizer):
-    with pytest.raises(ValueError, match="needs trainer: sft"):
-        data.encode({"messages": []}, tokenizer, 10)
     odd = copy.deepcopy(tokenizer)
     odd.chat_template = "{{ messages | length }}{{ messages[0]['content'] }}"
     with pytest.raises(ValueError, match="chat template"):

@@ -26,10 +26,13 @@ def streamed(tmp_path):
 
 
 def test_sft_packs_a_stream_of_conversations(tmp_path, streamed):
-    recipe = write_recipe(tmp_path, **streamed, trainer="sft", packing=True, eval_examples=3, use_peft=True, lora_r=2)
-    trainer = build_trainer(parse_recipe([recipe]))
+    sft = {"trainer": "sft", "packing": True, "assistant_only_loss": True, "use_peft": True, "lora_r": 2}
+    trainer = build_trainer(parse_recipe([write_recipe(tmp_path, **streamed, **sft, eval_examples=3)]))
     batch = next(iter(trainer.get_train_dataloader()))
     assert (batch["position_ids"] == 0).sum() > 2, "rows are packed"
+    trained = trainer.processing_class.decode(batch["labels"][batch["labels"] != -100])
+    assert "word" in trained.split("<|end|>")[0]
+    assert "<|user|>" not in trained
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert len(losses) == 4
