@@ -35,6 +35,15 @@ def plain_definitions(request, monkeypatch):
         monkeypatch.setattr(launch, "INTERPRET", False)
 
 
+@pytest.fixture(autouse=True)
+def no_card(request, monkeypatch):
+    """Reports on a machine with a GPU are those of one without, but in the tests that need it."""
+    from liger_trainer.memory import card
+
+    if "gpu" not in request.keywords:
+        monkeypatch.setattr(card, "has_cards", lambda: False)
+
+
 def pytest_configure(config):
     config.addinivalue_line("markers", "long: every size, every model, random sequences; runs with `-m long` only")
 

@@ -52,7 +52,8 @@ class CudaCard:
         reserved = stats["reserved_bytes"]["all"]["current"]
         allowed = int(torch.cuda.get_per_process_memory_fraction(self.device) * total)
         allocated = stats["allocated_bytes"]["all"]["current"]
-        return Reading(allocated, reserved, min(free, allowed - reserved), total, stats["num_alloc_retries"])
+        free, total = min(free, allowed - reserved), min(total, allowed)
+        return Reading(allocated, reserved, free, total, stats["num_alloc_retries"])
 
     def allocated(self) -> int:
         """Bytes in tensors now."""
