@@ -2,12 +2,14 @@
 
 import statistics
 import time
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from tiny_models import VOCAB, sdpa_model
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from liger_trainer import apply_liger
@@ -67,6 +69,7 @@ def test_gradients_in_bf16(side):
     """The error against fp32 is at most 1.2 times that of the unpatched model.
 
     A left-padded row's first token has no label: padding predicts it, and the kernel decides what padding attends to.
+    cuDNN's makes NaN of it in backward, so the unpatched model gets another one.
     """
     ids = torch.randint(3, VOCAB, (16, 64), generator=torch.Generator().manual_seed(2)).cuda()
     mask = ragged_mask(16, 64, left=side == "left")
@@ -77,7 +80,8 @@ def test_gradients_in_bf16(side):
         model = sdpa_model("llama", head_dim=64).to("cuda", dtype).train()
         if patched:
             apply_liger(model, dict.fromkeys(("rms_norm", "rope", "glu", "attention", "fused_loss"), False))
-        model(**inputs).loss.backward()
+        with nullcontext() if patched else sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+            model(**inputs).loss.backward()
         if patched:
             assert patch_state(model).acted["unpad"][0].on
         return torch.cat([p.grad.float().flatten() for p in model.parameters()])
@@ -88,9 +92,12 @@ def test_gradients_in_bf16(side):
 
 
 def test_no_step_of_another_length_is_slow():
-    """Of 200 steps of random lengths, none after the warm-up takes more than 1.3 times the median of its size."""
+    """Of 200 steps of random lengths, none after the warm-up takes more than 1.3 times the median of its size.
+
+    Layers as wide as a 7B model's: narrower ones take the host longer than the GPU.
+    """
     sizes = {
-        "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 8, "num_attention_heads": 16,
+        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 4, "num_attention_heads": 32,
         "num_key_value_heads": 8, "max_position_embeddings": 1024,
     }  # fmt: skip
     model = sdpa_model("llama", **sizes).to("cuda", torch.bfloat16).train()
