@@ -130,6 +130,7 @@ class _Save(Function):
         fields = _fields(tensors)
         hidden = x if gating is None else gated_fwd(*_halves(x, up), gating)
         u = narrow(as_rows(hidden), _stacked(x, [a for *_, a, _ in fields]))
+        ctx.set_materialize_grads(False)  # u would get zeros
         ctx.gating, ctx.scales = gating, scales
         ctx.has_base = [base is not None for base, *_ in fields]
         ctx.quantised = [None if torch.is_tensor(weight) else weight for _, weight, *_ in fields]
@@ -140,12 +141,14 @@ class _Save(Function):
         return u, None if gating is None else hidden, *outs
 
     @staticmethod
-    def backward(ctx: Any, _: Any, __: Any, *douts: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, _: Any, __: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Compute only the gradients that are needed."""
         x, up, u, *saved = ctx.saved_tensors
         weights = [saved[i : i + 3] for i in range(0, len(saved), 3)]
         for each, quantised in zip(weights, ctx.quantised, strict=True):
             each[0] = each[0] if quantised is None else quantised
+        pairs = zip(grads, weights, strict=True)
+        douts = [x.new_zeros(*x.shape[:-1], len(w[2])) if grad is None else grad for grad, w in pairs]
         needs_x, needs_up, _, _, *needs = ctx.needs_input_grad
         needed = _fields(needs)
         if torch.is_grad_enabled():

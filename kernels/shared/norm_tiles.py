@@ -180,6 +180,9 @@ def new_partials(x: Tensor, stack: int, programs: int, dtype: torch.dtype) -> Te
     return x.new_empty(stack, programs, x.shape[-1], dtype=torch.float32 if programs > 1 else dtype)
 
 
+SUM_TILE = 4096  # numbers that a program of the kernel below adds at a time; its rows have 32 at least
+
+
 @triton.jit
 def _sum_partials_kernel(
     partial_ptr,  # [stack, num_partials, num_cols] fp32
@@ -209,14 +212,16 @@ def sum_partials(partials: Tensor, dtype: torch.dtype) -> Tensor:
     if num_partials == 1:
         return partials[:, 0].to(dtype)
     out = partials.new_empty(stack, num_cols, dtype=dtype)
+    block_partials = min(next_power_of_2(num_partials), SUM_TILE // 32)
+    block_cols = SUM_TILE // block_partials
     _launch_sum_partials(
-        (cdiv(num_cols, 32), stack, 1),
+        (cdiv(num_cols, block_cols), stack, 1),
         (("num_warps", 8),),
         partial_ptr=partials,
         out_ptr=out,
         num_partials=num_partials,
         num_cols=num_cols,
-        BLOCK_PARTIALS=128,
-        BLOCK_COLS=32,
+        BLOCK_PARTIALS=block_partials,
+        BLOCK_COLS=block_cols,
     )
     return out
