@@ -166,7 +166,6 @@ SMALL = ["--max_steps", "1", "--use_cpu", "true", "--bf16", "false", "--sample_p
 RUNS = [words for page in PAGES for words in commands(page) if words[:3] == ["liger-trainer", "train", "sft_lora"]]
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("words", [words for words in RUNS if "--load_in_4bit" not in words], ids=shlex.join)
 def test_commands_train(words, hub, tmp_path):
     """One step of the commands whose model is among the tiny local ones."""

@@ -99,10 +99,11 @@ def _docstrings(path: Path, module: str) -> Iterator[tuple[str, str]]:
 def load(
     source: str, config: str | None = None, split: str = "train", streaming: bool = False
 ) -> Dataset | IterableDataset:
-    """A dataset from the hub or a local file.
+    """A dataset from the hub, or a local file or folder.
 
     Args:
-        source: name of a dataset on the hub, or path of a ``.json``, ``.jsonl``, ``.csv`` or ``.parquet`` file.
+        source: name of a dataset on the hub, path of a ``.json``, ``.jsonl``, ``.csv`` or ``.parquet`` file,
+            or a folder of such files.
         config: name of the dataset's configuration.
         split: split or slice, such as ``train[:1%]``. A stream has no slices.
         streaming: read rows when they are used.
@@ -118,8 +119,8 @@ def load(
             raise RecipeError(f"dataset: {source!r} is empty")
         arguments: dict[str, Any] = {"path": READERS[path.suffix], "data_files": source}
     else:
-        allowed = f"a name on the hub, or a file of the formats {', '.join(READERS)}"
-        require(not path.exists(), "dataset", source, allowed)
+        allowed = f"a name on the hub, a folder, or a file of the formats {', '.join(READERS)}"
+        require(not path.is_file(), "dataset", source, allowed)
         arguments = {"path": source, "name": config}
     try:
         dataset = load_dataset(**arguments, split=split, streaming=streaming)

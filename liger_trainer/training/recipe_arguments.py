@@ -69,7 +69,7 @@ class RecipeArguments:
         "Hub name or path. Default: the model's own tokenizer; with model_config, one that is trained on the dataset.",
     )
     dataset: str = _key(
-        EMBEDDED, "Hub name, path of a .json, .jsonl, .csv or .parquet file, 'embedded', or 'synthetic'."
+        EMBEDDED, "Hub name; .json, .jsonl, .csv or .parquet file or folder; 'embedded'; or 'synthetic'."
     )
     dataset_config: str | None = _key(None, "Configuration of a dataset on the hub.")
     dataset_split: str = _key("train", "Split or slice, such as 'train[:1000]'.")

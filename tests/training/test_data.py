@@ -79,6 +79,7 @@ def test_local_files(tmp_path, suffix, streaming):
     dataset = data.select_columns(data.load(path, None, split, streaming), None, "question", "answer")
     assert list(dataset)[:3] == [{"prompt": f"q{i}", "completion": f"a{i}"} for i in range(3)]
     assert len(list(dataset)) == (4 if streaming else 3)
+    assert len(list(data.load(str(tmp_path), None, "train", streaming))) == 4
 
 
 TURNS = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
