@@ -33,7 +33,8 @@ class Measured:
     Args:
         signature: As ``Parameters`` gives it.
         kinds: The kind of each layer, by index. Layers of one kind keep equally many bytes.
-        kept: What a layer of a kind adds if it keeps its activations.
+        kept: What a layer of a kind adds if it keeps its activations, in the last batch in which one did.
+        first: What the first layer, which is measured in nearly every batch, had added until then.
         recomputed: What a layer adds if it recomputes them.
         head: What the model holds at the end of its forward on top of the layers, for the most tokens so far.
         widest: Bytes of the largest layer's parameters, unsharded.
@@ -42,6 +43,7 @@ class Measured:
     signature: Hashable = None
     kinds: dict[int, Hashable] = field(default_factory=dict)
     kept: dict[Hashable, Size] = field(default_factory=dict)
+    first: dict[Hashable, Size] = field(default_factory=dict)
     recomputed: Size | None = None
     head: Size | None = None
     widest: int = 0
@@ -57,6 +59,25 @@ class Measured:
             self.kinds[index] = tuple(parts)
             self.widest = max(self.widest, sum(full_shape(p).numel() * p.element_size() for p in layer.parameters()))
         return self.kinds[index]
+
+    def note_kept(self, kind: Hashable, size: Size) -> None:
+        """What a layer of a kind has added."""
+        self.kept[kind] = size
+        self.first[kind] = self.kept.get(self.kinds[0], size)
+
+    def size_of(self, index: int, tokens: int) -> float:
+        """What a layer adds to a batch if it keeps its activations.
+
+        If the first layer keeps more of each token than when this kind was measured, as with longer rows and attention
+        that keeps its probabilities, then this one does as well. A kind that is not known is taken for the first.
+        """
+        own = self.kinds[0]
+        kind = self.kinds.get(index, own)
+        if kind not in self.kept:
+            kind = own
+        size = self.kept[kind].at(tokens)
+        then = self.first[kind].at(tokens)
+        return size * max(1.0, self.kept[own].at(tokens) / then) if kind != own and then else size
 
     def note_head(self, size: int, tokens: int) -> None:
         """What the model holds on top of its layers."""

@@ -33,6 +33,7 @@ AFTER_RETRY, AFTER_FAILURE = 0.01, 0.1
 # An unknown layer is kept and measured if its hidden states fit this many times more. A decoder layer keeps 15 to 40
 # times as much, needs it again for gradients, and another layer recomputes at the same time.
 ROOM_TO_MEASURE = 90
+RECOMPUTED = "recomputed"  # among the kinds of layers that were measured
 
 
 @dataclass
@@ -48,7 +49,7 @@ class Run:
         budget: The most bytes that may be in tensors.
         alike: All processes must recompute the same layers.
         recomputed: The layers that recompute; ``None``: as the user asked, but for those that are measured.
-        measures_recomputed: Whether what a recomputed layer adds has yet to be measured.
+        noted: What was measured in it: kinds of layers that keep their activations, and ``RECOMPUTED``.
         end: Bytes in tensors after the last layer.
     """
 
@@ -60,7 +61,7 @@ class Run:
     budget: float
     alike: bool
     recomputed: frozenset[int] | None = None
-    measures_recomputed: bool = True
+    noted: set[Hashable] = field(default_factory=set)
     end: int | None = None
 
 
@@ -124,7 +125,7 @@ class Recompute:
             return call(layer, *args, **kwargs)
         kind = self.measured.note_layer(index, layer)
         recomputes = self._recomputes(run, index, kind)
-        measures = run.measures_recomputed if recomputes else index == 0 or kind not in self.measured.kept
+        measures = (RECOMPUTED if recomputes else kind) not in run.noted
         before = run.card.allocated() if measures else 0
         with _flag(layer, recomputes):
             output = call(layer, *args, **kwargs)
@@ -205,7 +206,7 @@ class Recompute:
         if self.cautious:
             run.recomputed = everything
         elif self.measured.knows(self.count):
-            run.recomputed = self._plan(run, 1.0)
+            run.recomputed = self._plan(run)
         elif asked and budget - reading.allocated < (ROOM_TO_MEASURE + self.count) * output:
             run.recomputed = everything
         self.cautious = False
@@ -229,19 +230,18 @@ class Recompute:
     def _note(self, run: Run, index: int, kind: Hashable, recomputes: bool, size: Size) -> None:
         """Take in what a layer added. The first one's tells what the others of this batch will."""
         measured = self.measured
+        run.noted.add(RECOMPUTED if recomputes else kind)
         if recomputes:
-            measured.recomputed, run.measures_recomputed = size, False
+            measured.recomputed = size
             return
-        before, measured.kept[kind] = measured.kept.get(kind), size
+        measured.note_kept(kind, size)
         if index == 0 and not run.alike and (measured.knows(self.count) or not run.asked):
-            expected = 0 if before is None else before.at(run.tokens)
-            run.recomputed = self._plan(run, size.size / expected if expected else 1.0, kept=(0,))
+            run.recomputed = self._plan(run, kept=(0,))
 
-    def _plan(self, run: Run, scale: float, kept: tuple[int, ...] = ()) -> frozenset[int]:
+    def _plan(self, run: Run, kept: tuple[int, ...] = ()) -> frozenset[int]:
         """The layers that must recompute; ``kept`` have run already, and kept their activations."""
-        costs = self._costs(run, scale)
         order = [index for index in self._order() if index not in kept]
-        return layers_to_recompute(costs, run.budget, order)
+        return layers_to_recompute(self._costs(run), run.budget, order)
 
     def _order(self) -> list[int]:
         """Which layers recompute first: the lower ones, but the first layer last, as it is measured.
@@ -250,15 +250,10 @@ class Recompute:
         """
         return [*range(1, self.count), 0]
 
-    def _costs(self, run: Run, scale: float) -> Costs:
-        """With the sizes of all layers. Kinds that this batch did not measure grow by ``scale``, as the first did."""
+    def _costs(self, run: Run) -> Costs:
+        """With the sizes of all layers."""
         measured, tokens = self.measured, run.tokens
-        first = measured.kinds[0]
-        kept = []
-        for index in range(self.count):
-            kind = measured.kinds.get(index, first)
-            size = measured.kept.get(kind, measured.kept[first])
-            kept.append(size.at(tokens) * (1.0 if kind == first else scale))
+        kept = [measured.size_of(index, tokens) for index in range(self.count)]
         recomputed = run.output if measured.recomputed is None else measured.recomputed.at_least(tokens)
         return replace(run.costs, kept=kept, recomputed=[recomputed] * self.count)
 
@@ -283,7 +278,7 @@ class Recompute:
         if len(recomputed) <= self.most or self.measured.kinds[0] not in self.measured.kept:
             return
         self.most = len(recomputed)
-        needs = peak(self._costs(run, 1.0), recomputed) / GIB
+        needs = peak(self._costs(run), recomputed) / GIB
         text = (
             f"{self.most} of {self.count} layers recompute their activations at {run.tokens} tokens, the others keep "
             f"them: {needs:.1f} of {run.budget / GIB:.1f} GiB"

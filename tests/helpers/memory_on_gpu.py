@@ -76,7 +76,7 @@ class Watch(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
         found = recompute_of(model)
         if found is not None and found.last is not None and found.last.recomputed is not None:
-            planned = peak(found._costs(found.last, 1.0), found.last.recomputed)
+            planned = peak(found._costs(found.last), found.last.recomputed)
             self.ratios.append(torch.cuda.max_memory_allocated() / planned)
             self.recomputed.append(len(found.last.recomputed))
             self.tokens.append(found.last.tokens)

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 
 from liger_trainer import LigerConfig, apply_liger, revert_liger
-from liger_trainer.memory.measured import Size
+from liger_trainer.memory.measured import Measured, Size
 from liger_trainer.memory.plan import peak
 from liger_trainer.memory.recompute import recompute_of
 
@@ -58,7 +58,7 @@ class Run:
         self.peaks.append(self.fake.most)
         if run:
             known = run.recomputed is not None and found.measured.kinds[0] in found.measured.kept
-            self.planned.append(peak(found._costs(run, 1.0), run.recomputed) if known else None)
+            self.planned.append(peak(found._costs(run), run.recomputed) if known else None)
             self.recomputed.append(None if run.recomputed is None else len(run.recomputed))
         # As numbers of another library, which are not on the card.
         gradients = {n: p.grad.numpy().copy() for n, p in self.model.named_parameters() if p.grad is not None}
@@ -295,6 +295,17 @@ def test_bad_options_are_named():
         LigerConfig.parse({"recompute": "some"})
     with pytest.raises(ValueError, match=r"memory_margin: got 1\.0; must be from 0 to below 1"):
         LigerConfig.parse({"memory_margin": 1.0})
+
+
+def test_other_kinds_grow_as_the_first_layer_does():
+    measured = Measured(kinds={0: "a", 1: "b", 2: "a", 3: "c"})
+    measured.note_kept("a", Size(100, 10))
+    measured.note_kept("b", Size(300, 10))
+    assert [measured.size_of(i, 20) for i in range(4)] == [200, 600, 200, 200]
+    measured.note_kept("a", Size(400, 20))  # twice as much for each token
+    assert [measured.size_of(i, 20) for i in range(3)] == [400, 1200, 400]
+    measured.note_kept("a", Size(100, 20))
+    assert [measured.size_of(i, 20) for i in range(3)] == [100, 600, 100]
 
 
 def test_sizes():
