@@ -7,13 +7,18 @@ at each call, as PEFT's forward reads them.
 A base that is a plain ``nn.Linear``, or bitsandbytes's 4-bit one, is computed by our op, adapter included. Any other
 base is called as it is, and the adapter's product is added to its output. The rule for gated MLPs hands over gate and
 up, which then are one op (``outputs_of``), and a down projection whose input need not be kept (``gated_output``).
+
+A second rule is for modules whose forward calls several LoRA layers on the same input, as attention does for queries,
+keys and values. The first of these calls then computes all of them, and the others return what is there, provided that
+they get the same tensor, unchanged.
 """
 
 import functools
 import importlib
 import logging
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +28,9 @@ from ..kernels.lora_linear import Projection, compute_dtype, gated_lora_linear, 
 from ..kernels.runtime.launch import is_plain
 from ..probing.hooks import has_hooks, has_own_call, is_bare_linear
 from ..probing.probe import TOLERANCE, difference, generator, hollow_copy
-from ..probing.rebinding import Bound
+from ..probing.rebinding import Bound, forward_function
 from ..probing.rule import Acted, Match, Rule, Skip
+from ..probing.shared_inputs import shared_inputs
 
 logger = logging.getLogger(__name__)
 _ACTED = "_lora_acted"  # attribute of our forward
@@ -88,8 +94,8 @@ def probe(module: nn.Module, config: LigerConfig) -> Match:
         if ours is None or difference(ours, theirs) > TOLERANCE[computed]:
             raise Skip("its forward is not base(x) + scaling * lora_B(lora_A(x))")
     base, acted = type(module._modules["base_layer"]), Acted()
-    whole = base is nn.Linear or base.__name__ in FOUR_BIT
-    variant = "lora_linear" if base is nn.Linear else f"lora_linear, {'over' if whole else 'beside'} {base.__name__}"
+    over = f", {'over' if _computes(base) else 'beside'} {base.__name__}"
+    variant = "lora_linear" + over * (base is not nn.Linear)
     return Match("lora", variant, methods={"forward": _bound_forward(type(module).forward, acted)}, acted=acted)
 
 
@@ -99,7 +105,7 @@ def _probe_copy(module: nn.Module, dtype: torch.dtype, adapters: torch.dtype) ->
     random, (width, out) = generator(), WIDTHS
 
     def linear(into: int, to: int, dtype: torch.dtype, bias: bool = False) -> nn.Linear:
-        made = nn.utils.skip_init(nn.Linear, into, to, bias, dtype=dtype)  # would use the process-wide generator
+        made: Any = nn.utils.skip_init(nn.Linear, into, to, bias, dtype=dtype)  # would use the process-wide generator
         for parameter in made.parameters():
             parameter.data.copy_(torch.randn(parameter.shape, generator=random) / 4)
         return made
@@ -127,7 +133,8 @@ def _bound_forward(original: Callable, acted: Acted) -> Callable:
         # Without an active adapter PEFT's forward does nothing but call the base; it also takes ``adapter_names``.
         if args or kwargs or _is_off(self):
             return original(self, x, *args, **kwargs)
-        out = _forward(self, x)
+        out = _shared_output(self, x)
+        out = _forward(self, x) if out is None else out
         if out is None:
             if not has_warned and not torch.compiler.is_compiling():
                 has_warned = True
@@ -138,6 +145,91 @@ def _bound_forward(original: Callable, acted: Acted) -> Callable:
 
     forward.__dict__[_ACTED] = acted
     return forward
+
+
+class _Group:
+    """LoRA layers that one call of their parent calls on one input.
+
+    Args:
+        layers: The layers.
+        acted: Set when they are computed together.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module], acted: Acted):
+        self.layers = layers
+        self._acted = acted
+        self._outputs: dict[nn.Module, Tensor] = {}
+        self._seen: tuple = ()
+
+    def output(self, layer: nn.Module, x: Tensor) -> Tensor | None:
+        """The layer's output for ``x``, or None if it has to be computed by itself."""
+        seen = id(x), x._version, compute_dtype(x), torch.is_grad_enabled()
+        if not self._seen:
+            self._seen, self._input = seen, x  # as long as the tensor is held, its id is its own
+            taken = [_taken(each, x) for each in self.layers]
+            projections = [projection for projection, _ in taken if projection is not None]
+            if len(projections) == len(self.layers):
+                self._outputs = dict(zip(self.layers, lora_linears(x, projections), strict=True))
+                self._acted.note()
+        return self._outputs.pop(layer, None) if seen == self._seen else None
+
+
+class _Running(threading.local):
+    """The group of the parent whose forward is running in this thread."""
+
+    group: _Group | None = None
+
+
+_RUNNING = _Running()
+
+
+def _shared_output(layer: nn.Module, x: Tensor) -> Tensor | None:
+    group = _RUNNING.group
+    return group.output(layer, x) if group is not None and layer in group.layers else None
+
+
+def _grouped_forward(names: Sequence[str], acted: Acted, forward: Callable) -> Callable:
+    """``forward`` of a parent, in whose calls the layers of these names are a group."""
+
+    @functools.wraps(forward)
+    def wrapper(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return forward(self, *args, **kwargs)
+        outer, _RUNNING.group = _RUNNING.group, _Group([getattr(self, name) for name in names], acted)
+        try:
+            return forward(self, *args, **kwargs)
+        finally:
+            _RUNNING.group = outer
+
+    return wrapper
+
+
+def _shared_layers(module: nn.Module) -> tuple[str, ...]:
+    """Names of the LoRA layers that the module's forward calls on one input, and that our op computes as a whole."""
+    layers = {n for n, child in module._modules.items() if child is not None and _may_be_whole(child)}
+    function = forward_function(module) if len(layers) > 1 else None
+    groups = shared_inputs(function) if function is not None else ()
+    return max((tuple(n for n in group if n in layers) for group in groups), key=len, default=())
+
+
+def _may_be_whole(layer: nn.Module) -> bool:
+    """Whether this is a LoRA layer without dropout over a base that our op computes."""
+    if not is_adapter_layer(layer) or _obstacle(layer) is not None:
+        return False
+    dropouts = cast(nn.Module, layer._modules["lora_dropout"]).children()
+    return _computes(type(layer._modules["base_layer"])) and all(type(d) is nn.Identity for d in dropouts)
+
+
+def _computes(base: type) -> bool:
+    return base is nn.Linear or base.__name__ in FOUR_BIT
+
+
+def probe_parent(module: nn.Module, config: LigerConfig) -> Match:
+    """The group that the module's forward calls on one input."""
+    names, acted = _shared_layers(module), Acted()
+    variant = f"{', '.join(names)} as one op"
+    wrapper = functools.partial(_grouped_forward, names, acted)
+    return Match("lora", variant, wraps=((module, wrapper),), acted=acted)
 
 
 def outputs_of(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
@@ -279,4 +371,8 @@ def _bias(adapter: _Adapter, base: Tensor | None = None) -> Tensor | None:
     return own if base is None else base + own
 
 
-RULES = (Rule(("lora",), is_adapter_layer, probe, _key),)
+RULES = (
+    Rule(("lora",), is_adapter_layer, probe, _key),
+    # Its match names the module, so modules that are alike do not share it.
+    Rule(("lora",), lambda module: len(_shared_layers(module)) > 1, probe_parent, id),
+)

@@ -5,7 +5,15 @@ import copy
 import pytest
 import torch
 from model_pair import ModelPair, gradients
-from peft import IA3Config, LoHaConfig, LoraConfig, PeftModel, VeraConfig, get_peft_model
+from peft import (
+    IA3Config,
+    LoHaConfig,
+    LoraConfig,
+    PeftModel,
+    VeraConfig,
+    get_peft_model,
+    inject_adapter_in_model,
+)
 from tiny_models import batch, tiny_model
 from torch import nn
 
@@ -37,7 +45,12 @@ def step(model, inputs=None):
     return {"loss": loss.detach(), "gradients": gradients(model)}
 
 
-def acts(model, action=None):
+def layers_of(report):
+    """How many LoRA layers are ours; modules in which some of them are one op do not count."""
+    return sum(record.kind == "lora" and "as one op" not in record.variant for record in report.applied)
+
+
+def acts(model):
     """Whether the op runs in a forward of ``model``."""
     state = patch_state(model)
     state.forget_acted()
@@ -67,7 +80,7 @@ def test_variants(options, base):
     pair = ModelPair(model)
     pair.tolerance = 1e-5 if base == torch.float32 else 6e-2
     pair.apply({})
-    assert patch_state(pair.ours).report.counts["lora"] == len(options.get("target_modules", TARGETS))
+    assert layers_of(patch_state(pair.ours).report) == len(options.get("target_modules", TARGETS))
     pair.same(step)
     assert acts(pair.ours)
     pair.revert()
@@ -164,7 +177,7 @@ def test_wrapping_after_patching(tmp_path):
     ours, theirs = get_peft_model(model, lora()).train(), get_peft_model(plain, lora()).train()
     theirs.load_state_dict(ours.state_dict())
     assert not acts(ours)
-    assert apply_liger(ours, {"unpad": False}).counts["lora"] == len(TARGETS)
+    assert layers_of(apply_liger(ours, {"unpad": False})) == len(TARGETS)
     assert acts(ours)
     found, wanted = step(ours), step(theirs)
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
@@ -271,3 +284,60 @@ def test_an_adapter_of_the_down_projection_does_not_keep_its_input(monkeypatch):
     pair.apply({"recompute_glu": False})
     pair.same(step)
     assert seen == ["silu"]
+
+
+class Reads(nn.Module):
+    """Three layers that read one input, which ``between`` may change."""
+
+    def __init__(self, between=id):
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(8, 6), nn.Linear(8, 5), nn.Linear(8, 4, bias=False)
+        self.between = between
+
+    def forward(self, x):
+        first = self.first(x)
+        self.between(x)
+        second = self.second(x)
+        return torch.cat((first, second, self.third(x)), -1)
+
+
+def nothing(_):
+    """No change."""
+
+
+@pytest.mark.parametrize(
+    ("between", "targets", "change", "ops"),
+    [
+        (nothing, ["first", "second", "third"], nothing, [3]),
+        (nothing, ["first", "third"], nothing, [2]),
+        (lambda x: x.add_(1.0), ["first", "second"], nothing, [2, 1]),
+        (nothing, ["first", "second"], lambda model: model.second.register_forward_hook(lambda *_: None), [1, 1]),
+        (nothing, ["first", "second"], lambda model: model.second.enable_adapters(False), [1]),
+    ],
+    ids=["all", "two", "changed between", "hook", "disabled"],
+)
+def test_layers_that_read_one_input_are_one_op(between, targets, change, ops, monkeypatch):
+    torch.manual_seed(0)
+    plain = inject_adapter_in_model(lora(target_modules=targets), Reads(between))
+    model = copy.deepcopy(plain)
+    report = apply_liger(model)
+    assert [r.variant for r in report.applied if "one op" in r.variant] == [f"{', '.join(targets)} as one op"]
+    calls, op = [], lora_rule.lora_linears
+    monkeypatch.setattr(lora_rule, "lora_linears", lambda x, group: calls.append(len(group)) or op(x, group))
+    results = []
+    for each in (plain, copy.deepcopy(model)):
+        change(each)
+        with torch.set_grad_enabled(between is nothing):  # a changed input cannot be saved for backward
+            results.append([each(torch.randn(3, 8, generator=torch.Generator().manual_seed(1)))])
+        if between is nothing:
+            results[-1] += torch.autograd.grad(results[-1][0].sum(), [p for p in each.parameters() if p.requires_grad])
+    torch.testing.assert_close(*results)
+    assert calls == ops
+    revert_liger(model)
+    assert "forward" not in vars(model)
+
+
+@pytest.mark.parametrize("options", [{"lora_dropout": 0.1}, {"use_dora": True}], ids=["dropout", "dora"])
+def test_layers_that_are_not_computed_as_a_whole_are_no_group(options):
+    model = inject_adapter_in_model(lora(target_modules=["first", "second"], **options), Reads())
+    assert not [record for record in apply_liger(model).applied if "one op" in record.variant]
