@@ -6,6 +6,7 @@ From then on the first layer of each batch keeps its activations, and what it ad
 
 import functools
 import logging
+import weakref
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -102,6 +103,12 @@ class Recompute:
     forward_ended: bool = False
     told: set[str] = field(default_factory=set)
     most: int = -1  # layers that recompute, as the report says
+    # Outputs of first layers, which live as long as their graph: a loss may take several forwards.
+    outputs: list[weakref.ref] = field(default_factory=list)
+    forwards: int = 1  # the most that one backward had
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"run": None, "last": None, "outputs": []}
 
     def wrap(self, index: int, of_class: Callable, original: Callable) -> Callable:
         """The forward that takes the place of layer ``index``'s.
@@ -129,6 +136,8 @@ class Recompute:
         before = run.card.allocated() if measures else 0
         with _flag(layer, recomputes):
             output = call(layer, *args, **kwargs)
+        if index == 0:
+            self.outputs = [ref for ref in (*self.outputs, _output_ref(output)) if ref is not None]
         if measures:
             self._note(run, index, kind, recomputes, Size(max(0, run.card.allocated() - before), run.tokens))
         self.logged.layers += recomputes
@@ -186,6 +195,8 @@ class Recompute:
         if asked and not _is_of_torch(layer._gradient_checkpointing_func):
             return self._leave("their checkpoint function is not torch's own")
         core = self.core()
+        if len({*(getattr(core, "hf_device_map", None) or {}).values()}) > 1:
+            return self._leave("they are on several devices")
         parameters = Parameters(core)
         if self.measured.signature != parameters.signature:
             self.measured = Measured(parameters.signature)
@@ -201,6 +212,7 @@ class Recompute:
             gathered=3 * self.measured.widest if parameters.is_sharded else 0,  # one early, one in use, its gradient
         )  # fmt: skip
         budget = reading.free + reading.reserved - self.margin * reading.total - self.lost
+        budget = reading.allocated + self._share() * (budget - reading.allocated)
         run = self.last = Run(card, asked, tokens, output, costs, budget, parameters.is_partitioned)
         everything = frozenset(range(self.count))
         if self.cautious:
@@ -215,12 +227,19 @@ class Recompute:
             run.recomputed = None if number < 0 else frozenset(self._order()[:number])
         return run
 
+    def _share(self) -> float:
+        """This forward's share of what is free, if a loss takes several forwards: that of those still to come."""
+        self.outputs = [ref for ref in self.outputs if ref() is not None]
+        before = len(self.outputs)
+        self.forwards = max(self.forwards, before + 1)
+        return 1 / (self.forwards - before)
+
     def _leave(self, reason: str) -> None:
         """Say once why the layers are left as the user set them."""
         if reason not in self.told:
             self.told.add(reason)
             self.acted.restate(f"left as they are: {reason}")
-            logger.warning("liger_trainer: recompute leaves the layers as they are: %s", reason)
+            _warn("liger_trainer: recompute leaves the layers as they are: %s", reason)
 
     def _recomputes(self, run: Run, index: int, kind: Hashable) -> bool:
         if run.recomputed is not None:
@@ -286,10 +305,10 @@ class Recompute:
         self.acted.restate(text)
         if not run.asked and recomputed and "not asked" not in self.told:
             self.told |= {"not asked", "plan"}
-            logger.warning("liger_trainer: a batch would not fit without activation checkpointing: %s", text)
+            _warn("liger_trainer: a batch would not fit without activation checkpointing: %s", text)
         elif run.asked and "plan" not in self.told:
             self.told.add("plan")
-            logger.warning("liger_trainer: activation checkpointing only as far as memory requires: %s", text)
+            _warn("liger_trainer: activation checkpointing only as far as memory requires: %s", text)
 
 
 def recompute_of(model: nn.Module) -> Recompute | None:
@@ -300,6 +319,18 @@ def recompute_of(model: nn.Module) -> Recompute | None:
             if isinstance(owner, Recompute):
                 return owner
     return None
+
+
+def _warn(message: str, *args: Any) -> None:
+    """Say something on the first process."""
+    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+        logger.warning(message, *args)
+
+
+def _output_ref(output: Any) -> weakref.ref | None:
+    """A layer's hidden states, as long as anything needs them."""
+    first = output[0] if isinstance(output, tuple) else output
+    return weakref.ref(first) if torch.is_tensor(first) and first.requires_grad else None
 
 
 @contextmanager

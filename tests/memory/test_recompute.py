@@ -156,6 +156,35 @@ def test_not_asked_says_once_that_it_has_to(put_card, caplog):  # noqa: F811
     assert not hasattr(run.model.model.layers[1], "_gradient_checkpointing_func")
 
 
+def test_forwards_that_share_a_backward_share_the_memory(put_card):  # noqa: F811
+    """Seen in the first step; after that the first forward leaves half to the second."""
+    run = run_of(put_card, model_of(True), {}, 20_000_000).step(batch(40), keep=False)
+    found, counts, peaks = recompute_of(run.model), [], []
+    for _ in range(3):
+        run.fake.most = 0
+        with run.fake:
+            losses = []
+            for seed in (0, 1):
+                losses.append(run.model(**batch(96, seed=seed)).loss)
+                counts.append(len(found.last.recomputed))
+            sum(losses).backward()
+            del losses
+        peaks.append(run.fake.most)
+        run.model.zero_grad()
+    assert found.forwards == 2
+    assert counts[0] < counts[2] == counts[4]
+    assert counts[3] == counts[5]
+    assert max(peaks[1:]) <= 0.96 * 20_000_000
+
+
+def test_layers_on_several_devices_stay_as_they_are(put_card, caplog):  # noqa: F811
+    model = model_of(True)
+    model.hf_device_map = {"model": 0, "lm_head": 1}
+    run = run_of(put_card, model, {}).step(batch(40))
+    assert run.recomputed == []
+    assert "several devices" in caplog.text
+
+
 def test_measures_again_when_other_parameters_are_trained(put_card):  # noqa: F811
     model = model_of(True)
     run = run_of(put_card, model, {}).step(batch(40), keep=False)
