@@ -26,20 +26,22 @@ from benchmarks.op_worker import describe_device
 
 ARMS = {"stock TRL": {}, "liger_trainer": {"use_liger": True}, "liger-kernel": {"use_liger_kernel": True}}
 WARMUP, STEPS = 3, 6
-SIZES = {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "vocab_size": 151936}
-TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 512}
+SIZES: dict[str, Any] = {
+    "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12,
+    "vocab_size": 151936,
+}  # fmt: skip
+TINY: dict[str, Any] = {
+    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 512
+}  # fmt: skip
 WORDS = 500
 
 
 def make_model(tiny: bool, seed: int = 0) -> Qwen2ForCausalLM:
     """Random weights, on the device and in the dtype in which they train."""
     torch.manual_seed(seed)
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2} if tiny else {
-        "num_attention_heads": 12, "num_key_value_heads": 2
-    }  # fmt: skip
     config = Qwen2Config(
-        **(TINY if tiny else SIZES), **heads, max_position_embeddings=4096, tie_word_embeddings=True,
-        rope_theta=1e6, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        **(TINY if tiny else SIZES), num_key_value_heads=2, max_position_embeddings=4096, tie_word_embeddings=True,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     with torch.device("cpu" if tiny else "cuda"):
         return Qwen2ForCausalLM._from_config(config, dtype=torch.float32 if tiny else torch.bfloat16)

@@ -6,6 +6,7 @@ of liger-kernel's own benchmark scripts. An arm that does not fit is recorded as
 """
 
 import argparse
+import importlib
 import json
 import statistics
 import time
@@ -126,8 +127,7 @@ def _desirable(x: Inputs) -> Tensor:
 
 
 def _liger(name: str, **options: Any) -> Any:
-    import liger_kernel.chunked_loss as chunked
-
+    chunked = importlib.import_module("liger_kernel.chunked_loss")
     return getattr(chunked, f"LigerFusedLinear{name}Loss")(compiled=torch.cuda.is_available(), **options)
 
 
@@ -165,6 +165,7 @@ class Case(NamedTuple):
     arms: dict[str, Callable[[Inputs], Any]]
 
 
+_OURS_JSD: Any = ours.distillation_loss  # torch.compiler.disable hides its signature
 PAIRS = Shape(16, 1024, 128256, 4096, 4096)
 CASES = {
     "dpo": Case(PAIRS, {
@@ -193,7 +194,7 @@ CASES = {
         "plain": _plain_grpo,
     }),
     "jsd": Case(Shape(4, 1024, 128256, 2048, 4096), {
-        "liger_trainer": lambda x: ours.distillation_loss(
+        "liger_trainer": lambda x: _OURS_JSD(
             x.hidden, x.weight, x.labels, teacher_hidden=x.ref_hidden, teacher_weight=x.ref_weight, divergence="jsd"
         ),
         "liger-kernel": _liger_jsd,
@@ -205,20 +206,21 @@ CASES = {
 def run(arm: Callable[[Inputs], Any], x: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     """The loss and its gradients of hidden states and weight."""
     loss = arm(x)
-    return loss, *torch.autograd.grad(loss, (x.hidden, x.weight))
+    dhidden, dweight = torch.autograd.grad(loss, (x.hidden, x.weight))
+    return loss, dhidden, dweight
 
 
-def measure(arm: Callable[[Inputs], Any], x: Inputs, device: str) -> dict[str, Any]:
-    """Median time of forward and backward, peak memory above the inputs, and the loss."""
+def measure(step: Callable[[], Tensor], device: str) -> dict[str, Any]:
+    """Median time of ``step``, a forward and backward that returns the loss; its peak memory above what was there."""
     on_gpu = device == "cuda"
     loss, times, before, started = float("nan"), [], 0, time.perf_counter()
-    for step in range(WARMUP + REPEATS):
-        if step == WARMUP and on_gpu:  # what compiled and tuned code allocates is not counted
+    for repeat in range(WARMUP + REPEATS):
+        if repeat == WARMUP and on_gpu:  # what compiled and tuned code allocates is not counted
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
         start = time.perf_counter()
-        loss = run(arm, x)[0].item()
+        loss = step().item()
         if on_gpu:
             torch.cuda.synchronize()
         times.append(1e3 * (time.perf_counter() - start))
@@ -247,7 +249,7 @@ def main() -> None:
         x = make_inputs(shape, args.device, torch.float32 if args.device == "cpu" else torch.bfloat16)
         for arm, function in case.arms.items():
             try:
-                row = measure(function, x, args.device)
+                row = measure(lambda arm=function, x=x: run(arm, x)[0], args.device)
             except (torch.OutOfMemoryError, ImportError) as error:
                 row = {"status": type(error).__name__, "note": str(error)[:200]}
             rows.append({"case": name, "arm": arm, "shape": shape._asdict(), **row})

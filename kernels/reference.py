@@ -276,6 +276,18 @@ def linear_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) ->
     return F.linear(hidden, weight, bias)
 
 
+def linear_splade(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None = None, mask: Tensor | None = None, *, pooling: str = "max",
+    activation: str = "relu",
+) -> Tensor:  # fmt: skip
+    """Pooled ``log1p(relu(hidden @ weight.T + bias))`` of the tokens in ``mask``, ``[B, V]``."""
+    logits = linear_logits(hidden, weight, bias)
+    scores = logits.to(torch.promote_types(logits.dtype, torch.float32)).relu().log1p()
+    scores = scores.log1p() if activation == "log1p_relu" else scores
+    scores = scores if mask is None else scores * (mask != 0).unsqueeze(-1)
+    return scores.max(dim=1).values if pooling == "max" else scores.sum(dim=1)
+
+
 def token_stats(z: Tensor, labels: Tensor, ignore_index: int = IGNORE_INDEX) -> TokenLogProbs:
     """Statistics of transformed logits ``z`` ``[..., V]``; see ``TokenLogProbs``."""
     valid = labels != ignore_index

@@ -107,6 +107,22 @@ def variants(rows: int, cols: int, device: str) -> Iterator[tuple[str, Callable,
     definition_of_gated_linear = lambda gate, up, weight: reference.swiglu(gate, up) @ weight.t()  # noqa: E731
     ours, theirs = (functools.partial(op, *leaves) for op in (own_op("gated_linear"), definition_of_gated_linear))
     yield "gated_linear", ours, theirs, leaves
+    yield from splade_variants(rows, cols, device)
+
+
+def splade_variants(rows: int, cols: int, device: str) -> Iterator[tuple[str, Callable, Callable, list[Tensor]]]:
+    """The same of ``linear_splade``: two sequences, half as wide as the vocabulary is large."""
+    shapes = ((2, rows, cols // 2), (cols, cols // 2), (cols,))
+    leaves = [torch.randn(shape, device=device).to(torch.bfloat16).requires_grad_() for shape in shapes]
+    mask = torch.rand(2, rows, device=device) < 0.7
+    for options in (
+        {},
+        {"activation": "log1p_relu"},
+        {"pooling": "sum"},
+        {"pooling": "sum", "activation": "log1p_relu"},
+    ):
+        ops = (own_op("linear_splade"), reference.linear_splade)
+        yield f"linear_splade {options}", *(functools.partial(op, *leaves, mask, **options) for op in ops), leaves
 
 
 def calls(name: str, variant: Variant, rows: int, cols: int, device: str) -> tuple[Case, Callable, Callable]:
