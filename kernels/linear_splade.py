@@ -30,6 +30,7 @@ from .linear_loss.pooling_kernels import UNROLL, launch_dhidden, launch_dweight,
 from .runtime.autograd import Function, differentiate
 from .runtime.checks import check_device
 from .runtime.launch import cdiv, next_power_of_2, use_triton
+from .runtime.operators import uncompiled
 
 POOLINGS = ("max", "sum")
 ACTIVATIONS = ("relu", "log1p_relu")
@@ -208,7 +209,7 @@ def _sum_gradients(
     return dhidden, dweight, dbias
 
 
-@torch.compiler.disable
+@uncompiled
 def linear_splade(
     hidden: Tensor, weight: Tensor, bias: Tensor | None = None, mask: Tensor | None = None, *, pooling: str = "max",
     activation: str = "relu", logits_budget_mib: float = LOGITS_BUDGET_MIB,

@@ -23,7 +23,7 @@ LAYERS = [
     {"unpadding", "memory"},
     {"rules"},
     {"patching"},
-    {"trl", "medusa", "auto"},
+    {"trl", "medusa", "auto", "splade"},
     {"callbacks"},
     {"arguments"},
     {"training"},

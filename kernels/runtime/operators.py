@@ -20,7 +20,7 @@ import inspect
 from collections.abc import Callable
 from functools import wraps
 from itertools import zip_longest
-from typing import Any, get_args
+from typing import Any, TypeVar, cast, get_args
 
 import torch
 from torch import Tensor
@@ -85,3 +85,11 @@ def opaque_op(
 
         op.register_autograd(backward, setup_context=save)
     return op
+
+
+FunctionT = TypeVar("FunctionT", bound=Callable)
+
+
+def uncompiled(function: FunctionT) -> FunctionT:
+    """``torch.compiler.disable`` whose result keeps the function's signature for type checkers."""
+    return cast(FunctionT, torch.compiler.disable(function))

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..kernels.linear_loss.options import check_linear_args, check_num_items
 from ..kernels.linear_loss.token_chunks import valid_rows
 from ..kernels.reference import IGNORE_INDEX, reduce_loss
+from ..kernels.runtime.operators import uncompiled
 from .chunked import DistillationFunction, DistillationOptions, TopTokens
 from .divergences import DIVERGENCES
 from .per_token import active_tokens, check_choice, check_positive, check_shape
@@ -67,7 +68,7 @@ def _teacher_args(
     return (teacher_hidden.detach(), teacher_weight.detach(), bias), True, dtype
 
 
-@torch.compiler.disable
+@uncompiled
 def distillation_loss(
     hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None = None, *,
     teacher_hidden: Tensor | None = None, teacher_weight: Tensor | None = None, teacher_bias: Tensor | None = None,
