@@ -16,6 +16,7 @@ from ..memory import card
 from ..memory.recompute import Recompute
 from ..probing.rebinding import ModuleRef
 from ..probing.rule import Acted, Match, Rule, Skip
+from .unpad import stack_name
 
 VARIANT = "layers recompute only as far as memory requires"
 
@@ -26,9 +27,9 @@ def matches(model: nn.Module) -> bool:
 
 
 def layers_of(model: Any) -> list[nn.Module]:
-    """The longest list of layers of the decoder that transformers can checkpoint one by one."""
-    start = model.get_decoder()
-    lists = [[*m] for m in (start or model).modules() if isinstance(m, nn.ModuleList) and len(m) > 1]
+    """The longest list of layers of the decoder stack that transformers can checkpoint one by one."""
+    stack = model.get_submodule(stack_name(model))
+    lists = [[*m] for m in stack.modules() if isinstance(m, nn.ModuleList) and len(m) > 1]
     return max((found for found in lists if all(map(_is_layer, found))), key=len, default=[])
 
 
