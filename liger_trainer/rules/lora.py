@@ -64,7 +64,7 @@ def is_adapter_layer(module: nn.Module) -> bool:
 
 
 def _key(module: nn.Module) -> tuple:
-    return type(module), type(module).forward, type(module._modules["base_layer"]), _obstacle(module)
+    return type(module), type(module).forward, _obstacle(module) or _variant(module._modules["base_layer"])
 
 
 def _obstacle(module: nn.Module) -> str | None:
@@ -93,9 +93,7 @@ def probe(module: nn.Module, config: LigerConfig) -> Match:
         computed = torch.bfloat16 if autocast else dtype
         if ours is None or difference(ours, theirs) > TOLERANCE[computed]:
             raise Skip("its forward is not base(x) + scaling * lora_B(lora_A(x))")
-    base, acted = type(module._modules["base_layer"]), Acted()
-    over = f", {'over' if _computes(base) else 'beside'} {base.__name__}"
-    variant = "lora_linear" + over * (base is not nn.Linear)
+    acted, variant = Acted(), _variant(module._modules["base_layer"])
     return Match("lora", variant, methods={"forward": _bound_forward(type(module).forward, acted)}, acted=acted)
 
 
@@ -217,11 +215,21 @@ def _may_be_whole(layer: nn.Module) -> bool:
     if not is_adapter_layer(layer) or _obstacle(layer) is not None:
         return False
     dropouts = cast(nn.Module, layer._modules["lora_dropout"]).children()
-    return _computes(type(layer._modules["base_layer"])) and all(type(d) is nn.Identity for d in dropouts)
+    return _computes(layer._modules["base_layer"]) and all(type(d) is nn.Identity for d in dropouts)
 
 
-def _computes(base: type) -> bool:
-    return base is nn.Linear or base.__name__ in FOUR_BIT
+def _computes(base: Any) -> bool:
+    """Whether our op computes this base, unless hooks or shards come later. Quantised weights are parameters of types
+    of their own.
+    """
+    return (type(base) is nn.Linear and type(base.weight) is nn.Parameter) or type(base).__name__ in FOUR_BIT
+
+
+def _variant(base: Any) -> str:
+    if not _computes(base):
+        of = type(base.weight).__name__ if type(base) is nn.Linear else type(base).__name__
+        return f"lora_linear, beside {of}"
+    return "lora_linear" if type(base) is nn.Linear else f"lora_linear, over {type(base).__name__}"
 
 
 def probe_parent(module: nn.Module, config: LigerConfig) -> Match:

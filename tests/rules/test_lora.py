@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from foreign import Quantised
 from model_pair import ModelPair, gradients
 from peft import (
     IA3Config,
@@ -341,3 +342,23 @@ def test_layers_that_read_one_input_are_one_op(between, targets, change, ops, mo
 def test_layers_that_are_not_computed_as_a_whole_are_no_group(options):
     model = inject_adapter_in_model(lora(target_modules=["first", "second"], **options), Reads())
     assert not [record for record in apply_liger(model).applied if "one op" in record.variant]
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["before", "after apply_liger"])
+def test_a_base_of_another_tensor_type_is_called(late):
+    """Such as torchao's: the adapter is added to what the base gives."""
+    pair = ModelPair(wrapped())
+
+    def quantise(model):
+        base = a_layer(model).base_layer
+        base.weight = nn.Parameter(Quantised(base.weight.detach()), requires_grad=False)
+
+    if late:
+        pair.apply({})
+    pair.both(quantise)
+    pair.apply({})
+    variants = {r.module.split(".")[-1]: r.variant for r in patch_state(pair.ours).report.applied if r.kind == "lora"}
+    assert variants["q_proj"] == ("lora_linear" if late else "lora_linear, beside Quantised")
+    assert ("self_attn" in variants) == late
+    pair.same(step)
+    assert acts(pair.ours)
