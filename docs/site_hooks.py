@@ -5,6 +5,7 @@ docs/ is the root, README.md is the home page, and links to source files become 
 """
 
 import dataclasses
+import importlib
 import posixpath
 import re
 import shutil
@@ -122,6 +123,35 @@ def recipes() -> str:
     return table(("recipe", "what it trains"), rows)
 
 
+def reference(names: list[str], options: str = "") -> str:
+    """The places of these objects' documentation, which mkdocstrings fills."""
+    return "\n\n".join(f"::: {name}{options}" for name in names)
+
+
+def public(package: str, options: str = "") -> str:
+    """The documentation of what a package exports, functions first."""
+    exports = vars(importlib.import_module(package))
+    objects = sorted((exports[name] for name in exports["__all__"]), key=lambda thing: isinstance(thing, type))
+    return reference([f"{thing.__module__}.{thing.__name__}" for thing in objects], options)
+
+
+def losses() -> str:
+    """The losses."""
+    return public("liger_trainer.losses")
+
+
+def modules() -> str:
+    """The modules."""
+    return public("liger_trainer.nn", "\n    options: {members: [forward]}")
+
+
+def kernels() -> str:
+    """The ops: in each file of kernels/, the function of its name."""
+    names = [path.stem for path in sorted((ROOT / "kernels").glob("*.py")) if f"\ndef {path.stem}(" in path.read_text()]
+    return reference([f"liger_trainer.kernels.{name}.{name}" for name in names])
+
+
 TABLES: dict[str, Callable[[], str]] = {
-    function.__name__: function for function in (options, recipe_keys, argument_classes, recipes)
+    function.__name__: function
+    for function in (options, recipe_keys, argument_classes, recipes, losses, modules, kernels)
 }
