@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from ..head.fused_head import fused_head_of
 from ..kernels.linear_loss.chunk_sizes import head_bytes
 from ..kernels.linear_loss.options import MemoryOptions
-from ..probing.probe import full_shape
+from ..probing.probe import full_shape, submodules
 from ..probing.rebinding import ModuleRef
 from ..probing.rule import Acted
 from . import card as cards
@@ -313,7 +313,7 @@ class Recompute:
 
 def recompute_of(model: nn.Module) -> Recompute | None:
     """What decides for ``model``, or for a model in it; ``None`` if nothing does."""
-    for module in model.modules():
+    for module in submodules(model):
         for hook in module._forward_hooks.values():
             owner = getattr(hook, "__self__", None)
             if isinstance(owner, Recompute):

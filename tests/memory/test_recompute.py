@@ -113,6 +113,26 @@ def test_losses_and_gradients_are_those_of_full_checkpointing(asked, reentrant, 
     assert max(counts[2]) > max(counts[1])
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("share", [0.4, 0.6, 0.9])
+def test_300_steps_of_random_lengths_with_the_longest_last(share, put_card):  # noqa: F811
+    """Another process holds the rest of the card."""
+    total = 22_000_000
+    run = run_of(put_card, model_of(True), {}, total, int((1 - share) * total))
+    lengths = torch.randint(4, 97, (299,), generator=torch.Generator().manual_seed(0)).tolist()
+    for i, tokens in enumerate([*lengths, 128]):
+        run.step(batch(tokens, seed=i), keep=False)
+        run.results.clear()
+    counts, longest = run.recomputed[1:], max(run.peaks)
+    print(
+        f"{share:.0%} of {total} bytes: peak {longest / total:.1%}; layers recomputed: mean "
+        f"{sum(counts) / len(counts):.2f}, last {counts[-1]} of {LAYERS}"
+    )
+    assert run.fake.failures == 0
+    assert longest <= (share - 0.04) * total
+    assert counts[-1] == max(counts) > 0
+
+
 def test_lengths_that_grow_fourfold_in_the_middle(put_card):  # noqa: F811
     """The first long batch is the largest of all: what it keeps is measured in its own first layer."""
     run = run_of(put_card, model_of(True, attn_implementation="eager"), {}, 30_000_000)  # keeps T * T probabilities
