@@ -69,9 +69,9 @@ def _mm(a: Tensor, b: Tensor) -> Tensor:
     return torch.mm(a, b, out=a.new_empty(a.shape[0], b.shape[1]))
 
 
-def _stacked(x: Tensor, tensors: Sequence[Tensor]) -> Tensor:
-    """All A, one below the other, in x's dtype if there are several."""
-    return tensors[0] if len(tensors) == 1 else torch.cat([a.to(x.dtype) for a in tensors])
+def _stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """All A, one below the other."""
+    return tensors[0] if len(tensors) == 1 else torch.cat([*tensors])
 
 
 def _fields(tensors: Sequence[Any]) -> list[tuple]:
@@ -83,8 +83,8 @@ def _compute(outs: Sequence[Any], x: Tensor, u: Tensor, scales: Sequence[float],
     rows, start = as_rows(x), 0
     for out, scale, (base, weight, bias, a, b) in zip(outs, scales, _fields(tensors), strict=True):
         out = out.view(-1, out.shape[-1])
-        own = u[:, start : start + len(a)]
-        start += len(a)
+        own = u[:, start : start + a.shape[0]]
+        start += a.shape[0]
         source = out
         if weight is not None:
             weight = weight.to(x.dtype).t()
@@ -129,7 +129,7 @@ class _Save(Function):
         """Save what backward needs; of the products, compute u alone. A gated x is an output: it is not saved."""
         fields = _fields(tensors)
         hidden = x if gating is None else gated_fwd(*_halves(x, up), gating)
-        u = narrow(as_rows(hidden), _stacked(x, [a for *_, a, _ in fields]))
+        u = narrow(as_rows(hidden), _stacked([a for *_, a, _ in fields]))
         ctx.set_materialize_grads(False)  # u would get zeros
         ctx.gating, ctx.scales = gating, scales
         ctx.has_base = [base is not None for base, *_ in fields]
@@ -137,7 +137,7 @@ class _Save(Function):
         kept = [(weight if torch.is_tensor(weight) else None, a, b) for _, weight, _, a, b in fields]
         ctx.save_for_backward(x, up, u, *(t for each in kept for t in each))
         ctx.mark_non_differentiable(*((u,) if gating is None else (u, hidden)))
-        outs = (x.new_empty(*x.shape[:-1], len(b)) for *_, b in fields)
+        outs = (x.new_empty(*x.shape[:-1], b.shape[0]) for *_, b in fields)
         return u, None if gating is None else hidden, *outs
 
     @staticmethod
@@ -148,7 +148,7 @@ class _Save(Function):
         for each, quantised in zip(weights, ctx.quantised, strict=True):
             each[0] = each[0] if quantised is None else quantised
         pairs = zip(grads, weights, strict=True)
-        douts = [x.new_zeros(*x.shape[:-1], len(w[2])) if grad is None else grad for grad, w in pairs]
+        douts = [x.new_zeros(*x.shape[:-1], w[2].shape[0]) if grad is None else grad for grad, w in pairs]
         needs_x, needs_up, _, _, *needs = ctx.needs_input_grad
         needed = _fields(needs)
         if torch.is_grad_enabled():
@@ -156,7 +156,7 @@ class _Save(Function):
             tensors: list[Any] = []
             for dout, (weight, a, b), need, has_base in zip(douts, weights, needed, ctx.has_base, strict=True):
                 base = torch.zeros_like(dout, requires_grad=need[0]) if has_base else None
-                bias = b.new_zeros(len(b), requires_grad=True) if need[2] else None
+                bias = b.new_zeros(b.shape[0], requires_grad=True) if need[2] else None
                 tensors += [base, weight, bias, a, b]
             return differentiate(_Save.definition, (x, up, ctx.gating, ctx.scales, *tensors), (None, None, *douts))
         dx, dup, gradients = _backward(x, up, ctx.gating, u, ctx.scales, weights, douts, needs_x or needs_up, needed)
@@ -171,12 +171,12 @@ def _backward(
     needs_a, needs_weight = any(need[3] for need in needed), any(need[1] for need in needed)
     du = torch.empty_like(u) if needs_x or needs_a else None
     width = x.shape[-1] // (2 if gating is not None and up is None else 1)
-    dx = x.new_empty(len(u), width) if needs_x else None
+    dx = x.new_empty(u.shape[0], width) if needs_x else None
     is_filled, start = False, 0
     gradients: list[list[Tensor | None]] = []
     for dout, scale, (weight, a, b), need in zip(douts, scales, weights, needed, strict=True):
-        dy, span = as_rows(dout), slice(start, start + len(a))
-        start += len(a)
+        dy, span = as_rows(dout), slice(start, start + a.shape[0])
+        start += a.shape[0]
         if du is not None:
             narrow(dy, b.t(), scale, du[:, span])
         if dx is not None and weight is not None:
@@ -188,12 +188,12 @@ def _backward(
         gradients.append([dout if need[0] else None, None, dbias, None, db])
     if dx is not None and du is not None:
         dx = dx if is_filled else dx.zero_()
-        update(dx, du, _stacked(x, [a for _, a, _ in weights]), 1.0, dx)
+        update(dx, du, _stacked([a for _, a, _ in weights]), 1.0, dx)
     dgate, dup, rows = dx, None, x
     if gating is not None:
         dgate, dup, rows = _gate_gradients(x, up, gating, dx, needs_a or needs_weight)
     if du is not None and needs_a:
-        das = tall(du, as_rows(rows), 1.0, weights[0][1].dtype).split([len(a) for _, a, _ in weights])
+        das = tall(du, as_rows(rows), 1.0, weights[0][1].dtype).split([a.shape[0] for _, a, _ in weights])
         for found, da, need in zip(gradients, das, needed, strict=True):
             found[3] = da if need[3] else None
     for found, dout, need in zip(gradients, douts, needed, strict=True):
@@ -264,8 +264,8 @@ def _check(x: Tensor, projections: Sequence[Projection], is_cast: bool) -> None:
         if a.dim() != 2 or b.dim() != 2 or a.shape[1] != x.shape[-1] or a.shape[0] != b.shape[1]:
             expected = f"[r, {x.shape[-1]}] and [O, r]"
             raise ValueError(f"a, b: got shapes {tuple(a.shape)}, {tuple(b.shape)}; must be {expected}")
-        shapes = {"weight": (weight, (len(b), x.shape[-1])), "bias": (bias, (len(b),))}
-        shapes |= {"base": (base, (*x.shape[:-1], len(b)))}
+        shapes = {"weight": (weight, (b.shape[0], x.shape[-1])), "bias": (bias, (b.shape[0],))}
+        shapes |= {"base": (base, (*x.shape[:-1], b.shape[0]))}
         for name, (tensor, shape) in shapes.items():
             if tensor is not None and tensor.shape != shape:
                 raise ValueError(f"{name}: got shape {tuple(tensor.shape)}; must be {shape}")
@@ -300,10 +300,13 @@ def lora_linears(x: Tensor, projections: Sequence[Projection]) -> tuple[Tensor, 
         TypeError: ``x`` is not floating-point.
         ValueError: shapes, dtypes or devices do not fit together, or a projection has both a weight and a base.
     """
-    dtype = compute_dtype(x)
     _check(x, projections, is_cast=torch.is_autocast_enabled(x.device.type))
-    x = x.to(dtype)
-    return _run(x, None, None, projections)
+    return unchecked_lora_linears(x, projections)
+
+
+def unchecked_lora_linears(x: Tensor, projections: Sequence[Projection]) -> tuple[Tensor, ...]:
+    """``lora_linears`` without its checks, for callers who know that everything fits together."""
+    return _run(x.to(compute_dtype(x)), None, None, projections)
 
 
 def gated_lora_linear(gate: Tensor, up: Tensor | None, projection: Projection, activation: str = "silu") -> Tensor:

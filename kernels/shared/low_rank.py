@@ -18,6 +18,7 @@ from ..runtime.launch import INTERPRET, cdiv, launcher, next_power_of_2, sm_coun
 from .norm_tiles import sum_partials
 
 MAX_RANK = 256  # of the kernels; a wider w is an ordinary GEMM
+SIXTEEN_BITS, INTERPRETED = (torch.bfloat16, torch.float16), (torch.float32,)
 MIN_RANK = 16  # of tensor cores: narrower operands are padded
 
 
@@ -138,9 +139,12 @@ _launch_update = launcher(_update_kernel)
 def _takes(rank: int, *tensors: Tensor) -> bool:
     """Whether the kernels compute it: 16-bit numbers on a GPU, or the interpreter's fp32."""
     x = tensors[0]
-    dtypes = (torch.float32,) if INTERPRET else (torch.bfloat16, torch.float16)
-    dense = all(t.stride(-1) == 1 for t in tensors)
-    return x.dtype in dtypes and 0 < rank <= MAX_RANK and x.numel() > 0 and dense and use_triton(*tensors)
+    if x.dtype not in (INTERPRETED if INTERPRET else SIXTEEN_BITS) or not 0 < rank <= MAX_RANK or x.numel() == 0:
+        return False
+    for tensor in tensors:
+        if tensor.stride(-1) != 1:
+            return False
+    return use_triton(*tensors)
 
 
 def narrow(x: Tensor, w: Tensor, scale: float = 1.0, out: Tensor | None = None) -> Tensor:

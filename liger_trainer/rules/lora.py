@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import LigerConfig
-from ..kernels.lora_linear import Projection, compute_dtype, gated_lora_linear, lora_linear, lora_linears
+from ..kernels.lora_linear import Projection, compute_dtype, gated_lora_linear, lora_linear, unchecked_lora_linears
 from ..kernels.runtime.launch import is_plain
 from ..probing.hooks import has_hooks, has_own_call, is_bare_linear
 from ..probing.probe import TOLERANCE, difference, generator, hollow_copy
@@ -167,7 +167,7 @@ class _Group:
             taken = [_taken(each, x) for each in self.layers]
             projections = [projection for projection, _ in taken if projection is not None]
             if len(projections) == len(self.layers):
-                self._outputs = dict(zip(self.layers, lora_linears(x, projections), strict=True))
+                self._outputs = dict(zip(self.layers, unchecked_lora_linears(x, projections), strict=True))
                 self._acted.note()
         return self._outputs.pop(layer, None) if seen == self._seen else None
 
@@ -248,7 +248,7 @@ def outputs_of(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
         return [layer(x) for layer in layers]
     for _, acted in taken:
         acted.note()
-    return [*lora_linears(x, projections)]
+    return [*unchecked_lora_linears(x, projections)]
 
 
 def gated_output(layer: nn.Module, gate: Tensor, up: Tensor | None, activation: str) -> Tensor | None:
@@ -354,7 +354,7 @@ def _forward(module: Any, x: Tensor) -> Tensor | None:
     if adapters is None:
         return None
     whole = _projection(module, adapters[0], x)
-    out = module._modules["base_layer"](x) if whole is None else lora_linears(x, (whole,))[0]
+    out = module._modules["base_layer"](x) if whole is None else unchecked_lora_linears(x, (whole,))[0]
     dtype = compute_dtype(x)
     for adapter in adapters if whole is None else adapters[1:]:
         inputs = adapter.dropout(x.to(adapter.a.weight.dtype)) if _drops(adapter) else x

@@ -255,9 +255,9 @@ def test_gate_and_up_are_one_op(change, monkeypatch):
     """Unless a call of one of them has to do something else."""
     pair = ModelPair(wrapped(target_modules=["gate_proj", "up_proj"]))
     pair.apply({})
-    calls, op = [], lora_rule.lora_linears
+    calls, op = [], lora_rule.unchecked_lora_linears
     monkeypatch.setattr(
-        lora_rule, "lora_linears", lambda x, projections: calls.append(len(projections)) or op(x, projections)
+        lora_rule, "unchecked_lora_linears", lambda x, projections: calls.append(len(projections)) or op(x, projections)
     )
 
     def action(model):
@@ -323,8 +323,8 @@ def test_layers_that_read_one_input_are_one_op(between, targets, change, ops, mo
     model = copy.deepcopy(plain)
     report = apply_liger(model)
     assert [r.variant for r in report.applied if "one op" in r.variant] == [f"{', '.join(targets)} as one op"]
-    calls, op = [], lora_rule.lora_linears
-    monkeypatch.setattr(lora_rule, "lora_linears", lambda x, group: calls.append(len(group)) or op(x, group))
+    calls, op = [], lora_rule.unchecked_lora_linears
+    monkeypatch.setattr(lora_rule, "unchecked_lora_linears", lambda x, group: calls.append(len(group)) or op(x, group))
     results = []
     for each in (plain, copy.deepcopy(model)):
         change(each)
