@@ -182,13 +182,13 @@ class ChangeRules(SequenceBase):
     )
     def change_adapters(self, how: str) -> None:
         steps: dict[str, Callable[[Any], Any]] = {
-            "add": lambda model: model.addadapter("second", adapter("mlp", self.name)),
-            "add with head": lambda model: model.addadapter("second", adapter("saved head", self.name)),
-            "set first": lambda model: model.setadapter("default"),
-            "set second": lambda model: model.setadapter("second"),
-            "delete": lambda model: model.deleteadapter("default"),
-            "merge": lambda model: model.mergeadapter(),
-            "unmerge": lambda model: model.unmergeadapter(),
+            "add": lambda model: model.add_adapter("second", adapter("mlp", self.name)),
+            "add with head": lambda model: model.add_adapter("second", adapter("saved head", self.name)),
+            "set first": lambda model: model.set_adapter("default"),
+            "set second": lambda model: model.set_adapter("second"),
+            "delete": lambda model: model.delete_adapter("default"),
+            "merge": lambda model: model.merge_adapter(),
+            "unmerge": lambda model: model.unmerge_adapter(),
             "layers off": lambda model: model.base_model.disable_adapter_layers(),
             "layers on": lambda model: model.base_model.enable_adapter_layers(),
         }
@@ -198,7 +198,7 @@ class ChangeRules(SequenceBase):
     @rule(batch=simple_batches, context=contexts)
     def evaluate_without_adapters(self, batch: Batch, context: str) -> None:
         def step(model: Any) -> dict[str, Any]:
-            with evaluation(model, context), model.disableadapter():
+            with evaluation(model, context), model.disable_adapter():
                 loss, logits = batch.call(model)
                 return {"loss": loss, "values": logits.clone()}
 
