@@ -300,7 +300,7 @@ class Recompute:
         needs = peak(self._costs(run), recomputed) / GIB
         text = (
             f"{self.most} of {self.count} layers recompute their activations at {run.tokens} tokens, the others keep "
-            f"them: {needs:.1f} of {run.budget / GIB:.1f} GiB"
+            f"them: at least {needs:.1f} of {run.budget / GIB:.1f} GiB"
         )
         self.acted.restate(text)
         if not run.asked and recomputed and "not asked" not in self.told:

@@ -1,4 +1,4 @@
-"""What ``recompute="auto"`` does on a GPU: ``python tests/helpers/memory_on_gpu.py steps|budgets``.
+"""What ``recompute="auto"`` does on a GPU: ``python tests/helpers/memory_on_gpu.py steps|budgets [SHARE ...]``.
 
 ``steps``: a model of Llama-3.2-1B's shape, 32 full rows of 1024 tokens in a stock Trainer that asks for activation
 checkpointing: as asked, by memory, and without. ``budgets``: 300 steps of random lengths with the longest batch last,
@@ -145,13 +145,16 @@ def held(size):
         process.communicate("\n")
 
 
-def budgets(shares=(0.4, 0.6, 0.9), number=300, rows=24, longest=4096):
-    """Peaks against budgets."""
+def budgets(*shares, number=300, rows=24, longest=4096):
+    """Peaks against budgets, which are these shares of the card."""
     torch.zeros(1, device=DEVICE)
     total = torch.cuda.mem_get_info()[1]
     generator = torch.Generator().manual_seed(0)
     random = torch.randint(64, longest, ((number - 1) * rows,), generator=generator).tolist()
-    runs = {f"{share:.0%}, random lengths, longest last": (share, [*random, *[2 * longest] * rows]) for share in shares}
+    runs = {
+        f"{share:.0%}, random lengths, longest last": (share, [*random, *[2 * longest] * rows])
+        for share in shares or (0.4, 0.6, 0.9)
+    }
     runs["60%, fourfold in the middle"] = (0.6, [longest // 4] * rows * 30 + [longest] * rows * 30)
     for name, (share, lengths) in runs.items():
         torch.cuda.reset_accumulated_memory_stats()
@@ -171,4 +174,4 @@ def budgets(shares=(0.4, 0.6, 0.9), number=300, rows=24, longest=4096):
 
 if __name__ == "__main__":
     logging.getLogger(recompute_module.__name__).setLevel(logging.WARNING)
-    {"steps": steps, "budgets": budgets}[sys.argv[1]]()
+    {"steps": steps, "budgets": budgets}[sys.argv[1]](*map(float, sys.argv[2:]))
