@@ -13,6 +13,7 @@
     launch: [{name: ..., config_file: configs/single.yaml, num_processes: 1}, ...]
     overrides: {...}                 # of the recipe, for all points
     environment: {...}               # variables of every run
+    device: cpu                      # default: cuda
     curves: true                     # losses, not times: all points of an arm in one process, all arms at once
     points: [{name: ..., recipe: ..., overrides: {...}, vary: {max_length: [1024, 2048]}, steps: 2}, ...]
     smoke: {overrides: {...}, model: {...}, vary: {max_length: [16, 32]}}
@@ -37,7 +38,7 @@ from liger_trainer.config import nearest
 SUITES = ROOT / "benchmarks" / "suites"
 REQUIRED = ("title", "figure", "x", "arms", "launch", "points")
 TIMES = {"warmup": 2, "steps": 4, "window": 2}
-KEYS = (*REQUIRED, *TIMES, "rounds", "overrides", "environment", "smoke", "curves")
+KEYS = (*REQUIRED, *TIMES, "rounds", "overrides", "environment", "smoke", "curves", "device")
 NOT_OVERRIDES = ("name", "num_processes")  # allowed as x, beside the overrides' keys
 SMOKE_TIMES = {"warmup": 1, "steps": 2, "window": 1}
 SMOKE_OVERRIDES = {
@@ -113,7 +114,7 @@ def load(path: Path, smoke: bool = False) -> Suite:
         known = sorted(file.stem for file in SUITES.glob("*.yaml"))
         _require(str(path.with_suffix("")) in known, "suite", str(path), f"a file, or one of {', '.join(known)}")
         path = SUITES / f"{path.stem}.yaml"
-    content = {"rounds": 3, "environment": {}, "smoke": {}, "curves": False} | yaml.safe_load(
+    content = {"rounds": 3, "environment": {}, "smoke": {}, "curves": False, "device": "cuda"} | yaml.safe_load(
         path.read_text(encoding="utf-8")
     )
     _check_keys(content, str(path), REQUIRED, KEYS)
@@ -129,7 +130,7 @@ def load(path: Path, smoke: bool = False) -> Suite:
         file, processes = entry["config_file"], entry["num_processes"]
         _require((ROOT / file).is_file(), f"{path}: launch: config_file", file, "a file of the checkout")
         launches.append({"launch": entry["name"], "config_file": file, "processes": processes})
-    about = {"name": path.stem, **{key: content[key] for key in ("title", "figure", "x", "arms", "curves")}}
+    about = {"name": path.stem, **{key: content[key] for key in ("title", "figure", "x", "arms", "curves", "device")}}
     variables = {name: str(value) for name, value in content["environment"].items()}
     rounds = 1 if smoke else content["rounds"]
     suite = Suite(about, tuple(points), tuple(launches), tuple(content["arms"]), rounds, variables)

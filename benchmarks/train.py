@@ -69,7 +69,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     if args.profile:
         once = {"warmup": PROFILED_STEPS, "steps": PROFILED_STEPS, "window": PROFILED_STEPS}
         changes |= {"arms": (args.profile,), "rounds": 1, "points": tuple(p | once for p in changes["points"])}
-    args.chosen = replace(whole, **changes)
+    args.chosen, args.device = replace(whole, **changes), "cpu" if args.smoke else whole.about["device"]
     return args
 
 
@@ -158,7 +158,7 @@ class Run:
         ranks = max(processes for _, _, processes in about["places"])  # of the whole suite
         name = f"{about['name']}-{common.slug(about_device['device'])}" + (f"-x{ranks}" if ranks > 1 else "")
         path = common.output_folder(args) / f"{'profile' if args.profile else 'train'}-{name}.json"
-        run, extra = common.provenance(about_device, args.commit), {"device": "cpu" if args.smoke else "cuda"}
+        run, extra = common.provenance(about_device, args.commit), {"device": args.device}
         self.results = common.ResultFile(path, rows.KEYS, run, {"suite": about})
         jobs = [job | extra | {"profile": bool(args.profile)} for job in self.suite.jobs()]
         self.jobs = [job for job in jobs if devices is None or job["processes"] <= devices]
@@ -237,7 +237,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     workers.end_on_signals()
     try:
-        run = Run(args, hello("cpu" if args.smoke else "cuda"))
+        run = Run(args, hello(args.device))
     except RuntimeError as error:
         print(f"liger-trainer bench train: error: {error}", file=sys.stderr)
         return 1
