@@ -183,7 +183,9 @@ _RUNNING = _Running()
 
 def _shared_output(layer: nn.Module, x: Tensor) -> Tensor | None:
     group = _RUNNING.group
-    return group.output(layer, x) if group is not None and layer in group.layers else None
+    if group is None or layer not in group.layers or x.is_inference():  # which has no version
+        return None
+    return group.output(layer, x)
 
 
 def _grouped_forward(names: Sequence[str], acted: Acted, forward: Callable) -> Callable:

@@ -148,7 +148,11 @@ def test_adapters_come_switch_merge_and_go():
         torch.optim.SGD(model.parameters(), 1.0).step()
         return step(model)
 
-    actions = (step, add, both_at_once, disabled, mixed, merged, scaled, after_an_optimizer_step)
+    def inferred(model):
+        with torch.inference_mode():
+            return model(**batch()).loss.clone()
+
+    actions = (step, inferred, add, both_at_once, disabled, mixed, merged, scaled, after_an_optimizer_step)
     for action in actions:
         pair.same(action)
     assert acts(pair.ours)
