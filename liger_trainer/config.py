@@ -75,7 +75,7 @@ class LigerConfig:
             when a single chunk needs no more memory than chunking plus its fp32 accumulator. Changes results by
             rounding only; runs are bit-reproducible with a number, and with "auto" under
             ``torch.use_deterministic_algorithms(True)``.
-        low_memory: Compute the logits of the fused loss twice, at most 64 MiB at a time, without an fp32 accumulator
+        low_memory: Compute the logits of the fused loss twice, 64 to 256 MiB at a time, without an fp32 accumulator
             for the gradient of ``lm_head``. Saves the accumulator and most of a chunk; makes a trained head 17 to 56 %
             slower (H100, ``docs/paper.md``).
         recompute: ``"auto"``: where activation checkpointing is asked for, recompute as many layers as memory requires

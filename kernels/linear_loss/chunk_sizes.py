@@ -146,7 +146,8 @@ def head_bytes(
     """
     hidden, weight = num_tokens * width * dtype.itemsize, vocab_size * width * dtype.itemsize
     if trained and memory.low_memory:
-        columns = columns_per_chunk(num_tokens, vocab_size, dtype.itemsize, memory.buffer_mib)
+        mib = memory.vocab_chunk_mib(num_tokens, dtype.itemsize)
+        columns = columns_per_chunk(num_tokens, vocab_size, dtype.itemsize, mib)
         return weight + num_tokens * (columns * dtype.itemsize + width * sum_dtype(dtype).itemsize)
     row = logits_width(vocab_size) * dtype.itemsize
     if not trained:

@@ -9,7 +9,8 @@ from torch import Tensor
 from ..runtime.checks import check_device, check_floating
 
 REDUCTIONS = ("none", "mean", "sum")
-LOW_MEMORY_MIB = 64  # at most this much for the logits with low_memory
+LOW_MEMORY_MIB, MOST_LOW_MEMORY_MIB = 64, 256  # for the logits with low_memory: at least, and at most
+LOW_MEMORY_COLUMNS = 8192  # in between, of a vocabulary chunk: narrower ones starve GEMMs, and sum dhidden more often
 AUTO_MIB = 512.0  # the least that "auto" takes, and what it takes where it does not look at the free memory
 NO_STATS, LABEL_STATS, ALL_STATS = 0, 1, 2  # none; the fields of TokenStats; the fields of TokenLogProbs
 NUM_STATS = 5  # the fields of TokenLogProbs
@@ -37,8 +38,9 @@ class MemoryOptions:
             "auto" is 512 MiB, or more while a CUDA device has more free memory (``budget.py`` has the rule). Sizes of
             chunks change the order of sums: two runs are bit-equal with a number, and with "auto" under
             ``torch.use_deterministic_algorithms(True)``.
-        low_memory: compute the logits twice, in vocabulary chunks of at most 64 MiB. This needs no sum of the weight's
-            gradient, only one of the gradient of ``hidden`` in fp32. It is slower and equally precise.
+        low_memory: compute the logits twice, in vocabulary chunks of some 8192 columns that take 64 to 256 MiB. This
+            needs no sum of the weight's gradient, only one of the gradient of ``hidden`` in fp32. It is slower and
+            equally precise.
 
     Raises:
         ValueError: ``logits_budget_mib`` is neither "auto" nor a number greater than 0.
@@ -54,9 +56,19 @@ class MemoryOptions:
 
     @property
     def buffer_mib(self) -> float:
-        """Upper bound for the logits buffer; with "auto", the least one."""
-        budget = AUTO_MIB if self.logits_budget_mib == "auto" else self.logits_budget_mib
-        return min(budget, LOW_MEMORY_MIB) if self.low_memory else budget
+        """Upper bound for the logits of a token chunk; with "auto", the least one."""
+        return min(self._budget_mib, LOW_MEMORY_MIB) if self.low_memory else self._budget_mib
+
+    def vocab_chunk_mib(self, num_rows: int, itemsize: int) -> float:
+        """Upper bound for the logits ``[num_rows, columns]`` of a vocabulary chunk."""
+        if not self.low_memory:
+            return self._budget_mib
+        wanted = num_rows * LOW_MEMORY_COLUMNS * itemsize / 2**20
+        return min(self._budget_mib, MOST_LOW_MEMORY_MIB, max(LOW_MEMORY_MIB, wanted))
+
+    @property
+    def _budget_mib(self) -> float:
+        return AUTO_MIB if self.logits_budget_mib == "auto" else self.logits_budget_mib
 
     @property
     def as_numbers(self) -> tuple[float, float]:

@@ -41,7 +41,9 @@ class VocabChunks:
         hidden, weight, _ = params
         self.x = (hidden if rows.index is None else hidden.index_select(0, rows.index)).to(self.dtype)
         self.vocab_size = weight.shape[0]
-        width = columns_per_chunk(rows.count, self.vocab_size, self.x.element_size(), options.memory.buffer_mib)
+        itemsize = self.dtype.itemsize
+        budget_mib = options.memory.vocab_chunk_mib(rows.count, itemsize)
+        width = columns_per_chunk(rows.count, self.vocab_size, itemsize, budget_mib)
         if is_sum_dtype(self.dtype) and halved_on_cpu(weight, rows.count * self.vocab_size):
             width = min(width, cdiv(self.vocab_size, 2))
         self.spans = [slice(i, min(i + width, self.vocab_size)) for i in range(0, self.vocab_size, width)]

@@ -90,6 +90,13 @@ def test_weight_sum_is_the_fp32_sum_rounded_once(vocab_size, dtype):
     assert ((out.double() - expected).abs() <= limit).all()
 
 
+def test_low_memory_takes_64_to_256_mib_for_some_8192_columns():
+    low = MemoryOptions(low_memory=True)
+    assert [low.vocab_chunk_mib(rows, 2) for rows in (0, 4096, 8192, 16384, 32768)] == [64, 64, 128, 256, 256]
+    assert MemoryOptions(100, True).vocab_chunk_mib(16384, 2) == 100
+    assert MemoryOptions().vocab_chunk_mib(16384, 2) == 512
+
+
 @pytest.mark.parametrize(
     ("count", "gathered", "dtype", "expected"),
     [
@@ -200,7 +207,7 @@ def test_auto_is_fixed_where_chunks_need_not_grow_or_must_not(card, monkeypatch)
         (8192, MemoryOptions(4096), True, 1002 + 64 + 2004),
         (4096, MemoryOptions(), True, 1002 + 32 + 1002),  # all at once takes no more than a chunk and the sum
         (8192, MemoryOptions(), False, 64 + 501),
-        (8192, MemoryOptions(low_memory=True), True, 1002 + 64 + 128),
+        (8192, MemoryOptions(low_memory=True), True, 1002 + 8192 * 8192 * 2 / 2**20 + 128),
     ],
 )
 def test_bytes_of_a_head(tokens, memory, trained, mib):
