@@ -100,7 +100,26 @@ def wrap_layer(original: Callable) -> Callable:
 
     transformers checkpoints inside of a layer's forward, so the innermost function is wrapped, which is recomputed.
     """
-    return replace_innermost(original, lambda inner: functools.partial(_layer_forward, inner))
+    return functools.partial(_forward_of_class, original, _with_bounds(original))
+
+
+def _forward_of_class(original: Callable, wrapped: Callable, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Call ``wrapped``, or what it would be for the layer's class of today.
+
+    FSDP2 gives a layer a class of its own, and transformers checkpoints in the forward of the layer's class alone.
+    """
+    today = type(layer).forward
+    changed = today is not original and not torch.compiler.is_compiling()
+    if changed and any(vars(base).get("forward") is original for base in type(layer).__mro__):
+        wrapped = _with_bounds_once(today)
+    return wrapped(layer, *args, **kwargs)
+
+
+def _with_bounds(function: Callable) -> Callable:
+    return replace_innermost(function, lambda inner: functools.partial(_layer_forward, inner))
+
+
+_with_bounds_once = functools.cache(_with_bounds)  # for the forwards of classes
 
 
 def _layer_forward(original: Callable, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -277,6 +277,21 @@ def test_a_prefix_of_keys_and_values_is_kept(put_card):  # noqa: F811
     assert past.get_seq_length() == 43
 
 
+@pytest.mark.parametrize("model_type", ["llama", "bamba"])
+def test_layers_are_checkpointed_under_another_class(model_type, put_card):  # noqa: F811
+    """FSDP2 gives them one, and transformers checkpoints in the forward of a layer's class alone."""
+    put_card(FakeCard(0))  # without room to keep anything
+    model = tiny_model(model_type, num_hidden_layers=3).train()
+    model.activation_checkpointing_enable()
+    apply_liger(model, CONFIG)
+    calls = []
+    for layer in model.model.layers:
+        layer.__class__ = type(f"FSDP{type(layer).__name__}", (type(layer),), {})
+        layer.input_layernorm.register_forward_hook(lambda *_: calls.append(1))
+    model(**batch(12)).loss.backward()
+    assert len(calls) == 2 * 3
+
+
 def test_evaluation_in_between_and_two_models(put_card):  # noqa: F811
     """A reference model in evaluation on the same card counts as memory that is taken."""
     model, reference = model_of(True), model_of(False).eval()
