@@ -6,6 +6,7 @@ import logging
 import pickle
 
 import pytest
+import survey
 import torch
 from fake_card import FakeCard, put_card  # noqa: F401  a fixture
 from peft import LoraConfig, get_peft_model
@@ -82,11 +83,12 @@ def assert_equal(ours, theirs):
         assert all((gradients[name] == exact[name]).all() for name in exact)
 
 
-SIZES = [8, 24, 40, 16, 40, 64, 8, 64]  # tokens of a row
+SIZES = [8, 24, 40, 16, 64, 64]  # tokens of a row
 
 
-@pytest.mark.parametrize("asked", [True, False], ids=["asked", "not asked"])
-@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not reentrant"])
+@pytest.mark.parametrize(
+    ("asked", "reentrant"), [(True, True), (True, False), (False, False)], ids=["reentrant", "asked", "not asked"]
+)
 def test_losses_and_gradients_are_those_of_full_checkpointing(asked, reentrant, put_card):  # noqa: F811
     """Bit-equal on every card, and the peak is within what was planned and within the budget."""
     theirs = run_of(put_card, model_of(True), {"recompute": "all"})
@@ -281,15 +283,15 @@ def test_a_prefix_of_keys_and_values_is_kept(put_card):  # noqa: F811
 def test_layers_are_checkpointed_under_another_class(model_type, put_card):  # noqa: F811
     """FSDP2 gives them one, and transformers checkpoints in the forward of a layer's class alone."""
     put_card(FakeCard(0))  # without room to keep anything
-    model = tiny_model(model_type, num_hidden_layers=3).train()
-    model.activation_checkpointing_enable()
+    model = tiny_model(model_type) if model_type == "llama" else survey.tiny_model(model_type)
+    model.train().activation_checkpointing_enable()
     apply_liger(model, CONFIG)
     calls = []
     for layer in model.model.layers:
         layer.__class__ = type(f"FSDP{type(layer).__name__}", (type(layer),), {})
         layer.input_layernorm.register_forward_hook(lambda *_: calls.append(1))
     model(**batch(12)).loss.backward()
-    assert len(calls) == 2 * 3
+    assert len(calls) == 2 * len(model.model.layers)
 
 
 def test_evaluation_in_between_and_two_models(put_card):  # noqa: F811
