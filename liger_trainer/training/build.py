@@ -29,9 +29,9 @@ from ..callbacks import FlaggedLigerCallback, apply_for
 from ..kernels.reference import IGNORE_INDEX
 from ..medusa.model import MedusaModel
 from ..report import LigerReport
-from . import data, synthetic
+from . import data, post_training, synthetic
 from .failures import MainProcessError
-from .recipe import Recipe, parse_recipe, peek
+from .recipe import OF_TEXTS, Recipe, parse_recipe, peek
 from .recipe_arguments import EMBEDDED, SYNTHETIC, RecipeError, require
 from .throughput import ThroughputCallback
 
@@ -101,6 +101,8 @@ def build_dataset(recipe: Recipe) -> Dataset | IterableDataset:
         return data.in_memory(pairs, run.dataset_split)
     with recipe.training.main_process_first():  # the others then read its download from the cache
         dataset = data.load(run.dataset, run.dataset_config, run.dataset_split, run.streams)
+    if run.trainer not in OF_TEXTS:
+        return dataset  # TRL knows the forms of its own trainers
     dataset = data.select_columns(dataset, run.text_column, run.prompt_column, run.completion_column)
     if run.response_marker is None:
         return dataset
@@ -219,6 +221,9 @@ def build_trainer(recipe: Recipe) -> Trainer:
     dataset = build_dataset(recipe)
     tokenizer = build_tokenizer(recipe, dataset)
     model = build_model(recipe, tokenizer)
+    if run.trainer not in OF_TEXTS:
+        trainer = post_training.build(recipe, dataset, tokenizer, model)
+        return trainer if run.trainer == "grpo" else _metered(trainer)  # the tokens of a step are generated in it
     # With a response_marker the data has its own prompt template, which replaces the chat template.
     as_chat = tokenizer.chat_template and run.response_marker is None
     first = next(iter(dataset))
@@ -257,7 +262,12 @@ def build_trainer(recipe: Recipe) -> Trainer:
         if run.streams:  # each process reads its own batches: those of several are not equally long
             cast(Any, args.accelerator_config).dispatch_batches = False
         trainer = Trainer(model, data_collator=collator, processing_class=saved, **common)
-    trainer.callback_handler.callbacks.insert(0, ThroughputCallback())  # first, so that the reporters see its keys
+    return _metered(trainer)
+
+
+def _metered(trainer: Trainer) -> Trainer:
+    """The trainer with our callback before the others, so that the reporters see its keys."""
+    trainer.callback_handler.callbacks.insert(0, ThroughputCallback())
     return trainer
 
 

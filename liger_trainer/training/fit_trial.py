@@ -13,8 +13,8 @@ from ..config import LigerConfig
 from ..kernels.linear_loss.options import AUTO_MIB
 from .build import DEFAULT_VOCAB_SIZE, build_trainer
 from .failures import ERROR, OUT_OF_MEMORY, STOPPED, SUCCESS, WRONG_RECIPE, exit_status, is_lost_peer
-from .recipe import Recipe, as_flags, parse_recipe
-from .recipe_arguments import SYNTHETIC
+from .recipe import OF_TEXTS, Recipe, as_flags, parse_recipe
+from .recipe_arguments import SYNTHETIC, require
 from .throughput import GIB, peak_memory
 
 STEPS = 3  # the first creates the optimizer's state; the others hold it together with activations and gradients
@@ -48,6 +48,7 @@ def trial_recipe(job: dict[str, Any]) -> Recipe:
         args.use_liger, args.liger_config = False, None
     elif job["measures"]:
         args.liger_config = smallest(LigerConfig.parse(args.liger_config))
+    require(run.trainer in OF_TEXTS, "trainer", run.trainer, f"{' or '.join(OF_TEXTS)} to look for a batch size")
     full = run.dataset == SYNTHETIC and run.synthetic_lengths == "full"
     run.dataset, run.synthetic_lengths = SYNTHETIC, "full" if full else "ragged"
     if run.trainer == "sft":

@@ -5,7 +5,7 @@ import os
 import re
 from argparse import ArgumentTypeError
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, cast
 
 import torch
 import yaml
@@ -27,7 +27,11 @@ from .recipe_arguments import (
 )  # fmt: skip
 from .shipped import recipe_file
 
-TRAINERS = {"trainer": "LigerTrainingArguments", "sft": "LigerSFTConfig"}
+TRAINERS = {
+    "trainer": "LigerTrainingArguments", "sft": "LigerSFTConfig", "dpo": "LigerDPOConfig", "grpo": "LigerGRPOConfig",
+    "gkd": "LigerGKDConfig",
+}  # fmt: skip
+OF_TEXTS = ("trainer", "sft")
 # Names that other tools use, which are spelled too differently to be found as the nearest key.
 ALIASES = {
     "lr": "learning_rate", "epochs": "num_train_epochs", "batch_size": "per_device_train_batch_size",
@@ -115,7 +119,8 @@ def parse_recipe(argv: list[str]) -> Recipe:
     if rest:
         raise RecipeError(f"{rest[0]!r} belongs to no key: overrides are written --key value, one value for most keys")
     lengths = tokens[0] if tokens else training
-    recipe = Recipe(run, training, model, lengths.max_length, lengths.pad_to_multiple_of, medusa.config())
+    length, multiple = (getattr(lengths, name, None) for name in ("max_length", "pad_to_multiple_of"))
+    recipe = Recipe(run, training, model, length, multiple, medusa.config())
     _choose_model(recipe, "model_config" in overrides)
     _check(recipe)
     return recipe
@@ -224,6 +229,18 @@ def _check(recipe: Recipe) -> None:
             None,
             "named with streaming: it cannot be trained on the rows",
         )
+    if run.trainer not in OF_TEXTS:
+        texts = f"trainer: {' or '.join(OF_TEXTS)}, whose rows are texts"
+        require(run.dataset != SYNTHETIC, "dataset", SYNTHETIC, f"another one; synthetic rows are for {texts}")
+        require(not run.auto_batch_size, "auto_batch_size", True, f"false; it is for {texts}")
+        require(run.eval_examples == 0, "eval_examples", run.eval_examples, f"0; it is for {texts}")
+    require(
+        (run.reward is not None) == (run.trainer == "grpo"), "reward", run.reward,
+        "a function with trainer: grpo, and null with any other",
+    )  # fmt: skip
+    if run.trainer == "gkd":
+        teacher = cast(Any, recipe.training).teacher_model_name_or_path
+        require(teacher is not None, "teacher_model_name_or_path", None, "the hub name or path of the teacher")
     if run.dataset == SYNTHETIC:
         require(
             run.sample_prompt is None,

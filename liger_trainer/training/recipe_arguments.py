@@ -53,7 +53,10 @@ class RecipeArguments:
             unknown, or a number is out of range.
     """
 
-    trainer: str = _key("trainer", "transformers' Trainer (trainer) or TRL's SFT (sft).")
+    trainer: str = _key(
+        "trainer", "transformers' Trainer (trainer), or TRL's SFT, DPO, GRPO or GKD (sft, dpo, grpo, gkd)."
+    )
+    reward: str | None = _key(None, "Reward of a completion for grpo: module:function or file.py:function.")
     model_config: dict[str, Any] | str | None = _key(  # noqa: RUF009  it makes a field
         None,
         "Config of a model with random weights, such as {model_type: llama, hidden_size: 256}. If "

@@ -11,7 +11,7 @@ from .auto_batch_size import with_largest_batch
 from .build import build_trainer, from_main_process
 from .checkpoints import resume_path
 from .failures import FailureGuard
-from .recipe import Recipe, parse_recipe
+from .recipe import TRAINERS, Recipe, parse_recipe
 from .recipe_arguments import RecipeError
 from .recipe_keys import USAGE, keys_text
 from .trials import TrialError
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
     """Train by a recipe, save the model and print a summary. ``failures`` has the exit statuses."""
     argv = sys.argv[1:] if argv is None else argv
     if {"-h", "--help"} & set(argv):
-        print(keys_text("sft" if "sft" in argv else "trainer"))
+        print(keys_text(next((name for name in TRAINERS if name in argv), "trainer")))
         return
     with FailureGuard() as guard:
         if not argv or argv[0].startswith("-"):
