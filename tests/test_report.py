@@ -161,9 +161,9 @@ def test_a_class_that_transformers_lacks_is_named(tmp_path, capsys):
 
 def test_none_here_is_no_error():
     report = apply_liger(tiny_model("nemotron", attn_implementation="sdpa"), {"strict": True})
-    assert set(report.none_here) == {"rms_norm", "glu", "lora"}
+    assert set(report.none_here) == {"rms_norm", "glu", "lora", "recompute"}
     assert report.to_dict()["none_here"] == report.none_here
-    assert str(report).count("none here") == 3
+    assert str(report).count("none here") == 4
 
 
 def test_adaption_prompt_is_not_called_fused():

@@ -30,8 +30,7 @@ def head_name(model: nn.Module) -> str:
 
 def probe(model: nn.Module, config: LigerConfig) -> Match:
     """The replacement of ``lm_head.forward`` and of the loss function."""
-    causal_lm, form, places = probe_places(model)
-    check_loss_function(causal_lm)
+    causal_lm, form, places = probe_places(model, with_loss=True)
     fused = FusedHead(causal_lm, form, config.options_of("fused_loss"))
     heads = [(linear, place, fused.head_forward) for linear, place in places]
     return Match(
@@ -44,8 +43,12 @@ def probe(model: nn.Module, config: LigerConfig) -> Match:
     )
 
 
-def probe_places(model: nn.Module) -> tuple[PreTrainedModel, HeadForm, list[tuple[nn.Linear, str]]]:
+def probe_places(
+    model: nn.Module, with_loss: bool = False
+) -> tuple[PreTrainedModel, HeadForm, list[tuple[nn.Linear, str]]]:
     """``(model, form of its logits, (linear, attribute to set) of each lm_head)``, if the head may be replaced.
+
+    ``with_loss`` also checks the model's loss function.
 
     Raises:
         Skip: It may not.
@@ -61,6 +64,8 @@ def probe_places(model: nn.Module) -> tuple[PreTrainedModel, HeadForm, list[tupl
     name = head_name(model)
     if "." in name:
         raise Skip(f"its output embeddings are nested ({name})")
+    if with_loss:  # before the probe, whose reason would differ on the meta device
+        check_loss_function(model)
     return model, probe_head(model, name, linears[0]), list(zip(linears, places, strict=True))
 
 
