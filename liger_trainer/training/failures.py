@@ -211,6 +211,7 @@ def out_of_memory_lines(error: BaseException, args: TrainingArguments | None) ->
     frame = traceback.extract_tb(error.__traceback__)[-1]
     lines = [str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__]
     lines.append(f"in {frame.name}, {frame.filename}:{frame.lineno}")
+    lines += getattr(error, "__notes__", [])[:1]  # why the micro-batch could not run again
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         cuda = torch.cuda
         sizes = {

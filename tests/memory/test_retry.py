@@ -9,6 +9,7 @@ from transformers import Trainer, TrainerCallback
 
 from liger_trainer.memory.recompute import recompute_of
 from liger_trainer.patching import patch_state
+from liger_trainer.training.failures import out_of_memory_lines
 
 
 class Fails:
@@ -65,6 +66,7 @@ def test_backward_of_a_later_micro_batch_ends_the_run_with_the_cause(tmp_path, p
     """Its gradients have been added to those of the first one."""
     with pytest.raises(torch.OutOfMemoryError) as caught:
         run(tmp_path, put_card, number=4, backward=True, accumulation=2)
+    assert "gradients of earlier micro-batches" in out_of_memory_lines(caught.value, None)[2]
     notes = " ".join(caught.value.__notes__)
     assert "gradients of earlier micro-batches" in notes
     assert "per_device_train_batch_size" in notes
