@@ -38,8 +38,8 @@ SHAPES = ((33, 2048), (37, 200), (33, 3002), (3, 33000))
 EVERY_SIZE = "--every-size" in sys.argv
 # Kernels at the speed of memory: where rows begin on 16 bytes, they have to be read and written in pieces of 16 bytes.
 WIDE = {
-    "_norm_fwd_kernel", "_norm_bwd_kernel", "_gated_fwd_kernel", "_gated_bwd_kernel", "_clamped_swiglu_fwd_kernel",
-    "_clamped_swiglu_bwd_kernel",
+    "_norm_fwd_kernel", "_norm_bwd_kernel", "_gated_fwd_kernel", "_gated_bwd_kernel", "_update_kernel",
+    "_clamped_swiglu_fwd_kernel", "_clamped_swiglu_bwd_kernel",
 }  # fmt: skip
 ALIGNED = [["tt.divisibility", 16]]
 
