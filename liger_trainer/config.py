@@ -76,8 +76,8 @@ class LigerConfig:
             rounding only; runs are bit-reproducible with a number, and with "auto" under
             ``torch.use_deterministic_algorithms(True)``.
         low_memory: Compute the logits of the fused loss twice, 64 to 256 MiB at a time, without an fp32 accumulator
-            for the gradient of ``lm_head``. Saves the accumulator and most of a chunk; makes a trained head 17 to 56 %
-            slower (H100, ``docs/paper.md``).
+            for the gradient of ``lm_head``. Saves the accumulator and most of a chunk; made a trained head 17 to 56 %
+            slower with chunks of 64 MiB (H100, ``docs/paper.md``).
         recompute: ``"auto"``: where activation checkpointing is asked for, recompute as many layers as memory requires
             and no more; where it is not, recompute layers instead of running out of memory. ``"all"``: as the
             arguments say. Acts on GPUs (``docs/memory.md``); not under torch.compile.
