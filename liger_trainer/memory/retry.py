@@ -49,7 +49,12 @@ def retry_out_of_memory() -> None:
             torch.cuda.empty_cache()
         _restore(random, self.args.device)
         logger.warning("liger_trainer: out of memory; this micro-batch runs again with all layers recomputed.")
-        return original(self, model, inputs, *args, **kwargs)
+        try:
+            return original(self, model, inputs, *args, **kwargs)
+        except torch.OutOfMemoryError as error:
+            error.add_note("liger_trainer: this micro-batch needs too much even with all layers recomputed.")
+            error.add_note(ADVICE)
+            raise
 
     training_step.__dict__["_retries_out_of_memory"] = True
     Trainer.training_step = training_step
@@ -59,6 +64,8 @@ def _obstacle(trainer: Trainer, recompute: Recompute) -> str | None:
     """Why a failed micro-batch must not or need not run again; shrinks the budget if it may."""
     if trainer.args.world_size > 1:
         return "the other processes would wait for this one"
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        return "the engine is in the middle of it"
     if type(trainer)._prepare_inputs is not Trainer._prepare_inputs:
         return f"{type(trainer).__name__} makes its inputs anew in each step"
     if recompute.forward_ended and recompute.had_gradients:
@@ -67,7 +74,7 @@ def _obstacle(trainer: Trainer, recompute: Recompute) -> str | None:
     if recompute.forward_ended and any(name in optimizer for name in STEPS_IN_BACKWARD):
         return f"{optimizer} has taken a part of the step in backward"
     if not recompute.give_up_more():
-        return "all of its layers were recomputed already"
+        return "no further layer can recompute"
     return None
 
 

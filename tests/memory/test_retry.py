@@ -17,6 +17,7 @@ class Fails:
 
     def __init__(self, model, number, backward):
         self.calls, self.number, self.backward, self.fired = 0, number, backward, 0
+        self.before = lambda: None
         model.model.layers[2].mlp.register_forward_hook(self.forward)
 
     def forward(self, module, args, output):
@@ -29,10 +30,11 @@ class Fails:
 
     def fail(self, gradient):
         self.fired += 1
+        self.before()
         raise torch.OutOfMemoryError("CUDA out of memory")
 
 
-def run(directory, put, number=0, backward=False, accumulation=1, **config):
+def run(directory, put, number=0, backward=False, accumulation=1, engine=None, **config):
     model = tiny_model("llama", num_hidden_layers=4, attention_dropout=0.1)
     put(FakeCard(10**9))
     args = arguments(
@@ -41,6 +43,8 @@ def run(directory, put, number=0, backward=False, accumulation=1, **config):
     )  # fmt: skip
     trainer = Trainer(model, args, train_dataset=Rows())
     trainer.failing = Fails(model, number, backward)
+    if engine is not None:  # seen from the failure on
+        trainer.failing.before = lambda: setattr(trainer, engine, True)
     trainer.train()
     return trainer
 
@@ -76,8 +80,17 @@ def test_backward_of_a_later_micro_batch_ends_the_run_with_the_cause(tmp_path, p
 def test_nothing_more_to_give_up(tmp_path, put_card, monkeypatch):  # noqa: F811
     """The second failure of a micro-batch is the last: all its layers were recomputed."""
     monkeypatch.setattr(Fails, "forward", lambda self, module, args, output: self.fail(None))
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(torch.OutOfMemoryError) as caught:
         run(tmp_path, put_card, number=1)
+    assert "even with all layers recomputed" in caught.value.__notes__[0]
+    assert "per_device_train_batch_size" in caught.value.__notes__[1]
+
+
+@pytest.mark.parametrize("engine", ["is_deepspeed_enabled", "is_fsdp_enabled"])
+def test_engines_do_not_run_it_again(engine, tmp_path, put_card):  # noqa: F811
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        run(tmp_path, put_card, number=2, engine=engine)
+    assert "the engine is in the middle" in caught.value.__notes__[0]
 
 
 def test_arguments_that_say_themselves_what_is_kept(tmp_path, put_card):  # noqa: F811
