@@ -1,13 +1,12 @@
 """A view of transformers' table of attention functions, in which some functions are ours for one module."""
 
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
 from transformers import AttentionInterface
 
-from .rebinding import forward_function
+from .rebinding import cached_weakly, forward_function
 
 
 def attention_tables(module: nn.Module) -> dict[str, AttentionInterface]:
@@ -18,7 +17,7 @@ def attention_tables(module: nn.Module) -> dict[str, AttentionInterface]:
     return {name: function.__globals__[name] for name in _table_names(function)}
 
 
-@functools.cache
+@cached_weakly
 def _table_names(forward: Any) -> tuple[str, ...]:
     values = ((name, forward.__globals__.get(name)) for name in forward.__code__.co_names)
     return tuple(name for name, value in values if isinstance(value, AttentionInterface))

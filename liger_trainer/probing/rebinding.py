@@ -5,6 +5,7 @@ module weakly, so a patched model is freed as soon as its last user drops it.
 """
 
 import copy
+import functools
 import inspect
 import types
 import weakref
@@ -40,6 +41,19 @@ class ModuleRef:
 
     def __reduce__(self) -> tuple[type["ModuleRef"], tuple[Any]]:
         return ModuleRef, (self(),)
+
+
+def cached_weakly(compute: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """``compute``, called once for each function. Neither keeps the other alive, nor what the function closes over."""
+    known: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+
+    @functools.wraps(compute)
+    def cached(function: Any) -> Any:
+        if function not in known:
+            known[function] = compute(function)
+        return known[function]
+
+    return cached
 
 
 class Missing:
@@ -145,7 +159,7 @@ def rebind(function: Callable, replaced: Mapping[str, Any]) -> types.FunctionTyp
         namespace = {**inner.__globals__, **replaced}
         # torch.compile looks a name up in the module named here, which has the original, or else in these globals.
         namespace.pop("__name__", None)
-        return _copy(inner, namespace, inner.__closure__)
+        return _copy(inner, namespace, inner.__closure__, own_code=True)
 
     return replace_innermost(function, with_globals)
 
@@ -173,8 +187,12 @@ def replace_innermost(function: Callable, replace: Callable[[types.FunctionType]
     return copied
 
 
-def _copy(function: types.FunctionType, namespace: dict[str, Any], closure: Any) -> types.FunctionType:
-    copied = types.FunctionType(function.__code__, namespace, function.__name__, function.__defaults__, closure)
+def _copy(
+    function: types.FunctionType, namespace: dict[str, Any], closure: Any, own_code: bool = False
+) -> types.FunctionType:
+    # torch.compile keeps what it compiled with the code object, and its functions in the globals of the first caller.
+    code = function.__code__.replace() if own_code else function.__code__
+    copied = types.FunctionType(code, namespace, function.__name__, function.__defaults__, closure)
     copied.__kwdefaults__, copied.__module__ = function.__kwdefaults__, function.__module__
     copied.__dict__.update(function.__dict__)
     return copied

@@ -1,11 +1,12 @@
 """Which children a forward calls on one and the same input, read from its source."""
 
 import ast
-import functools
 import inspect
 import textwrap
 import types
 from collections.abc import Iterator
+
+from .rebinding import cached_weakly
 
 _CONDITIONAL = (
     ast.If, ast.IfExp, ast.For, ast.While, ast.Try, ast.With, ast.BoolOp, ast.Lambda, ast.ListComp, ast.GeneratorExp,
@@ -13,7 +14,7 @@ _CONDITIONAL = (
 )  # fmt: skip
 
 
-@functools.cache
+@cached_weakly
 def shared_inputs(forward: types.FunctionType) -> tuple[tuple[str, ...], ...]:
     """Groups of children that ``forward`` calls with the same argument of its own, each once and in every call.
 

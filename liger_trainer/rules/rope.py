@@ -19,7 +19,7 @@ from ..config import LigerConfig
 from ..kernels import reference
 from ..kernels.rope import rope
 from ..probing.probe import TOLERANCE, difference, generator
-from ..probing.rebinding import forward_function, rebind
+from ..probing.rebinding import cached_weakly, forward_function, rebind
 from ..probing.rule import Acted, Match, Rule, Skip
 
 BATCH, TOKENS, HEADS, KV_HEADS, HEAD_DIM = 2, 5, 4, 2, 16
@@ -78,7 +78,7 @@ class Form(NamedTuple):
         return cos.shape[-1] * (2 if self.tables is Tables.PAIRS else 1)
 
 
-@functools.cache
+@cached_weakly
 def _rotary_names(forward: types.FunctionType) -> tuple[str, ...]:
     """Names in ``forward`` that are module-level functions with parameters ``cos`` and ``sin``."""
     names = []
@@ -129,7 +129,7 @@ def _layout(original: Callable) -> tuple[list[str], int]:
     return names, len(states)
 
 
-@functools.cache
+@cached_weakly
 def _probe_function(original: Callable) -> Form:
     names, num_states = _layout(original)
     tries = []  # (q, k, cos, sin, unsqueeze_dim, theirs)

@@ -1,13 +1,14 @@
 """Probe copies, skips and rebinding: the module that is probed never changes, and reasons are kept."""
 
 import functools
+import weakref
 
 import pytest
 import torch
 from torch import nn
 
 from liger_trainer.probing.probe import difference, probe_copy, settings_key
-from liger_trainer.probing.rebinding import free_attribute, rebind
+from liger_trainer.probing.rebinding import cached_weakly, free_attribute, rebind
 from liger_trainer.probing.rule import Skip, errors_skip
 
 factor = 2
@@ -32,6 +33,38 @@ def test_a_rebound_function_sees_other_globals_also_inside_a_wrapper():
     elsewhere = functools.wraps(scaled)(lambda x: x)  # does not hold the function it wraps
     with pytest.raises(Skip, match="cannot be rebuilt"):
         rebind(elsewhere, {"factor": 5})
+
+
+def test_copies_of_one_function_are_compiled_apart():
+    """torch.compile keeps its code with the code object; taken by another copy, it misses what was put in globals."""
+
+    def forward(x):
+        x = helper(x)
+        torch._dynamo.graph_break()
+        return helper(x)
+
+    torch.compiler.reset()
+    for factor in (2, 3, 5):
+        copied = rebind(forward, {"helper": lambda x, factor=factor: x * factor})
+        assert torch.compile(copied, backend="eager")(torch.ones(2)).tolist() == [factor**2] * 2
+
+
+def helper(x):
+    raise AssertionError("each copy has another")
+
+
+def test_a_cache_does_not_keep_what_a_function_closes_over():
+    calls = []
+
+    def make():
+        big = nn.Linear(2, 2)
+        return lambda: big, weakref.ref(big)
+
+    function, big = make()
+    cached = cached_weakly(lambda function: calls.append(1) or len(calls))
+    assert (cached(function), cached(function)) == (1, 1)
+    del function
+    assert big() is None
 
 
 def test_errors_become_skips_with_the_reason():
