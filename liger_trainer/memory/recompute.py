@@ -101,6 +101,7 @@ class Recompute:
     cautious: bool = False  # the next forward recomputes all layers
     had_gradients: bool = False  # before the last forward
     forward_ended: bool = False
+    in_model: bool = False  # whether the model's forward runs; its layers may be called without it
     told: set[str] = field(default_factory=set)
     most: int = -1  # layers that recompute, as the report says
     # Outputs of first layers, which live as long as their graph: a loss may take several forwards.
@@ -128,7 +129,7 @@ class Recompute:
         self.flags[index] = layer.gradient_checkpointing
         run = self.run
         if run is None or self.flags[index] != run.asked:
-            self.run = None
+            self.run = self.last = None
             return call(layer, *args, **kwargs)
         kind = self.measured.note_layer(index, layer)
         recomputes = self._recomputes(run, index, kind)
@@ -143,12 +144,17 @@ class Recompute:
         self.logged.layers += recomputes
         if index == self.count - 1:
             run.end = run.card.allocated()
+            self.forward_ended = not self.in_model
         return output
+
+    def before_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook of the model."""
+        self.in_model = True
 
     def after_forward(self, module: nn.Module, args: tuple, output: Any) -> None:
         """Forward hook of the model: measure its head, and say what was decided."""
-        run, self.run = self.run, None
-        if run is None or run.end is None:
+        run, self.run, self.in_model = self.run, None, False
+        if run is None or run.end is None or output is None:  # None: it has failed
             return
         self.forward_ended = True
         self.measured.note_head(max(0, run.card.allocated() - run.end), run.tokens)
@@ -202,7 +208,7 @@ class Recompute:
             self.measured = Measured(parameters.signature)
         self.had_gradients = parameters.has_gradients
         reading = card.read()
-        if self.retries is not None and reading.retries > self.retries:
+        if self.retries is not None and reading.retries > self.retries and self.lost < AFTER_FAILURE * reading.total:
             self.lost += AFTER_RETRY * reading.total
         self.retries = reading.retries
         tokens, output = hidden.shape[:-1].numel(), hidden.numel() * hidden.element_size()

@@ -55,6 +55,7 @@ def probe(model: nn.Module, config: LigerConfig) -> Match:
         wraps=tuple(
             (layer, functools.partial(recompute.wrap, index, type(layer).forward)) for index, layer in enumerate(layers)
         ),
+        before=recompute.before_forward,
         after=recompute.after_forward,
         acted=acted,
     )
