@@ -4,6 +4,7 @@ import copy
 import json
 from collections.abc import Callable
 from contextlib import nullcontext
+from importlib.util import find_spec
 from typing import Any, cast
 
 import torch
@@ -217,6 +218,7 @@ def planned_report(argv: list[str]) -> LigerReport | None:
 def build_trainer(recipe: Recipe) -> Trainer:
     """The recipe's Trainer, ready to train. The training arguments apply ``use_liger`` by themselves."""
     args, run = recipe.training, recipe.run
+    _check_packages(recipe)
     set_seed(args.seed)
     dataset = build_dataset(recipe)
     tokenizer = build_tokenizer(recipe, dataset)
@@ -269,6 +271,14 @@ def _metered(trainer: Trainer) -> Trainer:
     """The trainer with our callback before the others, so that the reporters see its keys."""
     trainer.callback_handler.callbacks.insert(0, ThroughputCallback())
     return trainer
+
+
+def _check_packages(recipe: Recipe) -> None:
+    """Raise ``RecipeError`` if a package is missing that only some recipes need."""
+    model = recipe.model
+    for key, package in (("use_peft", "peft"), ("load_in_4bit", "bitsandbytes"), ("load_in_8bit", "bitsandbytes")):
+        met = find_spec(package) is not None or not getattr(model, key)
+        require(met, key, True, f"false unless {package} is installed: pip install {package}")
 
 
 def _split(dataset: Dataset | IterableDataset, recipe: Recipe) -> dict[str, Any]:

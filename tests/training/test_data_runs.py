@@ -61,6 +61,15 @@ def test_the_trainer_streams_pairs_and_logs_to_tensorboard(tmp_path, streamed):
         assert len(events.Scalars(name)) >= 1
 
 
+def test_a_missing_package_is_named(tmp_path, streamed, monkeypatch):
+    monkeypatch.setattr("liger_trainer.training.build.find_spec", lambda name: None)
+    for key, package in (("use_peft", "peft"), ("load_in_8bit", "bitsandbytes")):
+        recipe = parse_recipe([write_recipe(tmp_path, **streamed)])
+        setattr(recipe.model, key, True)
+        with pytest.raises(RecipeError, match=f"{key}: got True; must be false unless .*pip install {package}"):
+            build_trainer(recipe)
+
+
 def test_what_a_stream_needs(tmp_path, streamed):
     for changes, message in (
         ({"max_steps": -1}, "max_steps: got -1; must be at least 1 with streaming"),
