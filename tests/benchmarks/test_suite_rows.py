@@ -146,8 +146,8 @@ def test_a_spent_budget_an_absent_package_and_a_known_oom_start_no_worker(tmp_pa
     absent = replace(peers.PEERS["liger"], packages=("a_package_nobody_has",))
     monkeypatch.setitem(peers.PEERS, "liger", absent)
     started = []
-    monkeypatch.setattr(train, "launch", lambda job, timeout: started.append(job["arm"]) or
-                        (OOM if job["arm"] == "hf" else GOOD) | {"seconds": 1.0})  # fmt: skip
+    monkeypatch.setattr(train, "launch", lambda jobs, timeout: started.append(jobs[0]["arm"]) or
+                        [(OOM if jobs[0]["arm"] == "hf" else GOOD) | {"seconds": 1.0}])  # fmt: skip
     options = ["step_1b", "--points", "llama-3.2-1b 8x", "--rounds", "2", "--out", str(tmp_path), "--commit", "a"]
     run = train.Run(train.parse_args([*options, "--arms", "hf,ours,liger"]), HELLO)
     run.work()
@@ -168,7 +168,7 @@ def test_a_spent_budget_an_absent_package_and_a_known_oom_start_no_worker(tmp_pa
 def test_the_rows_of_a_place_are_held_against_hf_whichever_comes_first(tmp_path, monkeypatch):
     norms = {"ours": 2.2, "hf": 2.0, "liger": 2.05}
     monkeypatch.setattr(
-        train, "launch", lambda job, timeout: GOOD | {"seconds": 1.0, "first_grad_norm": norms[job["arm"]]}
+        train, "launch", lambda jobs, timeout: [GOOD | {"seconds": 1.0, "first_grad_norm": norms[jobs[0]["arm"]]}]
     )
     monkeypatch.setattr(train, "missing_packages", lambda job: [])
     options = ["two_gpus", "--launches", "FSDP2", "--rounds", "1", "--out", str(tmp_path), "--arms", "ours,hf,liger"]
