@@ -6,6 +6,8 @@ and the SpladePooling module computes the pooled scores from them. Everything el
 
 import functools
 import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,26 +23,41 @@ from .patching import core_model
 _STATE = "_liger_splade"
 
 
-class _Head:
-    """The settings of one encoder; its methods are hooks and replacements."""
+class HiddenProjection:
+    """A vocabulary projection that returns its input where that is wanted. ``project`` takes its forward's place."""
 
     def __init__(self, projection: nn.Linear):
-        self.calls_fused = 0
-        self._projection = projection
+        self.projection = projection
         self._active = PerThread()
 
     def before(self, module: nn.Module, args: tuple) -> None:
-        """Forward pre-hook of the Transformer module."""
+        """Forward pre-hook of a module in which it is wanted."""
         self._active.slot.value = True
 
     def after(self, module: nn.Module, args: tuple, output: Any) -> None:
-        """Forward hook of the Transformer module."""
+        """Forward hook of that module."""
         self._active.slot.value = None
 
+    @contextmanager
+    def handed_on(self) -> Iterator[None]:
+        """Return hidden states in this context."""
+        self._active.slot.value = True
+        try:
+            yield
+        finally:
+            self._active.slot.value = None
+
     def project(self, input: Tensor) -> Tensor:
-        """The projection's forward: within the encoder, its input."""
-        projection = self._projection
-        return input if self._active.slot.value else type(projection).forward(projection, input)
+        """The projection's forward."""
+        return input if self._active.slot.value else type(self.projection).forward(self.projection, input)
+
+
+class _Head(HiddenProjection):
+    """The settings of one encoder; its methods are hooks and replacements."""
+
+    def __init__(self, projection: nn.Linear):
+        super().__init__(projection)
+        self.calls_fused = 0
 
     def pool(self, pooling: Any, features: dict[str, Any]) -> dict[str, Any]:
         """SpladePooling's forward, of hidden states."""
@@ -52,7 +69,7 @@ class _Head:
             mask = pad_sequence([torch.ones_like(row[:, 0]) for row in rows], batch_first=True)
         self.calls_fused += 1
         scores = linear_splade(
-            hidden, self._projection.weight, self._projection.bias, mask, pooling=pooling.pooling_strategy,
+            hidden, self.projection.weight, self.projection.bias, mask, pooling=pooling.pooling_strategy,
             activation=pooling.activation_function,
         )  # fmt: skip
         device = hidden.device.type
@@ -110,12 +127,21 @@ def _parts(model: nn.Module) -> tuple[nn.Module, Any, nn.Linear]:
     core = core_model(model)
     if len(children) != 2 or names[1] != "SpladePooling" or not isinstance(core, PreTrainedModel):
         raise ValueError(f"model: got modules {', '.join(names)}; must be a Transformer and a SpladePooling")
-    projection: Any = core.get_output_embeddings()
+    return children[0], children[1], projection_of(core)
+
+
+def projection_of(model: PreTrainedModel) -> nn.Linear:
+    """The vocabulary projection of a masked language model.
+
+    Raises:
+        ValueError: It is not a plain ``nn.Linear``.
+    """
+    projection: Any = model.get_output_embeddings()
     if type(projection) is not nn.Linear or "forward" in vars(projection):
         raise ValueError(f"model: got output embeddings {type(projection).__name__}; must be a plain nn.Linear")
     if not is_plain(projection.weight):
         raise ValueError(f"model: got a weight of type {type(projection.weight).__name__}; must be a plain tensor")
-    return children[0], children[1], projection
+    return projection
 
 
 def _embeddings(transformer: nn.Module, pooling: nn.Module) -> Tensor:

@@ -14,6 +14,7 @@ from datasets import Dataset, IterableDataset
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
     AutoTokenizer,
     DataCollatorForSeq2Seq,
     PreTrainedConfig,
@@ -30,7 +31,7 @@ from ..callbacks import FlaggedLigerCallback, apply_for
 from ..kernels.reference import IGNORE_INDEX
 from ..medusa.model import MedusaModel
 from ..report import LigerReport
-from . import data, post_training, synthetic
+from . import data, post_training, splade, synthetic
 from .failures import MainProcessError
 from .recipe import OF_TEXTS, Recipe, parse_recipe, peek
 from .recipe_arguments import EMBEDDED, SYNTHETIC, RecipeError, require
@@ -102,7 +103,7 @@ def build_dataset(recipe: Recipe) -> Dataset | IterableDataset:
         return data.in_memory(pairs, run.dataset_split)
     with recipe.training.main_process_first():  # the others then read its download from the cache
         dataset = data.load(run.dataset, run.dataset_config, run.dataset_split, run.streams)
-    if run.trainer not in OF_TEXTS:
+    if run.trainer not in (*OF_TEXTS, "splade"):
         return dataset  # TRL knows the forms of its own trainers
     dataset = data.select_columns(dataset, run.text_column, run.prompt_column, run.completion_column)
     if run.response_marker is None:
@@ -145,7 +146,7 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTraine
     run, model = recipe.run, recipe.model
     if run.model_config is None:
         return _pretrained(
-            AutoModelForCausalLM,
+            _auto_class(recipe),
             "model_name_or_path",
             recipe.model_name,
             revision=model.model_revision,
@@ -174,7 +175,11 @@ def made_model(recipe: Recipe, config: PreTrainedConfig) -> PreTrainedModel:
     options = {"attn_implementation": recipe.model.attn_implementation, "dtype": recipe.model.dtype}
     if recipe.model.dtype == "auto":
         del options["dtype"]
-    return AutoModelForCausalLM.from_config(config, **options)
+    return _auto_class(recipe).from_config(config, **options)
+
+
+def _auto_class(recipe: Recipe) -> Any:
+    return AutoModelForMaskedLM if recipe.run.trainer == "splade" else AutoModelForCausalLM
 
 
 def with_adapters(recipe: Recipe, model: PreTrainedModel) -> PreTrainedModel:
@@ -224,7 +229,8 @@ def build_trainer(recipe: Recipe) -> Trainer:
     tokenizer = build_tokenizer(recipe, dataset)
     model = build_model(recipe, tokenizer)
     if run.trainer not in OF_TEXTS:
-        trainer = post_training.build(recipe, dataset, tokenizer, model)
+        module = splade if run.trainer == "splade" else post_training
+        trainer = module.build(recipe, dataset, tokenizer, model)
         return trainer if run.trainer == "grpo" else _metered(trainer)  # the tokens of a step are generated in it
     # With a response_marker the data has its own prompt template, which replaces the chat template.
     as_chat = tokenizer.chat_template and run.response_marker is None

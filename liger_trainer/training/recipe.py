@@ -29,7 +29,7 @@ from .shipped import recipe_file
 
 TRAINERS = {
     "trainer": "LigerTrainingArguments", "sft": "LigerSFTConfig", "dpo": "LigerDPOConfig", "grpo": "LigerGRPOConfig",
-    "gkd": "LigerGKDConfig",
+    "gkd": "LigerGKDConfig", "splade": "LigerTrainingArguments",
 }  # fmt: skip
 OF_TEXTS = ("trainer", "sft")
 # Names that other tools use, which are spelled too differently to be found as the nearest key.
@@ -80,7 +80,7 @@ class _Parser(HfArgumentParser):
 def argument_classes(trainer: str) -> list[Any]:
     """The dataclasses whose fields are the keys of a recipe with this ``trainer``."""
     classes = [RecipeArguments, ModelConfig, getattr(arguments, TRAINERS[trainer]), MedusaArguments]
-    return [*classes, TokenArguments] if trainer == "trainer" else classes
+    return [*classes, TokenArguments] if trainer in ("trainer", "splade") else classes
 
 
 def parse_recipe(argv: list[str]) -> Recipe:

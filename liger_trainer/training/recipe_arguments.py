@@ -54,9 +54,11 @@ class RecipeArguments:
     """
 
     trainer: str = _key(
-        "trainer", "transformers' Trainer (trainer), or TRL's SFT, DPO, GRPO or GKD (sft, dpo, grpo, gkd)."
+        "trainer", "transformers' Trainer (trainer), TRL's sft, dpo, grpo or gkd, or sparse retrieval (splade)."
     )
     reward: str | None = _key(None, "Reward of a completion for grpo: module:function or file.py:function.")
+    flops_weight: float = _key(1e-3, "Weight of the regulariser of splade, which keeps representations sparse.")
+    score_scale: float = _key(1.0, "Factor of splade's scores; below 1 for random weights, whose scores are large.")
     model_config: dict[str, Any] | str | None = _key(  # noqa: RUF009  it makes a field
         None,
         "Config of a model with random weights, such as {model_type: llama, hidden_size: 256}. If "

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import AutoModelForMaskedLM
 
 from liger_trainer.patching import patch_state
 from liger_trainer.training import data
@@ -63,6 +64,20 @@ def test_distillation_from_the_quickstarts_model(pairs, tmp_path):
     assert patch_state(trainer.teacher_model).trl_head.calls_fused > 0
 
 
+def test_splade(pairs, tmp_path):
+    runs = []
+    for flag in ("false", "true"):
+        argv = ["splade_quickstart", *SHORT, "--output_dir", str(tmp_path), "--use_liger", flag]
+        trainer = build_trainer(parse_recipe(argv))
+        trainer.train()
+        runs.append([(e["loss"], e["accuracy"], e["active_entries"]) for e in trainer.state.log_history if "loss" in e])
+    torch.testing.assert_close(torch.tensor(runs[1]), torch.tensor(runs[0]), rtol=1e-5, atol=1e-6)
+    assert trainer.hidden.project.__func__ is trainer.model.get_output_embeddings().forward.__func__
+    assert patch_state(trainer.model).report.counts["layer_norm"] > 0
+    trainer.save_model()
+    assert AutoModelForMaskedLM.from_pretrained(tmp_path).config.model_type == "bert"
+
+
 def test_rewards(tmp_path):
     assert short_words(["a list of numbers", "", [{"content": "numbers"}]]) == [0.75, 0.0, 0.0]
     (tmp_path / "mine.py").write_text(
@@ -84,6 +99,7 @@ def test_rewards(tmp_path):
         ("dpo_quickstart", ["--reward", "a:b"], "reward: got 'a:b'; must be a function with trainer: grpo"),
         ("grpo_quickstart", ["--reward", "null"], "reward: got None; must be a function with trainer: grpo"),
         ("distill_quickstart", ["--teacher_model_name_or_path", "null"], "teacher_model_name_or_path: got None"),
+        ("splade_quickstart", ["--dataset", "synthetic"], "dataset: got 'synthetic'; must be another one"),
     ],
 )
 def test_mistakes_are_named(name, overrides, message):

@@ -122,7 +122,7 @@ def test_keys_may_be_spelled_with_dashes(tmp_path):
         (
             {"trainer": "stf"},
             [],
-            r"trainer: got 'stf'; must be one of .*gkd \(did you mean 'sft'\?\)",
+            r"trainer: got 'stf'; must be one of .*splade \(did you mean 'sft'\?\)",
         ),
         ({"model_config": None}, [], "give model_name_or_path, or model_config for random weights; got neither"),
         ({"model_config": {"hidden_size": 8}}, [], "model_config: model_type: got 'None'; must be a model type"),
