@@ -31,12 +31,21 @@ def shared_inputs(forward: types.FunctionType) -> tuple[tuple[str, ...], ...]:
     assigned = {n.id for n in ast.walk(function) if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)}
     mentioned = [n.attr for n in ast.walk(function) if isinstance(n, ast.Attribute)]
     groups: dict[str, list[str]] = {}
-    for call in (node for statement in function.body for node in _always_run(statement)):
+    for call in (node for statement in _before_returns(function.body) for node in _always_run(statement)):
         match call:
             case ast.Call(func=ast.Attribute(value=ast.Name(id=name), attr=child), args=[ast.Name(id=x)], keywords=[]):
                 if name == owner and x in parameters and x not in assigned and mentioned.count(child) == 1:
                     groups.setdefault(x, []).append(child)
     return tuple(tuple(names) for names in groups.values() if len(names) > 1)
+
+
+def _before_returns(body: list[ast.stmt]) -> Iterator[ast.stmt]:
+    """The statements up to the first that may return and is no ``return`` itself."""
+    for statement in body:
+        may_return = not isinstance(statement, (ast.Return, ast.FunctionDef))
+        if may_return and any(isinstance(node, ast.Return) for node in ast.walk(statement)):
+            return
+        yield statement
 
 
 def _always_run(node: ast.AST) -> Iterator[ast.AST]:

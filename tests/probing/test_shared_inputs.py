@@ -26,6 +26,17 @@ class Forms(nn.Module):
             return self.b(x)
         return [self.c(x) for _ in range(2)], q, flag and self.d(x), lambda: self.e(x)
 
+    def early(self, x, flag):
+        q = self.a(x)
+        if flag:
+            return q
+        return q + self.b(x)
+
+    def guarded(self, x):
+        if x is None:
+            raise ValueError
+        return self.a(x) + self.b(x)  # [a, b]
+
     def twice(self, x):
         return self.a(x) + self.a(x) + self.b(x)
 
@@ -35,7 +46,8 @@ class Forms(nn.Module):
 
 def test_groups():
     assert shared_inputs(Forms.chained) == (("b", "c"),)
-    for function in (Forms.assigned, Forms.conditional, Forms.twice, Forms.other_arguments):
+    assert shared_inputs(Forms.guarded) == (("a", "b"),)
+    for function in (Forms.assigned, Forms.conditional, Forms.early, Forms.twice, Forms.other_arguments):
         assert shared_inputs(function) == ()
     assert shared_inputs(eval("lambda self, x: self.a(x) + self.b(x)")) == ()
     assert shared_inputs(functools.partial(Forms.chained)) == ()
