@@ -6,8 +6,10 @@
 Forward: one narrow GEMM gives ``u = x A^T`` for all A stacked. The ``u_i B_i^T`` are added to the base products.
 Saved: x once, u, and the weights. Backward: ``du_i = scale_i * dy_i B_i`` and ``dB_i = scale_i * dy_i^T u_i``;
 then ``dA = du^T x`` and ``dx = sum_i dy_i W_i + du A`` for all projections together, dx in one buffer. Nothing of the
-size of x or y is written besides y and dx. All of it runs in x's dtype, to which A and B are cast; products accumulate
-in fp32.
+size of x or y is written besides y and dx. Products accumulate in fp32.
+
+All of it runs in x's dtype, unless A or B is wider and autocast is off: then u, du, dA and dB, which are products with
+A and B alone, are computed in their dtype. A projection whose output is not used gets no gradients.
 
 Memory traffic beyond the base GEMMs: x and y read, y written; dy read twice, x read, dx read and written.
 
@@ -17,6 +19,8 @@ saved: backward recomputes it from gate and up, in the kernel that computes thei
 Under activation checkpointing the op is two nodes, as in ``gated_linear``: the second forward stops before the GEMMs.
 """
 
+import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -93,7 +97,7 @@ def _compute(outs: Sequence[Any], x: Tensor, u: Tensor, scales: Sequence[float],
             source = as_rows(base)
         else:
             out.zero_()
-        update(source, own, b.t(), scale, out)
+        update(source, own.to(x.dtype), b.t(), scale, out)
         if weight is None and bias is not None:
             out.add_(bias.to(x.dtype))
 
@@ -129,8 +133,9 @@ class _Save(Function):
         """Save what backward needs; of the products, compute u alone. A gated x is an output: it is not saved."""
         fields = _fields(tensors)
         hidden = x if gating is None else gated_fwd(*_halves(x, up), gating)
-        u = narrow(as_rows(hidden), _stacked([a for *_, a, _ in fields]))
-        ctx.set_materialize_grads(False)  # u would get zeros
+        stacked = _stacked([a for *_, a, _ in fields])
+        u = narrow(as_rows(hidden).to(stacked.dtype), stacked)
+        ctx.set_materialize_grads(False)  # u and unused results would get zeros
         ctx.gating, ctx.scales = gating, scales
         ctx.has_base = [base is not None for base, *_ in fields]
         ctx.quantised = [None if torch.is_tensor(weight) else weight for _, weight, *_ in fields]
@@ -147,25 +152,31 @@ class _Save(Function):
         weights = [saved[i : i + 3] for i in range(0, len(saved), 3)]
         for each, quantised in zip(weights, ctx.quantised, strict=True):
             each[0] = each[0] if quantised is None else quantised
-        pairs = zip(grads, weights, strict=True)
-        douts = [x.new_zeros(*x.shape[:-1], w[2].shape[0]) if grad is None else grad for grad, w in pairs]
         needs_x, needs_up, _, _, *needs = ctx.needs_input_grad
-        needed = _fields(needs)
+        needed, used = _fields(needs), [grad is not None for grad in grads]
+        if not any(used):
+            return (None,) * len(ctx.needs_input_grad)
         if torch.is_grad_enabled():
             # Any base and bias will do: the gradients do not depend on their values.
             tensors: list[Any] = []
-            for dout, (weight, a, b), need, has_base in zip(douts, weights, needed, ctx.has_base, strict=True):
-                base = torch.zeros_like(dout, requires_grad=need[0]) if has_base else None
+            for dout, (weight, a, b), need, has_base in zip(grads, weights, needed, ctx.has_base, strict=True):
+                base = None if dout is None or not has_base else torch.zeros_like(dout, requires_grad=need[0])
                 bias = b.new_zeros(b.shape[0], requires_grad=True) if need[2] else None
                 tensors += [base, weight, bias, a, b]
-            return differentiate(_Save.definition, (x, up, ctx.gating, ctx.scales, *tensors), (None, None, *douts))
-        dx, dup, gradients = _backward(x, up, ctx.gating, u, ctx.scales, weights, douts, needs_x or needs_up, needed)
-        return dx, dup, None, None, *(g for found in gradients for g in found)
+            return differentiate(_Save.definition, (x, up, ctx.gating, ctx.scales, *tensors), (None, None, *grads))
+        if not all(used):
+            parts = u.split([a.shape[0] for _, a, _ in weights], 1)
+            u = torch.cat([*itertools.compress(parts, used)], 1)
+        each = ([*itertools.compress(rows, used)] for rows in (ctx.scales, weights, grads, needed))
+        dx, dup, gradients = _backward(x, up, ctx.gating, u, needs_x or needs_up, *each)
+        found = iter(gradients)
+        rows = (next(found) if is_used else (None,) * FIELDS for is_used in used)
+        return dx, dup, None, None, *itertools.chain.from_iterable(rows)
 
 
 def _backward(
-    x: Tensor, up: Tensor | None, gating: Gating | None, u: Tensor, scales: Sequence[float],
-    weights: Sequence[Sequence[Any]], douts: Sequence[Tensor], needs_x: bool, needed: Sequence[tuple],
+    x: Tensor, up: Tensor | None, gating: Gating | None, u: Tensor, needs_x: bool, scales: Sequence[float],
+    weights: Sequence[Sequence[Any]], douts: Sequence[Tensor], needed: Sequence[tuple],
 ) -> tuple[Tensor | None, Tensor | None, list[list[Tensor | None]]]:  # fmt: skip
     """The gradients of x and up, and those of the fields of each projection."""
     needs_a, needs_weight = any(need[3] for need in needed), any(need[1] for need in needed)
@@ -176,24 +187,25 @@ def _backward(
     gradients: list[list[Tensor | None]] = []
     for dout, scale, (weight, a, b), need in zip(douts, scales, weights, needed, strict=True):
         dy, span = as_rows(dout), slice(start, start + a.shape[0])
+        wide = dy.to(u.dtype)
         start += a.shape[0]
         if du is not None:
-            narrow(dy, b.t(), scale, du[:, span])
+            narrow(wide, b.t(), scale, du[:, span])
         if dx is not None and weight is not None:
             weight = weight.to(x.dtype)
             torch.addmm(dx, dy, weight, out=dx) if is_filled else torch.mm(dy, weight, out=dx)
             is_filled = True
         dbias = dy.sum(0, dtype=torch.float32 if x.dtype.itemsize < 4 else None) if need[2] else None
-        db = tall(u[:, span], dy, scale, b.dtype, transposed=True) if need[4] else None
+        db = tall(u[:, span], wide, scale, transposed=True) if need[4] else None
         gradients.append([dout if need[0] else None, None, dbias, None, db])
     if dx is not None and du is not None:
         dx = dx if is_filled else dx.zero_()
-        update(dx, du, _stacked([a for _, a, _ in weights]), 1.0, dx)
+        update(dx, du.to(x.dtype), _stacked([a for _, a, _ in weights]), 1.0, dx)
     dgate, dup, rows = dx, None, x
     if gating is not None:
         dgate, dup, rows = _gate_gradients(x, up, gating, dx, needs_a or needs_weight)
     if du is not None and needs_a:
-        das = tall(du, as_rows(rows), 1.0, weights[0][1].dtype).split([a.shape[0] for _, a, _ in weights])
+        das = tall(du, as_rows(rows).to(du.dtype), 1.0).split([a.shape[0] for _, a, _ in weights])
         for found, da, need in zip(gradients, das, needed, strict=True):
             found[3] = da if need[3] else None
     for found, dout, need in zip(gradients, douts, needed, strict=True):
@@ -248,10 +260,11 @@ class _Fill(Function):
         outs, (x, u, scales, *tensors) = arguments[:count], arguments[count:]
         _compute(outs, x, u, scales, tensors)
         ctx.mark_dirty(*outs)
+        ctx.set_materialize_grads(False)
         return outs
 
     @staticmethod
-    def backward(ctx: Any, *douts: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *douts: Tensor | None) -> tuple[Tensor | None, ...]:
         """Return the gradients as those of the results."""
         return None, *douts, *(None,) * (len(ctx.needs_input_grad) - 1 - len(douts))
 
@@ -290,8 +303,9 @@ def lora_linears(x: Tensor, projections: Sequence[Projection]) -> tuple[Tensor, 
 
     Args:
         x: ``[..., H]``, fp16, bf16, fp32 or fp64. Under autocast it is cast to autocast's dtype.
-        projections: at least one. ``weight`` has x's dtype, or any under autocast; ``a``, ``b`` and ``bias`` have any
-            floating dtype and are cast to that of the computation.
+        projections: at least one. ``weight`` has x's dtype, or any under autocast. ``a``, ``b`` and ``bias`` have any
+            floating dtype. ``bias`` is cast to that of the computation, and so are ``a`` and ``b`` under autocast;
+            without it, the products with them are computed in the widest dtype among theirs and x's.
 
     Returns:
         ``[..., O]`` for each projection, in the dtype of the computation.
@@ -338,7 +352,11 @@ def gated_lora_linear(gate: Tensor, up: Tensor | None, projection: Projection, a
 
 def _run(x: Tensor, up: Tensor | None, gating: Gating | None, projections: Sequence[Projection]) -> tuple[Any, ...]:
     scales = tuple(float(p.scale) for p in projections)
-    tensors = [t for p in projections for t in (p.base, p.weight, p.bias, p.a, p.b)]
+    # These casts are differentiable, so what is saved of A and B under autocast are copies, as torch's own layers save.
+    adapters = [p.a.dtype for p in projections] + [p.b.dtype for p in projections]
+    is_cast = torch.is_autocast_enabled(x.device.type)
+    dtype = x.dtype if is_cast else functools.reduce(torch.promote_types, adapters, x.dtype)
+    tensors = [t for p in projections for t in (p.base, p.weight, p.bias, p.a.to(dtype), p.b.to(dtype))]
     if torch.compiler.is_compiling():
         return _Save.definition(x, up, gating, scales, *tensors)[2:]
     if not are_saved_tensors_hooked() or not torch.is_grad_enabled():

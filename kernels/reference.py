@@ -308,8 +308,12 @@ def lora_linear(
     x: Tensor, a: Tensor, b: Tensor, scale: float = 1.0, weight: Tensor | None = None, bias: Tensor | None = None,
     base: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """``x W^T + bias + scale * (x a^T) b^T``, all in ``x``'s dtype; ``base`` takes the place of the base product."""
-    out = scale * F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype))
+    """``x W^T + bias + scale * (x a^T) b^T``, in ``x``'s dtype; ``base`` takes the place of the base product.
+
+    Where ``a`` or ``b`` is wider than ``x``, the adapter's product is computed in its dtype, then rounded to ``x``'s.
+    """
+    dtype = torch.promote_types(x.dtype, torch.promote_types(a.dtype, b.dtype))
+    out = (scale * F.linear(F.linear(x.to(dtype), a.to(dtype)), b.to(dtype))).to(x.dtype)
     if weight is not None:
         out = F.linear(x, weight.to(x.dtype)) + out
     if bias is not None:

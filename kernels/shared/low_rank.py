@@ -76,7 +76,7 @@ def narrow(x: Tensor, w: Tensor, scale: float = 1.0, out: Tensor | None = None) 
 
     Args:
         x: ``[N, H]``.
-        w: ``[r, H]``, any floating dtype.
+        w: ``[r, H]``, in ``x``'s dtype.
         scale: multiplies the product.
         out: ``[N, r]`` to write to.
 
@@ -84,14 +84,14 @@ def narrow(x: Tensor, w: Tensor, scale: float = 1.0, out: Tensor | None = None) 
         ``out``, or a new tensor in ``x``'s dtype.
     """
     out = x.new_empty(x.shape[0], w.shape[0]) if out is None else out
-    return torch.addmm(out, x, w.to(x.dtype).t(), beta=0, alpha=scale, out=out)
+    return torch.addmm(out, x, w.t(), beta=0, alpha=scale, out=out)
 
 
-def tall(u: Tensor, x: Tensor, scale: float, dtype: torch.dtype, transposed: bool = False) -> Tensor:
-    """``scale * u^T x`` in ``dtype``: ``[r, H]``, or its transpose; ``u`` is ``[N, r]`` and ``x`` ``[N, H]``."""
+def tall(u: Tensor, x: Tensor, scale: float, transposed: bool = False) -> Tensor:
+    """``scale * u^T x``: ``[r, H]``, or its transpose; ``u`` is ``[N, r]``, and ``x`` ``[N, H]`` in ``u``'s dtype."""
     first, second = (x, u) if transposed else (u, x)
     out = x.new_empty(first.shape[1], second.shape[1])
-    return torch.addmm(out, first.t(), second, beta=0, alpha=scale, out=out).to(dtype)
+    return torch.addmm(out, first.t(), second, beta=0, alpha=scale, out=out)
 
 
 def update(y: Tensor, u: Tensor, w: Tensor, scale: float, out: Tensor) -> None:

@@ -294,7 +294,7 @@ def _takes(adapter: _Adapter, x: Tensor, autocast: bool) -> bool:
     dtype = a.weight.dtype
     if (type(dropout) is not nn.Identity and type(dropout) is not nn.Dropout) or b.weight.dtype != dtype:
         return False
-    # PEFT casts x to the adapter's dtype. Where that is wider, as fp32 usually is, bf16's range makes it needless.
+    # The op computes wider adapters as PEFT does, but adds their product in x's dtype: fp16 lacks fp32's range.
     return autocast or dtype == x.dtype or (x.dtype == torch.bfloat16 and dtype == torch.float32)
 
 
@@ -357,12 +357,11 @@ def _forward(module: Any, x: Tensor) -> Tensor | None:
         return None
     whole = _projection(module, adapters[0], x)
     out = module._modules["base_layer"](x) if whole is None else unchecked_lora_linears(x, (whole,))[0]
-    dtype = compute_dtype(x)
     for adapter in adapters if whole is None else adapters[1:]:
         inputs = adapter.dropout(x.to(adapter.a.weight.dtype)) if _drops(adapter) else x
-        same = out.dtype == dtype
+        same = out.dtype == compute_dtype(inputs)
         added = lora_linear(
-            inputs.to(dtype), adapter.a.weight, adapter.b.weight, adapter.scale, bias=_bias(adapter),
+            inputs, adapter.a.weight, adapter.b.weight, adapter.scale, bias=_bias(adapter),
             base=out if same else None,
         )  # fmt: skip
         out = added if same else (out + added).to(out.dtype)

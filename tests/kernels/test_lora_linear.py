@@ -131,6 +131,41 @@ def test_autocast():
         assert_no_worse_than_torch(row[0], row[1], row[2], name=f"result {number}", factor=2.5)
 
 
+@pytest.mark.parametrize("hooked", [False, True], ids=["one node", "two nodes"])
+@pytest.mark.parametrize("without", [("base",), ("weight",)], ids=["weights", "outputs"])
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_unused_results_give_no_gradients(without, hooked, create_graph):
+    """None, as torch's own layers, not zeros: an optimizer would decay the weights."""
+    x, projections = make(outs=(20, 9, 33), frozen=(), without=without)
+    tensors = [x, *(t for _, *each in projections for t in each if t is not None)]
+    results = []
+    for function in (ours, definition):
+        with kept_as_they_are(hooked):
+            outs = function(x, projections)
+        loss = outs[0].square().sum() + outs[2].sum()
+        results.append(torch.autograd.grad(loss, tensors, allow_unused=True, create_graph=create_graph))
+    for found, wanted in zip(*results, strict=True):
+        assert (found is None) == (wanted is None)
+        if found is not None:
+            torch.testing.assert_close(found, wanted)
+    assert sum(found is None for found in results[0]) == 4
+
+
+def test_weights_may_change_between_forward_and_backward_under_autocast():
+    """What is saved of A and B are copies in autocast's dtype, as those of torch's own layers."""
+    x, projections = make(without=("base",))
+    with torch.autocast(DEVICE, torch.bfloat16):
+        wanted = run(ours, x, projections)
+        outs = ours(x, projections)
+    [(_, a, b, _, bias, _)] = projections
+    with torch.no_grad():
+        a.add_(1.0)
+        b.mul_(2.0)
+    torch.manual_seed(1)
+    found = torch.autograd.grad(outs, [x, a, b, bias], torch.randn(outs[0].shape, device=DEVICE).to(outs[0].dtype))
+    assert all(torch.equal(f, w) for f, w in zip(found, wanted[1:], strict=True))
+
+
 def test_gradients_of_gradients():
     x, [(scale, a, b, weight, bias, _)] = make(without=("base",))
     leaves = [t.detach().double().requires_grad_() for t in (x, a, b, bias)]

@@ -88,6 +88,26 @@ def test_variants(options, base):
     pair.same(step)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_fp32_adapters_of_a_bf16_layer_have_pefts_gradients(dropout):
+    """Without autocast PEFT computes them in fp32."""
+    torch.manual_seed(0)
+    plain = inject_adapter_in_model(
+        lora(target_modules=["first"], lora_dropout=dropout), nn.ModuleDict({"first": nn.Linear(32, 24)})
+    )["first"]
+    plain.base_layer.bfloat16()
+    layer = copy.deepcopy(plain)
+    assert layers_of(apply_liger(nn.ModuleDict({"first": layer}))) == 1
+    x, dy = torch.randn(40, 32).bfloat16(), torch.randn(40, 24).bfloat16()
+    results = []
+    for each in (plain, layer):
+        torch.manual_seed(1)
+        out = each(x)
+        results.append([out, *torch.autograd.grad(out, [each.lora_A.default.weight, each.lora_B.default.weight], dy)])
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-2, atol=2e-2)
+    torch.testing.assert_close(results[0][1:], results[1][1:], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_autocast_and_checkpointing(dtype):
     pair = ModelPair(wrapped(lora_dropout=0.2))
