@@ -20,8 +20,8 @@
 
 ``vary`` makes one point per value of its only key, named like "Llama-3-8B at sequence length 1024". A point may have
 its own ``warmup``, ``steps`` and ``window``: if a step takes long, few are enough. With ``--smoke`` every recipe's
-``model_config`` is shrunk (``SMOKE_MODEL``, then the suite's ``model``), ``SMOKE_OVERRIDES`` and the suite's
-``overrides`` apply, and ``vary`` there replaces the values of that key.
+``model_config`` is shrunk (``SMOKE_MODEL``, then ``smoke: model``), ``SMOKE_OVERRIDES`` and ``smoke: overrides`` are
+applied, and ``smoke: vary`` replaces the values of a key in the points' ``vary``.
 """
 
 from collections.abc import Sequence
@@ -45,7 +45,8 @@ SMOKE_OVERRIDES = {
     "use_cpu": True, "dtype": "float32", "optim": "adamw_torch", "per_device_train_batch_size": 2, "max_length": 128,
     "dataloader_num_workers": 0,
 }  # fmt: skip
-# Sizes that replace a recipe's own; those that a model type does not have are left out.
+# Sizes that replace those in a recipe's ``model_config``. A size that is not there is left out, but token ids are
+# always set.
 SMOKE_MODEL = {
     "vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 8, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
@@ -80,7 +81,8 @@ class Suite:
     def jobs(self) -> list[dict]:
         """All jobs in order: round by round, and within a round point by point, launch by launch, arm by arm.
 
-        So the arms are interleaved (A B C A B C), and a run that is cut short measures no point twice before all once.
+        So the arms alternate (A B C A B C), and no job is repeated before every job has run once, even if the run is
+        cut short.
         """
         x = {"num_processes": "processes"}.get(self.about["x"]["key"], "x")
         return [

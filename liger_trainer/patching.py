@@ -43,7 +43,7 @@ class PatchState:
     Args:
         config: The options with which the model is patched.
         report: What ``apply_liger`` returned.
-        acted: Of each kind that was applied, whether it has done its work since the last ``count_step``.
+        acted: For each applied kind, one flag per match: whether its op has run since the last ``count_step``.
         fused: The fused loss, if it was applied.
         bound_methods: How many methods were bound to modules of the model.
         adapter_layers: How many of its layers PEFT had wrapped.
@@ -63,7 +63,7 @@ class PatchState:
     handles: list[RemovableHandle] = field(default_factory=list)
 
     def register_forward_pre_hook(self, core: nn.Module, *args: Any, **kwargs: Any) -> RemovableHandle:
-        """The method of that name of the patched model ``core``: our own hooks stay the last.
+        """Replaces the method of this name on the patched model ``core``, so that our own pre-hooks run last.
 
         They judge labels, mask and positions, so they must see them as forward will, after the hooks of others.
         """
@@ -103,8 +103,9 @@ def patch_state(model: nn.Module) -> PatchState | None:
 def apply_liger(model: nn.Module, config: LigerConfig | dict | str | None = None) -> LigerReport:
     """Put the kernels and the fused loss into this model, and change nothing else in the process.
 
-    Works on plain transformers models, PEFT-wrapped ones and models on the meta device. Call it on the outermost
-    wrapper. Applying twice with the same config has no further effect.
+    Works on plain transformers models, PEFT-wrapped ones and models on the meta device. Pass the PEFT model, not the
+    model inside it, and call this before DDP, FSDP2 or ``torch.compile``. Applying twice with the same config has no
+    further effect.
 
     Args:
         model: The model to patch.
@@ -116,7 +117,8 @@ def apply_liger(model: nn.Module, config: LigerConfig | dict | str | None = None
     Raises:
         TypeError: ``model`` is not an ``nn.Module``, or an option has the wrong type.
         ValueError: An option is unknown, the model is already patched with another config, or ``strict=True`` and a
-            candidate cannot be replaced. The model is then left as it was.
+            candidate cannot be replaced. The model does not change, unless an earlier patch was stale: then that patch
+            has been reverted.
     """
     return apply_with(model, LigerConfig.parse(config))
 
@@ -136,7 +138,7 @@ def apply_with(model: nn.Module, config: LigerConfig, known: Mapping[str, Match 
             )
         if not is_stale(core, state) and not any(isinstance(known.get(kind), str) for kind in state.acted):
             return state.report
-        revert_liger(model)  # it was resized, wrapped or unpickled since then, so plan again
+        revert_liger(model)  # the model, or what the caller knows about a kind, has changed since then, so plan again
     plan = _Plan(config, known)
     for name, module in model.named_modules():
         plan.add(name, module, [rule for rule in RULES if not rule.whole_model])
@@ -263,7 +265,10 @@ class _Plan:
                     self._wraps.setdefault(other, []).append(wrapper)
 
     def _add_names(self, module: nn.Module, names: Mapping[str, Any]) -> None:
-        """Collect globals of a forward. Two tables of attention functions under one name become one."""
+        """Collect the globals to replace in the forward of ``module``.
+
+        Of two tables of attention functions, the second is layered over the first.
+        """
         if not names:
             return
         collected = self._names.setdefault(module, {})

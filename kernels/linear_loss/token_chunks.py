@@ -1,7 +1,9 @@
-"""The vocabulary projection in token chunks: the logits of some tokens at a time, each computed once.
+"""The vocabulary projection in chunks of tokens.
 
-All GEMMs are cuBLAS through torch. A chunk's logits live in one reused buffer and become its dlogits there; gradients
-of weight and bias are summed in fp32 over the chunks and rounded once. vocab_chunks.py cuts the logits by vocabulary.
+``forward_by_tokens`` computes all logits once, ``gradients_by_tokens`` once more.
+All GEMMs are torch's (cuBLAS on NVIDIA GPUs). A chunk's logits live in one reused buffer and become its dlogits there;
+gradients of weight and bias are summed in fp32 over the chunks and rounded once. vocab_chunks.py cuts the logits by
+vocabulary.
 """
 
 from collections.abc import Iterator
@@ -83,8 +85,8 @@ class PerToken(NamedTuple):
 class TokenChunks:
     """``hidden @ weight.T + bias`` for the valid rows, one chunk at a time, in the GEMMs' dtype.
 
-    A chunk fills the budget, takes half of the logits on a CPU (see ``halved_on_cpu``), or is larger where the weight
-    gets a gradient (see ``rows_with_weight``).
+    The size of a chunk follows from the budget. If the weight gets a gradient, a chunk may be larger than the budget
+    (see ``rows_with_weight``), and many logits on a CPU are cut into at least two chunks (see ``halved_on_cpu``).
 
     Args:
         params: hidden, weight and bias.
@@ -109,7 +111,10 @@ class TokenChunks:
             self.size = rows_with_weight(count, vocab_size, dtype.itemsize, taken, memory, weight.device)
 
     def _bytes(self) -> ChunkBytes:
-        """What the chunks take; rows are copies where they are gathered or cast."""
+        """The memory that the chunks take.
+
+        Rows of hidden that are gathered or cast are copies, which take memory too.
+        """
         vocab_size, width = self.weight.shape
         gathered, dtype = self.rows.index is not None, self.weight.dtype
         copied = gathered or self.hidden.dtype != dtype
@@ -154,7 +159,7 @@ class TokenChunks:
 class GradientSums:
     """Gradients of hidden, weight and bias, gathered chunk by chunk; those that ``chunks`` does not want cost nothing.
 
-    After fp16 GEMMs the sums stay fp32 until ``scale_gradients`` rounds them, because their scale is applied that late.
+    After fp16 GEMMs the sums stay in fp32 until ``scale_gradients`` has applied their scale. It then rounds them.
     """
 
     def __init__(self, chunks: TokenChunks, params: Params) -> None:

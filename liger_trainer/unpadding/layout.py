@@ -1,7 +1,8 @@
 """Where the tokens of a padded batch go in one row, and how the boundaries between rows reach the attention.
 
-The row holds the real tokens, row by row, and then a trailing part that attends to nothing: the padding just before a
-left-padded row, whose hidden state predicts that row's first token, and filler up to a round number of tokens.
+The packed row holds the real tokens of each row of the batch in turn, and then a trailing part that attends to nothing.
+The trailing part has the padding just before each left-padded row, because its hidden state predicts the row's first
+token, and filler up to a multiple of a given number of tokens.
 
 The boundaries travel as a 4-D attention mask, which transformers hands to every attention layer as it is. The mask is
 int32, ``[1, 2, longest row, rows + 1]``, and expanded along the third dimension, so it takes no memory.
@@ -99,7 +100,7 @@ class Layout:
         return is_per_token(tensor, self.shape)
 
     def scatter(self, tensor: Tensor) -> Tensor:
-        """An output of the layers in the shape of the batch; zero at padding.
+        """Put an output of the layers back into the shape of the batch; zero at positions that are not in ``index``.
 
         Args:
             tensor: ``[1, total, ...]``, or ``[total, ...]`` where the layers have flattened the batch.

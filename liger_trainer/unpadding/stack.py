@@ -32,16 +32,18 @@ logger = logging.getLogger(__name__)
 
 _CHECKING = threading.RLock()
 
-# Filler brings the number of tokens to a multiple of this. On a GPU another divisibility compiles kernels anew.
+# The number of tokens is filled up to a multiple of this. On a GPU, kernels are compiled again if the divisibility
+# changes.
 MULTIPLE = {"cuda": 128}
-# Full batches are no faster as a row. A batch is un-padded if at most this share of its places is left.
+# Un-padding does not pay where there is little padding. A batch is un-padded if at most this share of its positions
+# remains.
 PAYS_BELOW = 0.9
-# Arguments that would be wrong for a row, or whose outputs would be.
+# If one of these arguments is set, the batch stays padded: the argument or its output would be wrong for a packed row.
 _ORDINARY = ("past_key_values", "use_cache", "output_attentions", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
 
 
 class Pooling(enum.Enum):
-    """Which hidden states a model reads that needs one state of each row."""
+    """Which hidden states a model pools to get one vector for each row."""
 
     LAST = "the last token's, which is found by its id, or is in the last column if there are no ids"
     FIRST_OR_ALL = "the first column's, or all of the mask's"
@@ -99,7 +101,7 @@ class UnpaddedStack:
         return functools.partial(self.forward, original)
 
     def wrap_outer(self, original: Callable) -> Callable:
-        """The forward that takes the place of a module around the stack."""
+        """The forward that replaces that of a module around the stack."""
         return functools.partial(self.forward_outer, original)
 
     def forward_outer(self, original: Callable, outer: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -239,7 +241,7 @@ def is_readable(mask: Any) -> bool:
 
 
 def cannot_be_read(tensor: Tensor) -> bool:
-    """Whether reading its values is an error, or would fix them for all later calls."""
+    """Whether reading its values is an error, or would make them constants of a traced graph."""
     return is_tracing(tensor) or tensor.is_meta or cast(Any, torch._C)._functorch.is_functorch_wrapped_tensor(tensor)
 
 
