@@ -29,7 +29,7 @@ from torch import Tensor
 
 from . import reference
 from .runtime.autograd import Function, are_saved_tensors_hooked, differentiate
-from .runtime.checks import as_rows, check_device, check_floating
+from .runtime.checks import as_rows, check_device, check_rows
 from .runtime.launch import use_triton
 from .shared.gated import ACTIVATIONS, Gating, check_gated, gated_bwd, gated_fwd
 from .shared.low_rank import narrow, tall, update
@@ -57,7 +57,7 @@ class Projection(NamedTuple):
         scale: multiplies the adapter's product.
         weight: ``[O, H]``, a tensor or ``Dequantised``; None without a base product.
         bias: ``[O]``, or None.
-        base: ``[..., O]`` in x's dtype, to which the rest is added, or None.
+        base: ``[..., O]``, to which the rest is added, or None.
     """
 
     a: Tensor
@@ -270,7 +270,7 @@ class _Fill(Function):
 
 
 def _check(x: Tensor, projections: Sequence[Projection], is_cast: bool) -> None:
-    check_floating("x", x)
+    check_rows("x", x)
     if not projections:
         raise ValueError("projections: got none; must be at least one")
     for a, b, _, weight, bias, base in projections:
@@ -284,8 +284,9 @@ def _check(x: Tensor, projections: Sequence[Projection], is_cast: bool) -> None:
                 raise ValueError(f"{name}: got shape {tuple(tensor.shape)}; must be {shape}")
         if weight is not None and base is not None:
             raise ValueError("weight, base: got both; must be one of them, or neither")
-        if torch.is_tensor(weight) and not is_cast and weight.dtype != x.dtype:
-            raise ValueError(f"weight: got dtype {weight.dtype}; must be {x.dtype}, x's dtype, without autocast")
+        for name, tensor in (("weight", weight), ("base", base)):
+            if torch.is_tensor(tensor) and not is_cast and tensor.dtype != x.dtype:
+                raise ValueError(f"{name}: got dtype {tensor.dtype}; must be {x.dtype}, x's dtype, without autocast")
         for name, tensor in (("a", a), ("b", b), ("weight", weight), ("bias", bias), ("base", base)):
             if tensor is not None:
                 check_device(name, cast(Tensor, tensor), x)
@@ -303,9 +304,9 @@ def lora_linears(x: Tensor, projections: Sequence[Projection]) -> tuple[Tensor, 
 
     Args:
         x: ``[..., H]``, fp16, bf16, fp32 or fp64. Under autocast it is cast to autocast's dtype.
-        projections: at least one. ``weight`` has x's dtype, or any under autocast. ``a``, ``b`` and ``bias`` have any
-            floating dtype. ``bias`` is cast to that of the computation, and so are ``a`` and ``b`` under autocast;
-            without it, the products with them are computed in the widest dtype among theirs and x's.
+        projections: at least one. ``weight`` and ``base`` have x's dtype, or any under autocast. ``a``, ``b``
+            and ``bias`` have any floating dtype. ``bias`` is cast to that of the computation, and so are ``a`` and
+            ``b`` under autocast; without it, the products with them are computed in the widest of their dtypes and x's.
 
     Returns:
         ``[..., O]`` for each projection, in the dtype of the computation.
@@ -356,7 +357,9 @@ def _run(x: Tensor, up: Tensor | None, gating: Gating | None, projections: Seque
     adapters = [p.a.dtype for p in projections] + [p.b.dtype for p in projections]
     is_cast = torch.is_autocast_enabled(x.device.type)
     dtype = x.dtype if is_cast else functools.reduce(torch.promote_types, adapters, x.dtype)
-    tensors = [t for p in projections for t in (p.base, p.weight, p.bias, p.a.to(dtype), p.b.to(dtype))]
+    bases = (None if p.base is None else p.base.to(x.dtype) for p in projections)
+    pairs = zip(projections, bases, strict=True)
+    tensors = [t for p, base in pairs for t in (base, p.weight, p.bias, p.a.to(dtype), p.b.to(dtype))]
     if torch.compiler.is_compiling():
         return _Save.definition(x, up, gating, scales, *tensors)[2:]
     if not are_saved_tensors_hooked() or not torch.is_grad_enabled():
@@ -380,7 +383,7 @@ def lora_linear(
         scale: multiplies the adapter's product.
         weight: ``[O, H]``, or None without a base product.
         bias: ``[O]``, or None.
-        base: ``[..., O]`` in x's dtype, to which the rest is added, or None. It is not written to.
+        base: ``[..., O]``, to which the rest is added, or None. It is not written to.
 
     Returns:
         ``[..., O]`` in the dtype of the computation.

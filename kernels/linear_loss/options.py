@@ -35,8 +35,8 @@ class MemoryOptions:
         logits_budget_mib: memory budget, in MiB, for one chunk of logits. Fewer, larger chunks are faster. The fp32 sum
             of the weight's gradient comes on top; it takes as much memory as a bf16 gradient does. A single chunk needs
             no sum, so the budget is ignored when one chunk needs no more memory than several chunks plus the sum.
-            "auto" is 512 MiB, or more while a CUDA device has more free memory (``budget.py`` has the rule). Sizes of
-            chunks change the order of sums: two runs are bit-equal with a number, and with "auto" under
+            "auto" is 512 MiB, or more while a CUDA device has more free memory (``chunk_sizes.py`` has the rule). Sizes
+            of chunks change the order of sums: two runs are bit-equal with a number, and with "auto" under
             ``torch.use_deterministic_algorithms(True)``.
         low_memory: compute the logits twice, in vocabulary chunks of some 8192 columns that take 64 to 256 MiB. This
             needs no sum of the weight's gradient, only one of the gradient of ``hidden`` in fp32. It is slower and

@@ -127,6 +127,11 @@ def test_autocast():
         ], x, projections)  # fmt: skip
     exact = run(definition, *in_dtype(x, projections, torch.float64))
     assert outs[0].dtype == torch.bfloat16
+    x, projections = make(without=("weight",))
+    with torch.autocast(DEVICE, torch.bfloat16):
+        found = run(ours, x, projections)
+    assert found[0].dtype == torch.bfloat16
+    torch.testing.assert_close([f.float() for f in found], run(definition, x, projections), rtol=5e-2, atol=1e-1)
     for number, row in enumerate(zip(inside, theirs, exact, strict=True)):
         assert_no_worse_than_torch(row[0], row[1], row[2], name=f"result {number}", factor=2.5)
 
@@ -197,6 +202,8 @@ def test_bad_input_is_an_error():
         (ValueError, r"bias: got shape", (x, a, b, 1.0, weight, bias[:3])),
         (ValueError, "weight, base: got both", (x, a, b, 1.0, weight, None, base)),
         (ValueError, "weight: got dtype torch.float64", (x, a, b, 1.0, weight.double())),
+        (ValueError, "base: got dtype torch.float64", (x, a, b, 1.0, None, None, base.double())),
+        (ValueError, r"x: got shape \(\)", (x[0, 0, 0], a, b)),
         (ValueError, "a: got device meta", (x, a.to("meta"), b)),
     ):
         with pytest.raises(error, match=words):
