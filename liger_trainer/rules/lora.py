@@ -17,24 +17,24 @@ import functools
 import importlib
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, cast
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..config import LigerConfig
 from ..kernels.lora_linear import Projection, compute_dtype, gated_lora_linear, lora_linear, unchecked_lora_linears
-from ..kernels.runtime.launch import is_plain
 from ..probing.hooks import has_hooks, has_own_call, is_bare_linear
+from ..probing.lora_adapters import TABLES, Adapter, is_off, usable
 from ..probing.probe import TOLERANCE, difference, generator, hollow_copy
 from ..probing.rebinding import Bound, forward_function
 from ..probing.rule import Acted, Match, Rule, Skip
 from ..probing.shared_inputs import shared_inputs
 
 logger = logging.getLogger(__name__)
-_ACTED = "_lora_acted"  # attribute of our forward
-TABLES = ("lora_A", "lora_B", "lora_dropout")
+_ACTED: weakref.WeakKeyDictionary[Any, Acted] = weakref.WeakKeyDictionary()  # of our forwards
 # (dtype of x and the base, dtype of the adapters, whether bf16 autocast is on)
 SAMPLES = (
     (torch.float32, torch.float32, False),
@@ -45,17 +45,6 @@ SAMPLES = (
 )
 FOUR_BIT = ("Linear4bit", "LinearNF4", "LinearFP4")  # bitsandbytes's
 WIDTHS = 16, 12  # of the probe's base layer
-HOOKED = (
-    "liger_trainer: %s runs PEFT's own forward: its adapter's layers have hooks, sharded weights or dtypes that our op "
-    "does not take"
-)
-
-
-class _Adapter(NamedTuple):
-    a: nn.Linear
-    b: nn.Linear
-    dropout: nn.Module
-    scale: float
 
 
 def is_adapter_layer(module: nn.Module) -> bool:
@@ -91,7 +80,7 @@ def probe(module: nn.Module, config: LigerConfig) -> Match:
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             theirs, ours = type(module).forward(copied, x), _forward(copied, x)
         computed = torch.bfloat16 if autocast else dtype
-        if ours is None or difference(ours, theirs) > TOLERANCE[computed]:
+        if isinstance(ours, str) or difference(ours, theirs) > TOLERANCE[computed]:
             raise Skip("its forward is not base(x) + scaling * lora_B(lora_A(x))")
     acted, variant = Acted(), _variant(module._modules["base_layer"])
     return Match("lora", variant, methods={"forward": _bound_forward(type(module).forward, acted)}, acted=acted)
@@ -123,25 +112,24 @@ def _probe_copy(module: nn.Module, dtype: torch.dtype, adapters: torch.dtype) ->
 
 
 def _bound_forward(original: Callable, acted: Acted) -> Callable:
-    has_warned = False
+    told: set[str] = set()
 
     @functools.wraps(original)
     def forward(self: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        nonlocal has_warned
-        # Without an active adapter PEFT's forward does nothing but call the base; it also takes ``adapter_names``.
-        if args or kwargs or _is_off(self):
+        # PEFT's forward also takes ``adapter_names``.
+        if args or kwargs or is_off(self):
             return original(self, x, *args, **kwargs)
         out = _shared_output(self, x)
         out = _forward(self, x) if out is None else out
-        if out is None:
-            if not has_warned and not torch.compiler.is_compiling():
-                has_warned = True
-                logger.warning(HOOKED, type(self).__name__)
+        if isinstance(out, str):
+            if out not in told and not torch.compiler.is_compiling():
+                told.add(out)
+                logger.warning("liger_trainer: %s runs PEFT's own forward: %s", type(self).__name__, out)
             return original(self, x)
         acted.note()
         return out
 
-    forward.__dict__[_ACTED] = acted
+    _ACTED[forward] = acted
     return forward
 
 
@@ -150,12 +138,12 @@ class _Group:
 
     Args:
         layers: The layers.
-        acted: Set when they are computed together.
+        note: Called with whether they are computed together.
     """
 
-    def __init__(self, layers: Sequence[nn.Module], acted: Acted):
+    def __init__(self, layers: Sequence[nn.Module], note: Callable[[bool], None]):
         self.layers = layers
-        self._acted = acted
+        self._note = note
         self._outputs: dict[nn.Module, Tensor] = {}
         self._seen: tuple = ()
 
@@ -166,9 +154,11 @@ class _Group:
             self._seen, self._input = seen, x  # as long as the tensor is held, its id is its own
             taken = [_taken(each, x) for each in self.layers]
             projections = [projection for projection, _ in taken if projection is not None]
-            if len(projections) == len(self.layers):
+            is_whole = len(projections) == len(self.layers)
+            if is_whole:
                 self._outputs = dict(zip(self.layers, unchecked_lora_linears(x, projections), strict=True))
-                self._acted.note()
+            if is_whole or not any(map(is_off, self.layers)):
+                self._note(is_whole)
         return self._outputs.pop(layer, None) if seen == self._seen else None
 
 
@@ -190,12 +180,21 @@ def _shared_output(layer: nn.Module, x: Tensor) -> Tensor | None:
 
 def _grouped_forward(names: Sequence[str], acted: Acted, forward: Callable) -> Callable:
     """``forward`` of a parent, in whose calls the layers of these names are a group."""
+    was_whole = True
+
+    def note(is_whole: bool) -> None:
+        nonlocal was_whole
+        if is_whole:
+            acted.note()
+        if is_whole != was_whole:
+            acted.restate(_group_variant(names, is_whole))
+        was_whole = is_whole
 
     @functools.wraps(forward)
     def wrapper(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return forward(self, *args, **kwargs)
-        outer, _RUNNING.group = _RUNNING.group, _Group([getattr(self, name) for name in names], acted)
+        outer, _RUNNING.group = _RUNNING.group, _Group([getattr(self, name) for name in names], note)
         try:
             return forward(self, *args, **kwargs)
         finally:
@@ -234,12 +233,15 @@ def _variant(base: Any) -> str:
     return "lora_linear" if type(base) is nn.Linear else f"lora_linear, over {type(base).__name__}"
 
 
+def _group_variant(names: Sequence[str], is_whole: bool) -> str:
+    return f"{', '.join(names)} {'as one op' if is_whole else 'one by one'}"
+
+
 def probe_parent(module: nn.Module, config: LigerConfig) -> Match:
     """The group that the module's forward calls on one input."""
     names, acted = _shared_layers(module), Acted()
-    variant = f"{', '.join(names)} as one op"
     wrapper = functools.partial(_grouped_forward, names, acted)
-    return Match("lora", variant, wraps=((module, wrapper),), acted=acted)
+    return Match("lora", _group_variant(names, True), wraps=((module, wrapper),), acted=acted)
 
 
 def outputs_of(layers: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
@@ -264,60 +266,24 @@ def gated_output(layer: nn.Module, gate: Tensor, up: Tensor | None, activation: 
 
 def _taken(layer: nn.Module, x: Tensor) -> tuple[Projection | None, Acted]:
     """What our op needs to be the whole of this layer, if it can, and the layer's ``Acted``."""
-    bound = layer.__dict__.get("forward")
-    acted = bound.function.__dict__.get(_ACTED) if isinstance(bound, Bound) else None
-    if acted is None or torch.compiler.is_compiling() or has_hooks(layer) or _is_off(layer):
+    bound = None if torch.compiler.is_compiling() else layer.__dict__.get("forward")
+    acted = _ACTED.get(bound.function) if isinstance(bound, Bound) else None
+    if acted is None or has_hooks(layer) or is_off(layer):
         return None, Acted()
-    adapters = _usable(layer, x)
-    return (None if adapters is None or len(adapters) > 1 else _projection(layer, adapters[0], x)), acted
+    adapters = usable(layer, x)
+    if isinstance(adapters, str) or len(adapters) > 1:
+        return None, acted
+    return _projection(layer, adapters[0], x), acted
 
 
-def _is_off(module: nn.Module) -> bool:
-    """Whether the adapters are disabled or merged into the base."""
-    attributes = module.__dict__
-    return attributes["_disable_adapters"] or bool(attributes["merged_adapters"])
-
-
-def _active(module: Any) -> Iterator[_Adapter]:
-    """The adapters that act, in their order."""
-    firsts, seconds, dropouts = (module._modules[name]._modules for name in TABLES)
-    for name in module.active_adapters:
-        if name in firsts:
-            yield _Adapter(firsts[name], seconds[name], dropouts[name], module.scaling[name])
-
-
-def _takes(adapter: _Adapter, x: Tensor, autocast: bool) -> bool:
-    """Whether our op may take the place of this adapter's layers."""
-    a, b, dropout, _ = adapter
-    if not is_bare_linear(a) or not is_bare_linear(b) or a.bias is not None or has_own_call(dropout):
-        return False
-    dtype = a.weight.dtype
-    if (type(dropout) is not nn.Identity and type(dropout) is not nn.Dropout) or b.weight.dtype != dtype:
-        return False
-    # The op computes wider adapters as PEFT does, but adds their product in x's dtype: fp16 lacks fp32's range.
-    return autocast or dtype == x.dtype or (x.dtype == torch.bfloat16 and dtype == torch.float32)
-
-
-def _usable(module: Any, x: Tensor) -> list[_Adapter] | None:
-    """The active adapters, or None where PEFT's own forward has to run."""
-    adapters, attributes = [*_active(module)], module.__dict__
-    if not adapters or not is_plain(x) or not attributes.get("cast_input_dtype_enabled", True):
-        return None
-    if any(name in module.active_adapters for name in attributes.get("lora_variant", ())):
-        return None
-    autocast = torch.is_autocast_enabled(x.device.type)
-    if (autocast and x.dtype == torch.float64) or not all(_takes(adapter, x, autocast) for adapter in adapters):
-        return None
-    return adapters
-
-
-def _projection(module: Any, adapter: _Adapter, x: Tensor) -> Projection | None:
+def _projection(module: Any, adapter: Adapter, x: Tensor) -> Projection | None:
     """The base with this adapter as one product, if our op can compute the base."""
     base = module._modules["base_layer"]
-    weight = None if _drops(adapter) else _weight_of(base, x)
-    if weight is None:
+    weight = None if adapter.drops else _weight_of(base, x)
+    a, b, scale = adapter.weights
+    if weight is None or weight.device != x.device or weight.shape != (b.shape[0], a.shape[1]):
         return None
-    return Projection(adapter.a.weight, adapter.b.weight, adapter.scale, weight, _bias(adapter, base.bias))
+    return Projection(a, b, scale, weight, adapter.bias(base.bias))
 
 
 class _FourBit:
@@ -350,34 +316,19 @@ def _weight_of(base: Any, x: Tensor) -> Tensor | _FourBit | None:
     return _FourBit(base.weight) if fits and x.dtype == compute_dtype(x) == (base.compute_dtype or x.dtype) else None
 
 
-def _forward(module: Any, x: Tensor) -> Tensor | None:
-    """The layer's output, or None where PEFT's own forward has to compute it."""
-    adapters = _usable(module, x)
-    if adapters is None:
-        return None
+def _forward(module: Any, x: Tensor) -> Tensor | str:
+    """The layer's output, or why PEFT's own forward has to compute it."""
+    adapters = usable(module, x)
+    if isinstance(adapters, str):
+        return adapters
     whole = _projection(module, adapters[0], x)
     out = module._modules["base_layer"](x) if whole is None else unchecked_lora_linears(x, (whole,))[0]
     for adapter in adapters if whole is None else adapters[1:]:
-        inputs = adapter.dropout(x.to(adapter.a.weight.dtype)) if _drops(adapter) else x
+        inputs = adapter.dropout(x.to(adapter.a.weight.dtype)) if adapter.drops else x
         same = out.dtype == compute_dtype(inputs)
-        added = lora_linear(
-            inputs, adapter.a.weight, adapter.b.weight, adapter.scale, bias=_bias(adapter),
-            base=out if same else None,
-        )  # fmt: skip
+        added = lora_linear(inputs, *adapter.weights, bias=adapter.bias(), base=out if same else None)
         out = added if same else (out + added).to(out.dtype)
     return out
-
-
-def _drops(adapter: _Adapter) -> bool:
-    return type(adapter.dropout) is nn.Dropout and adapter.dropout.training
-
-
-def _bias(adapter: _Adapter, base: Tensor | None = None) -> Tensor | None:
-    """The base's bias plus the scaled one of the adapter."""
-    if adapter.b.bias is None:
-        return base
-    own = adapter.b.bias * adapter.scale
-    return own if base is None else base + own
 
 
 RULES = (

@@ -5,11 +5,11 @@ import copy
 import pytest
 import torch
 from foreign import Quantised
-from model_pair import ModelPair, gradients
+from lora_models import TARGETS, a_layer, acts, layers_of, lora, step, wrapped
+from model_pair import ModelPair
 from peft import (
     IA3Config,
     LoHaConfig,
-    LoraConfig,
     PeftModel,
     VeraConfig,
     get_peft_model,
@@ -22,43 +22,6 @@ from liger_trainer import apply_liger, revert_liger
 from liger_trainer.patching import patch_state
 from liger_trainer.probing.rebinding import bound_methods
 from liger_trainer.rules import lora as lora_rule
-
-TARGETS = ["q_proj", "k_proj", "gate_proj", "up_proj", "down_proj"]
-
-
-def lora(**options):
-    return LoraConfig(
-        **{"task_type": "CAUSAL_LM", "r": 3, "target_modules": TARGETS, "init_lora_weights": False} | options
-    )
-
-
-def wrapped(model_type="qwen2", **options):
-    """A tiny model of one layer, whose q and k have biases, with random adapters."""
-    model = tiny_model(model_type, num_hidden_layers=1)
-    return get_peft_model(model, lora(**options)).train()
-
-
-def step(model, inputs=None):
-    """Loss and gradients of one training forward."""
-    model.zero_grad()
-    loss = model(**(inputs or batch())).loss
-    loss.backward()
-    return {"loss": loss.detach(), "gradients": gradients(model)}
-
-
-def layers_of(report):
-    """How many LoRA layers are ours; modules in which some of them are one op do not count."""
-    return sum(record.kind == "lora" and "as one op" not in record.variant for record in report.applied)
-
-
-def acts(model):
-    """Whether the op runs in a forward of ``model``."""
-    state = patch_state(model)
-    state.forget_acted()
-    with torch.no_grad():
-        model(**batch())
-    return any(acted.on for acted in state.acted.get("lora", []))
-
 
 OPTIONS = {
     "plain": {},
@@ -231,39 +194,6 @@ def test_other_methods_stay_pefts_own(config, reason):
     pair.same(step)
 
 
-def a_layer(model):
-    return next(m for n, m in model.named_modules() if n.endswith("q_proj"))
-
-
-CHANGES = {
-    "hook on the base": lambda layer: layer.base_layer.register_forward_hook(lambda m, i, o: 2 * o),
-    "hook on A": lambda layer: layer.lora_A["default"].register_forward_hook(lambda m, i, o: 2 * o),
-    "B of another class": lambda layer: layer.lora_B.update({"default": nn.Sequential(layer.lora_B["default"])}),
-    "no cast": lambda layer: setattr(layer, "cast_input_dtype_enabled", False),
-    "another dropout": lambda layer: layer.lora_dropout.update({"default": nn.Hardtanh(-0.1, 0.1)}),
-    "trained base": lambda layer: layer.base_layer.requires_grad_(True),
-    "narrow adapter": lambda layer: layer.lora_A.bfloat16() and layer.lora_B.bfloat16(),
-}
-
-
-@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_what_the_op_does_not_take_runs_as_pefts_own(change, caplog):
-    pair = ModelPair(wrapped())
-    pair.apply({})
-    pair.same(step)
-    pair.both(lambda model: change(a_layer(model)) and None)
-    pair.same(step)
-
-
-def test_the_warning_comes_once(caplog):
-    model = wrapped()
-    apply_liger(model, {"unpad": False})
-    CHANGES["hook on A"](a_layer(model))
-    for _ in range(2):
-        step(model)
-    assert caplog.text.count("runs PEFT's own forward") == 1
-
-
 def test_off_and_reverted():
     model = wrapped()
     report = apply_liger(model, {"lora": False, "unpad": False})
@@ -309,63 +239,6 @@ def test_an_adapter_of_the_down_projection_does_not_keep_its_input(monkeypatch):
     pair.apply({"recompute_glu": False})
     pair.same(step)
     assert seen == ["silu"]
-
-
-class Reads(nn.Module):
-    """Three layers that read one input, which ``between`` may change."""
-
-    def __init__(self, between=id):
-        super().__init__()
-        self.first, self.second, self.third = nn.Linear(8, 6), nn.Linear(8, 5), nn.Linear(8, 4, bias=False)
-        self.between = between
-
-    def forward(self, x):
-        first = self.first(x)
-        self.between(x)
-        second = self.second(x)
-        return torch.cat((first, second, self.third(x)), -1)
-
-
-def nothing(_):
-    """No change."""
-
-
-@pytest.mark.parametrize(
-    ("between", "targets", "change", "ops"),
-    [
-        (nothing, ["first", "second", "third"], nothing, [3]),
-        (nothing, ["first", "third"], nothing, [2]),
-        (lambda x: x.add_(1.0), ["first", "second"], nothing, [2, 1]),
-        (nothing, ["first", "second"], lambda model: model.second.register_forward_hook(lambda *_: None), [1, 1]),
-        (nothing, ["first", "second"], lambda model: model.second.enable_adapters(False), [1]),
-    ],
-    ids=["all", "two", "changed between", "hook", "disabled"],
-)
-def test_layers_that_read_one_input_are_one_op(between, targets, change, ops, monkeypatch):
-    torch.manual_seed(0)
-    plain = inject_adapter_in_model(lora(target_modules=targets), Reads(between))
-    model = copy.deepcopy(plain)
-    report = apply_liger(model)
-    assert [r.variant for r in report.applied if "one op" in r.variant] == [f"{', '.join(targets)} as one op"]
-    calls, op = [], lora_rule.unchecked_lora_linears
-    monkeypatch.setattr(lora_rule, "unchecked_lora_linears", lambda x, group: calls.append(len(group)) or op(x, group))
-    results = []
-    for each in (plain, copy.deepcopy(model)):
-        change(each)
-        with torch.set_grad_enabled(between is nothing):  # a changed input cannot be saved for backward
-            results.append([each(torch.randn(3, 8, generator=torch.Generator().manual_seed(1)))])
-        if between is nothing:
-            results[-1] += torch.autograd.grad(results[-1][0].sum(), [p for p in each.parameters() if p.requires_grad])
-    torch.testing.assert_close(*results)
-    assert calls == ops
-    revert_liger(model)
-    assert "forward" not in vars(model)
-
-
-@pytest.mark.parametrize("options", [{"lora_dropout": 0.1}, {"use_dora": True}], ids=["dropout", "dora"])
-def test_layers_that_are_not_computed_as_a_whole_are_no_group(options):
-    model = inject_adapter_in_model(lora(target_modules=["first", "second"], **options), Reads())
-    assert not [record for record in apply_liger(model).applied if "one op" in record.variant]
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["before", "after apply_liger"])
