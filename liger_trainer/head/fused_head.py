@@ -238,11 +238,15 @@ def check_weights(model: nn.Module, linear: nn.Module) -> None:
 
 
 def has_hooks_on_logits(model: PreTrainedModel, head: nn.Module) -> bool:
-    """Whether something other than an engine looks at the output of ``head``, or of PEFT's wrapper around it."""
+    """Whether something other than an engine sees the output of ``head``, or of PEFT's wrapper around it.
+
+    Hooks, or a forward that was put in place of the wrapper's.
+    """
     outermost = model.get_output_embeddings()
-    return has_hooks_on_outputs(head) or (
-        outermost is not None and outermost is not head and has_hooks_on_outputs(outermost)
-    )
+    if has_hooks_on_outputs(head) or outermost is None or outermost is head:
+        return has_hooks_on_outputs(head)
+    forward = vars(outermost).get("forward")
+    return has_hooks_on_outputs(outermost) or not (forward is None or is_of_engine(forward))
 
 
 def check_loss_function(model: PreTrainedModel) -> None:

@@ -12,10 +12,14 @@ ENGINES = ("torch.distributed.", "deepspeed.", "accelerate.")
 
 def is_of_engine(hook: Any) -> bool:
     """Whether a distributed engine made this hook or this function."""
+    return _module_of(hook).startswith(ENGINES)
+
+
+def _module_of(hook: Any) -> str:
+    """Name of the Python module that a hook comes from."""
     while isinstance(hook, functools.partial):
         hook = hook.func
-    module = getattr(hook, "__module__", None) or type(hook).__module__
-    return module.startswith(ENGINES)
+    return getattr(hook, "__module__", None) or type(hook).__module__
 
 
 def has_hooks_on_outputs(module: nn.Module) -> bool:
@@ -25,6 +29,13 @@ def has_hooks_on_outputs(module: nn.Module) -> bool:
         torch_module._global_backward_hooks, torch_module._global_backward_pre_hooks,
     )  # fmt: skip
     return any(not is_of_engine(hook) for table in tables for hook in table.values())
+
+
+def reader_of_outputs(module: nn.Module) -> Any:
+    """A forward hook of the user that may read what the module returns, or None."""
+    hooks = (*module._forward_hooks.values(), *torch_module._global_forward_hooks.values())
+    known = (*ENGINES, "transformers.", "peft.", "liger_trainer.")
+    return next((hook for hook in hooks if not _module_of(hook).startswith(known)), None)
 
 
 def is_intercepted(module: nn.Module) -> bool:

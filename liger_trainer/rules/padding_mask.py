@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from ..config import LigerConfig
 from ..head.fused_head import check_loss_function
+from ..probing.hooks import reader_of_outputs
 from ..probing.probe import is_known, submodules
 from ..probing.rebinding import forward_function
 from ..probing.rule import Acted, Match, Rule, Skip
@@ -148,6 +149,8 @@ def may_drop(module: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> bo
     """Whether the mask makes no difference if all padding is on the right and has no labels."""
     mask, labels = kwargs.get("attention_mask"), kwargs.get("labels")
     if args or not module.training or not torch.is_tensor(mask) or not torch.is_tensor(labels):
+        return False
+    if reader_of_outputs(module) is not None:  # of logits at padding, for instance
         return False
     if cannot_be_read(mask) or cannot_be_read(labels):
         return False

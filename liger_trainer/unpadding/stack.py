@@ -18,7 +18,7 @@ from transformers.utils.import_utils import is_tracing
 from ..head.fused_head import fused_head_of
 from ..head.per_thread import PerThread, Reading, reading
 from ..kernels.reference import IGNORE_INDEX
-from ..probing.hooks import is_of_engine
+from ..probing.hooks import is_of_engine, reader_of_outputs
 from ..probing.probe import submodules
 from ..probing.rebinding import ModuleRef
 from ..probing.rule import Acted
@@ -152,7 +152,7 @@ class UnpaddedStack:
             return False
         if stack.config._attn_implementation not in IMPLEMENTATIONS:
             return False
-        hook = _foreign_hook(stack)
+        hook = _foreign_hook(stack) or reader_of_outputs(self.core())
         if hook is not None:
             self._warn_of(hook)
             return False
@@ -174,7 +174,9 @@ class UnpaddedStack:
     def _warn_of(self, hook: Any) -> None:
         if not self.has_warned:
             name = getattr(hook, "__qualname__", type(hook).__name__)
-            logger.warning("liger_trainer: batches stay padded because the hook %s would see one row instead", name)
+            logger.warning(
+                "liger_trainer: batches stay padded because the hook %s would see other values at padding", name
+            )
             self.has_warned = True
 
     def _ignores_padding(self) -> bool:

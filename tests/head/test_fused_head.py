@@ -85,15 +85,24 @@ def test_what_the_fused_loss_would_get_wrong(labels_from):
             loss_and_gradients(model, inputs)
 
 
+def forward_in_place(head):
+    head.forward = lambda hidden: type(head).forward(head, hidden) * 20
+
+
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_a_hook_on_pefts_wrapper_of_the_head_counts(when):
-    """``get_output_embeddings()`` is that wrapper, so users register their hooks on it."""
+@pytest.mark.parametrize(
+    "change",
+    [lambda head: head.register_forward_hook(lambda module, args, out: out * 20), forward_in_place],
+    ids=["hook", "forward"],
+)
+def test_what_is_done_to_pefts_wrapper_of_the_head_counts(change, when):
+    """``get_output_embeddings()`` is that wrapper, so users change it and not the head."""
     model, inputs = tiny_model("llama"), batch()
     lora = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], modules_to_save=["lm_head"])
     model = get_peft_model(model, lora)
     if when == "after":
         apply_liger(model)
-    model.get_output_embeddings().register_forward_hook(lambda module, args, out: out * 20)
+    change(model.get_output_embeddings())
     if when == "before":
         assert "fused_loss" not in apply_liger(model).counts
     ours = loss_and_gradients(model, inputs)

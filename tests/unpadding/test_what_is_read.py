@@ -1,5 +1,7 @@
 """Models that read more than the hidden states of real tokens keep their padding, or get what they read."""
 
+import copy
+
 import pytest
 import torch
 import transformers
@@ -140,6 +142,21 @@ def test_texts_of_a_model_whose_masks_are_made_around_its_stack(totals):
     for _ in range(2):  # that masks are made outside shows in the first batch
         assert_same_training(theirs, loss_and_gradients(model, inputs))
     assert len(totals) == 1
+
+
+def test_a_hook_on_the_model_sees_logits_at_padding(totals):
+    """As one that adds a term of all logits to the loss does."""
+
+    def z_loss(module, args, output):
+        output.loss = output.loss + 0.1 * output.logits.float().logsumexp(-1).square().mean()
+
+    plain, inputs = sdpa_model(), padded_batch(SIDES["right"])
+    model = copy.deepcopy(plain)
+    apply_liger(model, {"fused_loss": False})
+    for each in (plain, model):
+        each.register_forward_hook(z_loss)
+    assert_same_training(loss_and_gradients(plain, inputs), loss_and_gradients(model, inputs))
+    assert not totals
 
 
 def test_hooks_on_all_modules_see_the_batch(totals):
