@@ -219,7 +219,7 @@ def _gate_gradients(
     """The gradients of gate and up, and what is gated, where needed; dup takes the memory of ``dhidden``."""
     first, second = _halves(gate, up)
     if dhidden is None:
-        return None, None, gated_fwd(first, second, gating)
+        return None, None, gated_fwd(first, second, gating) if needs_hidden else first
     dhidden = dhidden.view(first.shape)
     hidden = torch.empty_like(dhidden) if needs_hidden else None
     dgate = gate.new_empty(gate.shape)
