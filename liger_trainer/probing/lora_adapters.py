@@ -10,6 +10,7 @@ from ..kernels.runtime.launch import is_plain
 from .hooks import has_own_call, is_bare_linear
 
 TABLES = ("lora_A", "lora_B", "lora_dropout")
+UNCAST = tuple(f"peft.tuners.lora.{name}" for name in ("bnb", "awq", "aqlm", "eetq", "hqq"))  # under autocast of CUDA
 
 
 class Adapter(NamedTuple):
@@ -53,6 +54,12 @@ def is_off(module: Any) -> bool:
         return True
     here = module._modules["lora_A"]._modules
     return not any(name in here for name in module.active_adapters)
+
+
+def dropped(module: nn.Module, adapter: Adapter, x: Tensor) -> Tensor:
+    """What the adapter gets of ``x``. PEFT's layers cast ``x`` first, and a GPU's mask depends on the dtype."""
+    casts = type(module).__module__ not in UNCAST or not torch.is_autocast_enabled("cuda")
+    return adapter.dropout(x.to(adapter.a.weight.dtype) if casts else x)
 
 
 def _active(module: Any) -> Iterator[Adapter]:

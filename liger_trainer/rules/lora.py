@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from ..config import LigerConfig
 from ..kernels.lora_linear import Projection, compute_dtype, gated_lora_linear, lora_linear, unchecked_lora_linears
 from ..probing.hooks import has_hooks, has_own_call, is_bare_linear
-from ..probing.lora_adapters import TABLES, Adapter, is_off, usable
+from ..probing.lora_adapters import TABLES, Adapter, dropped, is_off, usable
 from ..probing.probe import TOLERANCE, difference, generator, hollow_copy
 from ..probing.rebinding import Bound, forward_function
 from ..probing.rule import Acted, Match, Rule, Skip
@@ -324,7 +324,7 @@ def _forward(module: Any, x: Tensor) -> Tensor | str:
     whole = _projection(module, adapters[0], x)
     out = module._modules["base_layer"](x) if whole is None else unchecked_lora_linears(x, (whole,))[0]
     for adapter in adapters if whole is None else adapters[1:]:
-        inputs = adapter.dropout(x.to(adapter.a.weight.dtype)) if adapter.drops else x
+        inputs = dropped(module, adapter, x) if adapter.drops else x
         same = out.dtype == compute_dtype(inputs)
         added = lora_linear(inputs, *adapter.weights, bias=adapter.bias(), base=out if same else None)
         out = added if same else (out + added).to(out.dtype)

@@ -63,6 +63,23 @@ def test_a_layer_without_the_active_adapter_is_its_base(caplog):
     assert "PEFT's own forward" not in caplog.text
 
 
+@pytest.mark.parametrize(("where", "dtype"), [("layer", torch.float32), ("bnb", torch.bfloat16)])
+def test_dropout_sees_the_dtype_that_it_sees_in_peft(where, dtype, monkeypatch):
+    """PEFT's layers over bitsandbytes's do not cast their input under autocast; a GPU's mask depends on the dtype."""
+    model = wrapped(target_modules=["q_proj"], lora_dropout=0.5)
+    apply_liger(model, {"unpad": False})
+    layer, seen, dropout = a_layer(model), [], nn.functional.dropout
+    layer.base_layer.bfloat16()
+    monkeypatch.setattr(type(layer), "__module__", f"peft.tuners.lora.{where}")
+    monkeypatch.setattr(nn.functional, "dropout", lambda x, *args: seen.append(x.dtype) or dropout(x, *args))
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        layer(torch.randn(3, 64).bfloat16())
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+    assert seen == [dtype]
+
+
 def test_other_devices_and_shapes_are_pefts_errors(caplog):
     model = wrapped(target_modules=["q_proj"])
     apply_liger(model, {"unpad": False})
