@@ -73,16 +73,17 @@ class _Reader:
 
 
 def _head_of(apply: Apply, trainer: Any, model: nn.Module) -> Any:
-    """The head that ``known_for`` made for ``model``; ``None`` if it or the policy of ``trainer`` is not patched.
+    """The head that ``known_for`` made for ``model``; ``None`` if there is none, or none for the policy of ``trainer``.
 
-    A model that is not patched yet follows the policy: it is a reference or a teacher, which TRL made by itself.
+    A reference or a teacher is patched for the policy's trainer, with its own options if ``apply_liger`` patched it.
     """
     policy = patch_state(trainer.model)
-    if policy is None:
+    if policy is None or not policy.purpose:
         return None
-    if patch_state(model) is None:
-        apply(trainer.args, model, policy.config)
     state = patch_state(model)
+    if state is None or state.purpose != policy.purpose:
+        apply(trainer.args, model, (state or policy).config)
+        state = patch_state(model)
     return None if state is None or policy.trl_head is None else state.trl_head
 
 

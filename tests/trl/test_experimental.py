@@ -13,6 +13,7 @@ from training import arguments, assert_same_run
 from trl_data import byte_tokenizer, text, tokenizer
 
 import liger_trainer
+from liger_trainer import apply_liger
 from liger_trainer.kernels.linear_logprobs import linear_logprobs
 from liger_trainer.patching import patch_state
 from liger_trainer.trl import stand_ins
@@ -51,9 +52,9 @@ def make_pair_of_models(name, args, model_type, tokens, **kwargs):
         }
         for i in range(24)
     ]
-    models = {"model": tiny_model(model_type), "teacher_model": tiny_model(model_type, seed=1)}
+    models = {"model": tiny_model(model_type), "teacher_model": tiny_model(model_type, seed=1)} | kwargs
     data = Dataset.from_list(rows)
-    return trainer_class(name)(**models, args=args, train_dataset=data, processing_class=tokens, **kwargs)
+    return trainer_class(name)(**models, args=args, train_dataset=data, processing_class=tokens)
 
 
 def make_distillation(name, args, model_type, tokens, **kwargs):
@@ -92,7 +93,7 @@ CASES = {
 }
 
 
-def run(name, output_dir, use_liger, model_type="llama", peft_config=None, **options):
+def run(name, output_dir, use_liger, model_type="llama", peft_config=None, teacher=None, **options):
     case = CASES[name]
     settings = {
         "optim": "sgd", "learning_rate": 0.05, "activation_checkpointing": False, "max_steps": 2, **case.options,
@@ -100,7 +101,7 @@ def run(name, output_dir, use_liger, model_type="llama", peft_config=None, **opt
     }  # fmt: skip
     args = arguments(output_dir, cls=getattr(liger_trainer, f"Liger{name}Config"), use_liger=use_liger, **settings)
     torch.manual_seed(11)
-    kwargs = {"peft_config": peft_config} if peft_config else {}
+    kwargs = {k: v for k, v in (("peft_config", peft_config), ("teacher_model", teacher)) if v is not None}
     tokens = tokenizer("left" if case.online else "right")
     trainer = case.make(name, args, model_type, tokens, **kwargs)
     trainer.train()
@@ -232,6 +233,21 @@ def test_uld_keeps_its_logits_and_says_so(tmp_path):
     [skipped] = [s for s in patch_state(ours.model).report.skipped if s.kind == "fused_loss"]
     assert skipped.reason.startswith("use_uld_loss sorts the probabilities")
     assert patch_state(ours.teacher_model).report.counts["rms_norm"] == 5
+
+
+def test_a_teacher_that_was_patched_by_hand(tmp_path):
+    """In bf16, where accelerate replaces the teacher's forward before it is used."""
+    losses = []
+    for flag in (False, True):
+        teacher = tiny_model("llama", seed=1)
+        apply_liger(teacher, {"rms_norm": False})
+        trainer = run("GKD", tmp_path, flag, teacher=teacher, max_steps=1, bf16=True)
+        losses.append(trainer.state.log_history[0]["loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=0.01)
+    state, student = patch_state(teacher), patch_state(trainer.model)
+    assert state.trl_head.calls_fused == student.trl_head.calls_fused == 1
+    assert "rms_norm" not in state.report.counts
+    assert student.report.counts["fused_loss"] == 1
 
 
 def test_one_model_under_two_trainers(tmp_path):
