@@ -19,16 +19,20 @@ from .head.fused_head import is_plain
 from .head.per_thread import PerThread
 from .kernels.linear_splade import linear_splade
 from .patching import core_model
+from .probing.rebinding import ModuleRef
 
 _STATE = "_liger_splade"
 
 
 class HiddenProjection:
-    """A vocabulary projection that returns its input where that is wanted. ``project`` takes its forward's place."""
+    """Makes vocabulary projections return their input where that is wanted. It holds no module."""
 
-    def __init__(self, projection: nn.Linear):
-        self.projection = projection
+    def __init__(self) -> None:
         self._active = PerThread()
+
+    def replace(self, projection: nn.Linear) -> None:
+        """Let ``project`` take the place of the forward of ``projection``."""
+        projection.forward = functools.partial(self.project, ModuleRef(projection))
 
     def before(self, module: nn.Module, args: tuple) -> None:
         """Forward pre-hook of a module in which it is wanted."""
@@ -47,20 +51,21 @@ class HiddenProjection:
         finally:
             self._active.slot.value = None
 
-    def project(self, input: Tensor) -> Tensor:
+    def project(self, projection: ModuleRef, input: Tensor) -> Tensor:
         """The projection's forward."""
-        return input if self._active.slot.value else type(self.projection).forward(self.projection, input)
+        return input if self._active.slot.value else nn.Linear.forward(projection(), input)
 
 
 class _Head(HiddenProjection):
     """The settings of one encoder; its methods are hooks and replacements."""
 
-    def __init__(self, projection: nn.Linear):
-        super().__init__(projection)
+    def __init__(self) -> None:
+        super().__init__()
         self.calls_fused = 0
 
-    def pool(self, pooling: Any, features: dict[str, Any]) -> dict[str, Any]:
+    def pool(self, projection_ref: ModuleRef, pooling_ref: ModuleRef, features: dict[str, Any]) -> dict[str, Any]:
         """SpladePooling's forward, of hidden states."""
+        projection, pooling = projection_ref(), pooling_ref()
         hidden, mask = features["token_embeddings"], features.get("attention_mask")
         if "cu_seq_lens_q" in features:  # sequences in one row
             bounds = features["cu_seq_lens_q"].tolist()
@@ -69,7 +74,7 @@ class _Head(HiddenProjection):
             mask = pad_sequence([torch.ones_like(row[:, 0]) for row in rows], batch_first=True)
         self.calls_fused += 1
         scores = linear_splade(
-            hidden, self.projection.weight, self.projection.bias, mask, pooling=pooling.pooling_strategy,
+            hidden, projection.weight, projection.bias, mask, pooling=pooling.pooling_strategy,
             activation=pooling.activation_function,
         )  # fmt: skip
         device = hidden.device.type
@@ -95,18 +100,22 @@ def apply_splade(model: nn.Module) -> None:
         return
     transformer, pooling, projection = _parts(model)
     expected = _embeddings(transformer, pooling)
-    head = _Head(projection)
+    head = _Head()
     handles = [
         transformer.register_forward_pre_hook(head.before),
         transformer.register_forward_hook(head.after, always_call=True),
     ]
-    projection.forward, pooling.forward = head.project, functools.partial(head.pool, pooling)
+    head.replace(projection)
+    pooling.forward = functools.partial(head.pool, ModuleRef(projection), ModuleRef(pooling))
     setattr(model, _STATE, (head, handles, projection, pooling))
-    error = (_embeddings(transformer, pooling) - expected).abs().max()
-    head.calls_fused = 0
-    if not error <= 0.02 * expected.abs().max() + 1e-3:
+    try:
+        error = (_embeddings(transformer, pooling) - expected).abs().max()
+        if not error <= 0.02 * expected.abs().max() + 1e-3:
+            raise ValueError(f"model: got embeddings that differ by {error:.2g}; must be those of the pooled logits")
+    except BaseException:
         revert_splade(model)
-        raise ValueError(f"model: got embeddings that differ by {error:.2g}; must be those of the pooled logits")
+        raise
+    head.calls_fused = 0
 
 
 def revert_splade(model: nn.Module) -> None:
@@ -148,12 +157,13 @@ def _embeddings(transformer: nn.Module, pooling: nn.Module) -> Tensor:
     """What the encoder makes of two short rows, one of them padded."""
     device = next(transformer.parameters()).device
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]], device=device)
-    training = [module.training for module in (transformer, pooling)]
-    with torch.no_grad():
+    ids = torch.tensor([[1, 2, 3, 4], [5, 6, 0, 0]], device=device)
+    modes = [(module, module.training) for module in (*transformer.modules(), *pooling.modules())]
+    try:
         transformer.eval()
         pooling.eval()
-        ids = torch.tensor([[1, 2, 3, 4], [5, 6, 0, 0]], device=device)
-        out = pooling(transformer({"input_ids": ids, "attention_mask": mask}))["sentence_embedding"].float()
-    transformer.train(training[0])
-    pooling.train(training[1])
-    return out
+        with torch.no_grad():
+            return pooling(transformer({"input_ids": ids, "attention_mask": mask}))["sentence_embedding"].float()
+    finally:
+        for module, training in modes:
+            module.training = training

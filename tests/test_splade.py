@@ -1,10 +1,15 @@
 """linear_splade in sentence-transformers' SparseEncoder; skipped where that package is not installed."""
 
+import copy
+import gc
+import itertools
 import sys
+import weakref
 
 import pytest
 import torch
 from datasets import Dataset
+from torch import nn
 from transformers import BertConfig, BertForMaskedLM, BertTokenizerFast
 
 from liger_trainer import apply_liger
@@ -103,6 +108,71 @@ def test_sequences_in_one_row(folder):
         apply_splade(model)
         ours = pooling({"token_embeddings": hidden, "cu_seq_lens_q": bounds})["sentence_embedding"]
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+
+
+class Transformer(nn.Module):
+    """Stands for sentence-transformers' module of this name."""
+
+    def __init__(self):
+        super().__init__()
+        config = BertConfig(
+            vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8
+        )
+        self.model = BertForMaskedLM(config)
+
+    def forward(self, features):
+        return features | {"token_embeddings": self.model(**features).logits}
+
+
+class SpladePooling(nn.Module):
+    """Stands for the other one."""
+
+    pooling_strategy, activation_function, embedding_dimension = "max", "relu", None
+
+    def forward(self, features):
+        scores = features["token_embeddings"].relu().log1p() * features["attention_mask"].unsqueeze(-1)
+        return {"sentence_embedding": scores.max(dim=1).values}
+
+
+def test_a_deep_copy_uses_its_own_weights_and_the_original_is_freed():
+    model = nn.Sequential(Transformer(), SpladePooling())
+    apply_splade(model)
+    copied = copy.deepcopy(model)
+    features = {"input_ids": torch.tensor([[1, 2, 3]]), "attention_mask": torch.ones(1, 3, dtype=torch.long)}
+    gc.collect()
+    gc.disable()
+    try:
+        modules = [weakref.ref(module) for module in model.modules()]
+        del model
+        alive = [type(ref()).__name__ for ref in modules if ref() is not None]
+    finally:
+        gc.enable()
+    assert not alive
+    assert copied(features)["sentence_embedding"].shape == (1, 20)
+    assert copied._liger_splade[0].calls_fused == 1
+    nn.init.zeros_(copied[0].model.get_output_embeddings().weight)
+    nn.init.zeros_(copied[0].model.get_output_embeddings().bias)
+    assert not copied(features)["sentence_embedding"].any()
+
+
+@pytest.mark.parametrize("call", [1, 2])  # before and after the change
+def test_a_model_that_fails_is_left_as_it_was(call):
+    model = nn.Sequential(Transformer(), SpladePooling())
+    model[0].model.bert.embeddings.eval()
+    modes = [module.training for module in model.modules()]
+    calls = itertools.count(1)
+
+    def fail(*args):
+        if next(calls) == call:
+            raise RuntimeError("out of memory")
+
+    handle = model[0].model.bert.register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        apply_splade(model)
+    handle.remove()
+    assert [module.training for module in model.modules()] == modes
+    assert not any("forward" in vars(module) or module._forward_hooks for module in model.modules())
+    apply_splade(model)
 
 
 def test_another_structure_is_an_error(folder):

@@ -34,9 +34,9 @@ class SpladeTrainer(Trainer):
     def __init__(self, model: PreTrainedModel, *, flops_weight: float, score_scale: float, fused: bool, **kwargs: Any):
         super().__init__(model, **kwargs)
         self.flops_weight, self.score_scale, self.fused = flops_weight, score_scale, fused
-        self.hidden = HiddenProjection(projection_of(model))
+        self.hidden, self.projection = HiddenProjection(), projection_of(model)
         if fused:
-            self.hidden.projection.forward = self.hidden.project
+            self.hidden.replace(self.projection)
         self.sums: list[Tensor] = []
 
     def embed(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
@@ -46,8 +46,7 @@ class SpladeTrainer(Trainer):
             return (scores * inputs["attention_mask"].unsqueeze(-1)).max(dim=1).values
         with self.hidden.handed_on():
             hidden = model(**inputs).logits
-        projection = self.hidden.projection
-        return linear_splade(hidden, projection.weight, projection.bias, inputs["attention_mask"])
+        return linear_splade(hidden, self.projection.weight, self.projection.bias, inputs["attention_mask"])
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The ranking loss plus the regulariser."""

@@ -72,7 +72,7 @@ def test_splade(pairs, tmp_path):
         trainer.train()
         runs.append([(e["loss"], e["accuracy"], e["active_entries"]) for e in trainer.state.log_history if "loss" in e])
     torch.testing.assert_close(torch.tensor(runs[1]), torch.tensor(runs[0]), rtol=1e-5, atol=1e-6)
-    assert trainer.hidden.project.__func__ is trainer.model.get_output_embeddings().forward.__func__
+    assert trainer.model.get_output_embeddings().forward.func == trainer.hidden.project
     assert patch_state(trainer.model).report.counts["layer_norm"] > 0
     trainer.save_model()
     assert AutoModelForMaskedLM.from_pretrained(tmp_path).config.model_type == "bert"
