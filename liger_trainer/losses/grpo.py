@@ -161,10 +161,10 @@ def _policy_terms(
             phi = _vespo_weights(log_ratio, active, advantages, sampling_ratio, options)
             return -phi * advantages * log_probs, torch.zeros_like(active)
         case _:
-            capped = weights if options.delta is None else weights.clamp(max=options.delta)
-            loss = -torch.minimum(capped * advantages, weights.clamp(low, high) * advantages)
-            clipped = ((weights < low) & (advantages < 0)) | ((weights > high) & (advantages > 0))
-            return loss, clipped
+            delta = math.inf if options.delta is None else options.delta
+            loss = -torch.minimum(weights.clamp(max=delta) * advantages, weights.clamp(low, high) * advantages)
+            negative = (advantages < 0) & ((weights < low) | (weights > delta))  # delta > high
+            return loss, negative | ((advantages > 0) & (weights > high))
 
 
 def _kl(ref: Tensor, log_probs: Tensor, active: Tensor, kl_type: str) -> Tensor:

@@ -103,6 +103,17 @@ def test_delta_and_sampling_ratio():
     assert_same(batch, loss, expected(batch, "dapo", delta=1.5, sampling=sampling))
 
 
+def test_clip_ratio_counts_the_tokens_that_delta_caps():
+    batch = make_batch()
+    old = old_log_probs(batch) - 0.4
+    _, stats = grpo_loss(*batch.args, old_log_probs=old, **options_of("dapo", delta=1.5), return_stats=True)
+    weight, advantage = (log_probs_of(*batch.args) - old).exp(), ADVANTAGES.unsqueeze(1).expand(4, 5)
+    capped = (weight > 1.5) & (advantage < 0) & batch.active
+    assert capped.any()
+    clipped = capped | ((weight < 1 - LOW) & (advantage < 0)) | ((weight > 1 + HIGH) & (advantage > 0))
+    torch.testing.assert_close(stats.clip_ratio, clipped[batch.active].float().mean())
+
+
 @pytest.mark.parametrize("per_token", [True, False])
 def test_vespo_takes_the_sampling_ratio_into_its_weight(per_token):
     batch, ratio = make_batch(), torch.tensor([[1.3], [0.8], [1.1], [0.7]])
