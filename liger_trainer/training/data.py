@@ -300,6 +300,12 @@ def as_messages(example: dict[str, str]) -> dict[str, list[dict[str, str]]]:
     }
 
 
+def _ended(ids: list[int], tokenizer: Any) -> list[int]:
+    """``ids`` with one end token, which some tokenizers and some texts have already."""
+    end = tokenizer.eos_token_id
+    return ids if ids[-1:] == [end] else [*ids, end]
+
+
 def encode(example: dict[str, Any], tokenizer: Any, max_length: int) -> dict[str, list[int]]:
     """Token ids and labels of one example, cut to ``max_length``.
 
@@ -317,11 +323,13 @@ def encode(example: dict[str, Any], tokenizer: Any, max_length: int) -> dict[str
     if "messages" in example:
         ids, start = tokenizer.apply_chat_template(example["messages"])["input_ids"], 0
     elif "text" in example:
-        ids, start = [*tokenizer(example["text"])["input_ids"], tokenizer.eos_token_id], 0
+        ids, start = _ended(tokenizer(example["text"])["input_ids"], tokenizer), 0
     elif isinstance(example["prompt"], str):
         prompt = tokenizer(example["prompt"])["input_ids"]
-        ids = prompt + tokenizer(example["completion"], add_special_tokens=False)["input_ids"]
-        ids, start = [*ids, tokenizer.eos_token_id], len(prompt)
+        if tokenizer("a")["input_ids"][-1] == tokenizer.eos_token_id:  # it ends every text
+            prompt = prompt[:-1]
+        completion = tokenizer(example["completion"], add_special_tokens=False)["input_ids"]
+        ids, start = prompt + _ended(completion, tokenizer), len(prompt)
     else:
         prompt = tokenizer.apply_chat_template(example["prompt"], add_generation_prompt=True)["input_ids"]
         ids = tokenizer.apply_chat_template(example["prompt"] + example["completion"])["input_ids"]

@@ -2,9 +2,11 @@
 
 import copy
 import json
+import sys
 
 import pytest
 from datasets import Dataset
+from tokenizers.processors import TemplateProcessing
 
 from liger_trainer.training import data
 
@@ -15,10 +17,16 @@ def tokenizer():
     return data.train_tokenizer(iter(texts), 300)
 
 
-def test_standard_library_alone_gives_a_corpus(monkeypatch):
+@pytest.mark.parametrize(
+    ("modules", "at_least"),
+    [({"json", "email", "shutil"}, 50), pytest.param(sys.stdlib_module_names, 2000, marks=pytest.mark.long)],
+    ids=["three modules", "all"],
+)
+def test_standard_library_alone_gives_a_corpus(modules, at_least, monkeypatch):
     monkeypatch.setattr(data, "PACKAGES", ())
+    monkeypatch.setattr(sys, "stdlib_module_names", frozenset(modules))
     pairs = data.embedded_pairs()
-    assert len(pairs) > 2000
+    assert len(pairs) > at_least
     (dumps,) = (pair["completion"] for pair in pairs if pair["prompt"] == "What does `json.dumps` do?")
     assert dumps.startswith("Serialize")
     answers = [pair["completion"] for pair in pairs]
@@ -190,6 +198,17 @@ def test_encode(tokenizer, form):
     for length in (3, len(encoded["labels"]) - 2):
         cut = data.encode(example, tokenizer, length)
         assert cut == {key: values[:length] for key, values in encoded.items()}
+
+
+def test_encode_has_one_end_if_the_tokenizer_adds_its_own(tokenizer):
+    ending = copy.deepcopy(tokenizer)
+    end = ("<|end|>", tokenizer.eos_token_id)
+    ending.backend_tokenizer.post_processor = TemplateProcessing(single="$A <|end|>", special_tokens=[end])
+    assert ending("a")["input_ids"][-1] == tokenizer.eos_token_id
+    for example in ({"prompt": "Why?", "completion": "So."}, {"text": "So."}):
+        assert data.encode(example, ending, 100) == data.encode(example, tokenizer, 100)
+    ended = {"text": "So.<|end|>"}
+    assert data.encode(ended, tokenizer, 100) == data.encode({"text": "So."}, tokenizer, 100)
 
 
 def test_encode_rejects_what_it_cannot_mask(tokenizer):
