@@ -3,7 +3,6 @@
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -107,7 +106,7 @@ class Parameters:
         described = sum(hash(_description(p)) for p in parameters)  # a set has no order
         trained = [p for p in parameters if p.requires_grad]
         self.signature = (len(parameters), described)
-        self.has_gradients = any(p.grad is not None for p in trained)
+        self.has_gradients = any(p.is_leaf and p.grad is not None for p in trained)  # FSDP1 has views
         self.trained = sum(map(_bytes_here, trained))
         self.is_partitioned = any(hasattr(p, "ds_id") for p in parameters)
         self.is_sharded = self.is_partitioned or any(isinstance(p, DTensor) for p in parameters)
@@ -119,9 +118,3 @@ def _bytes_here(parameter: Tensor) -> int:
     if local is None:
         local = parameter._local_tensor if isinstance(parameter, DTensor) else parameter
     return local.numel() * parameter.element_size()
-
-
-def hidden_states(values: tuple) -> Tensor | None:
-    """The hidden states ``[batch, tokens, hidden]`` among a layer's arguments."""
-    found = (v for v in values if torch.is_tensor(v) and v.dim() == 3 and v.is_floating_point())
-    return next(found, None)

@@ -7,23 +7,23 @@ From then on the first layer of each batch keeps its activations, and what it ad
 import functools
 import logging
 import weakref
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 
 from ..head.fused_head import fused_head_of
 from ..kernels.linear_loss.chunk_sizes import head_bytes
 from ..kernels.linear_loss.options import MemoryOptions
-from ..probing.probe import full_shape, submodules
+from ..probing.probe import full_shape
 from ..probing.rebinding import ModuleRef
 from ..probing.rule import Acted
 from . import card as cards
-from .measured import Measured, Parameters, Size, hidden_states
+from .layers import flag, has_past, hidden_states, is_of_torch, output_ref
+from .measured import Measured, Parameters, Size
 from .plan import Costs, layers_to_recompute, peak
 
 logger = logging.getLogger(__name__)
@@ -34,6 +34,7 @@ AFTER_RETRY, AFTER_FAILURE = 0.01, 0.1
 # An unknown layer is kept and measured if its hidden states fit this many times more. A decoder layer keeps 15 to 40
 # times as much, needs it again for gradients, and another layer recomputes at the same time.
 ROOM_TO_MEASURE = 90
+MIXED = "not all of them are set to be checkpointed"
 RECOMPUTED = "recomputed"  # among the kinds of layers that were measured
 
 
@@ -43,6 +44,7 @@ class Run:
 
     Args:
         card: The memory of the device.
+        device: Where the hidden states are.
         asked: Whether the user asked for recomputation.
         tokens: Places of the batch that the layers see.
         output: Bytes of one layer's hidden states.
@@ -51,10 +53,12 @@ class Run:
         alike: All processes must recompute the same layers.
         recomputed: The layers that recompute; ``None``: as the user asked, but for those that are measured.
         noted: What was measured in it: kinds of layers that keep their activations, and ``RECOMPUTED``.
+        layers: How many have recomputed so far.
         end: Bytes in tensors after the last layer.
     """
 
     card: cards.Card
+    device: torch.device
     asked: bool
     tokens: int
     output: int
@@ -63,6 +67,7 @@ class Run:
     alike: bool
     recomputed: frozenset[int] | None = None
     noted: set[Hashable] = field(default_factory=set)
+    layers: int = 0
     end: int | None = None
 
 
@@ -99,9 +104,7 @@ class Recompute:
     lost: float = 0  # bytes by which the budget has shrunk
     retries: int | None = None  # the allocator's, at the last forward
     cautious: bool = False  # the next forward recomputes all layers
-    had_gradients: bool = False  # before the last forward
-    forward_ended: bool = False
-    in_model: bool = False  # whether the model's forward runs; its layers may be called without it
+    left: str | None = None  # why the last forward's layers were left as the user set them
     told: set[str] = field(default_factory=set)
     most: int = -1  # layers that recompute, as the report says
     # Outputs of first layers, which live as long as their graph: a loss may take several forwards.
@@ -124,45 +127,40 @@ class Recompute:
         if torch.compiler.is_compiling() or not layer.training or not torch.is_grad_enabled() or _in_backward():
             return call(layer, *args, **kwargs)
         if index == 0:
-            self.run = self._begin(layer, args, kwargs)
+            self.run = self._start(layer, args, kwargs)
             self.flags = {}
         self.flags[index] = layer.gradient_checkpointing
         run = self.run
         if run is None or self.flags[index] != run.asked:
             self.run = self.last = None
+            if run is not None:
+                self._leave(MIXED)
             return call(layer, *args, **kwargs)
         kind = self.measured.note_layer(index, layer)
         recomputes = self._recomputes(run, index, kind)
         measures = (RECOMPUTED if recomputes else kind) not in run.noted
         before = run.card.allocated() if measures else 0
-        with _flag(layer, recomputes):
+        with flag(layer, recomputes):
             output = call(layer, *args, **kwargs)
         if index == 0:
-            self.outputs = [ref for ref in (*self.outputs, _output_ref(output)) if ref is not None]
+            self.outputs = [ref for ref in (*self.outputs, output_ref(output)) if ref is not None]
         if measures:
             self._note(run, index, kind, recomputes, Size(max(0, run.card.allocated() - before), run.tokens))
-        self.logged.layers += recomputes
+        run.layers += recomputes
         if index == self.count - 1:
-            run.end = run.card.allocated()
-            self.forward_ended = not self.in_model
+            self._end(run)
         return output
 
     def before_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook of the model."""
-        self.in_model = True
+        """Forward pre-hook of the model: forget layers that ran without it."""
+        self.run = None
 
     def after_forward(self, module: nn.Module, args: tuple, output: Any) -> None:
-        """Forward hook of the model: measure its head, and say what was decided."""
-        run, self.run, self.in_model = self.run, None, False
+        """Forward hook of the model: measure its head."""
+        run, self.run = self.run, None
         if run is None or run.end is None or output is None:  # None: it has failed
             return
-        self.forward_ended = True
         self.measured.note_head(max(0, run.card.allocated() - run.end), run.tokens)
-        self.logged.forwards += 1
-        if run.recomputed is not None:
-            if (len(run.recomputed) < self.count) if run.asked else run.recomputed:
-                self.acted.note()
-            self._tell_plan(run, run.recomputed)
 
     def logs(self) -> dict[str, float]:
         """Entries for the Trainer's logs, over the forwards since the last call."""
@@ -188,17 +186,31 @@ class Recompute:
         self.cautious = True
         return True
 
+    def _start(self, layer: Any, args: tuple, kwargs: dict[str, Any]) -> Run | None:
+        """Plan a forward. What goes wrong in that must not end the user's training."""
+        try:
+            run = self._begin(layer, args, kwargs)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            run = self.last = self._leave(f"planning failed with {type(error).__name__}: {error}")
+        if run is not None:
+            self.left = None
+            if run.alike:
+                self._agree(run)
+        return run
+
     def _begin(self, layer: Any, args: tuple, kwargs: dict[str, Any]) -> Run | None:
         """Read the memory before the first layer; ``None``: leave this forward to the user's settings."""
-        self.forward_ended, self.last = False, None
-        hidden = hidden_states((*args, *kwargs.values()))
+        self.last = None
+        hidden = hidden_states(args, kwargs)
         card = None if hidden is None else cards.card_of(hidden.device)
         asked = layer.gradient_checkpointing
-        if hidden is None or card is None or _has_past(kwargs):
+        if hidden is None or card is None or has_past(kwargs):
             return None
         if len({*self.flags.values()}) > 1:
-            return self._leave("not all of them are set to be checkpointed")
-        if asked and not _is_of_torch(layer._gradient_checkpointing_func):
+            return self._leave(MIXED)
+        if asked and not is_of_torch(layer._gradient_checkpointing_func):
             return self._leave("their checkpoint function is not torch's own")
         core = self.core()
         if len({*(getattr(core, "hf_device_map", None) or {}).values()}) > 1:
@@ -206,12 +218,11 @@ class Recompute:
         parameters = Parameters(core)
         if self.measured.signature != parameters.signature:
             self.measured = Measured(parameters.signature)
-        self.had_gradients = parameters.has_gradients
         reading = card.read()
         if self.retries is not None and reading.retries > self.retries and self.lost < AFTER_FAILURE * reading.total:
             self.lost += AFTER_RETRY * reading.total
         self.retries = reading.retries
-        tokens, output = hidden.shape[:-1].numel(), hidden.numel() * hidden.element_size()
+        tokens, output = hidden.shape[-3:-1].numel(), hidden.numel() * hidden.element_size()
         costs = Costs(
             reading.allocated, (), (), *self._head(core, hidden),
             gradients=0 if parameters.has_gradients else parameters.trained,
@@ -219,7 +230,7 @@ class Recompute:
         )  # fmt: skip
         budget = reading.free + reading.reserved - self.margin * reading.total - self.lost
         budget = reading.allocated + self._share() * (budget - reading.allocated)
-        run = self.last = Run(card, asked, tokens, output, costs, budget, parameters.is_partitioned)
+        run = self.last = Run(card, hidden.device, asked, tokens, output, costs, budget, parameters.is_partitioned)
         everything = frozenset(range(self.count))
         if self.cautious:
             run.recomputed = everything
@@ -228,10 +239,13 @@ class Recompute:
         elif asked and budget - reading.allocated < (ROOM_TO_MEASURE + self.count) * output:
             run.recomputed = everything
         self.cautious = False
-        if run.alike:
-            number = _most_of_ranks(-1 if run.recomputed is None else len(run.recomputed), hidden.device)
-            run.recomputed = None if number < 0 else frozenset(self._order()[:number])
         return run
+
+    def _agree(self, run: Run) -> None:
+        """Let all processes recompute every layer that one of them must."""
+        chosen = [run.recomputed is not None, *(i in (run.recomputed or ()) for i in range(self.count))]
+        known, *marks = _any_of_ranks(chosen, run.device)
+        run.recomputed = frozenset(i for i, mark in enumerate(marks) if mark) if known else None
 
     def _share(self) -> float:
         """This forward's share of what is free, if a loss takes several forwards: that of those still to come."""
@@ -240,11 +254,23 @@ class Recompute:
         self.forwards = max(self.forwards, before + 1)
         return 1 / (self.forwards - before)
 
+    def _end(self, run: Run) -> None:
+        """After the last layer, note what was decided."""
+        run.end = run.card.allocated()
+        self.logged.layers += run.layers
+        self.logged.forwards += 1
+        if run.recomputed is not None:
+            if (len(run.recomputed) < self.count) if run.asked else run.recomputed:
+                self.acted.note()
+            self._tell_plan(run, run.recomputed)
+
     def _leave(self, reason: str) -> None:
         """Say once why the layers are left as the user set them."""
+        if reason != self.left:
+            self.left, self.most = reason, -1  # so that the report is made anew when they are no longer left
+            self.acted.restate(f"left as they are: {reason}")
         if reason not in self.told:
             self.told.add(reason)
-            self.acted.restate(f"left as they are: {reason}")
             _warn("liger_trainer: recompute leaves the layers as they are: %s", reason)
 
     def _recomputes(self, run: Run, index: int, kind: Hashable) -> bool:
@@ -284,9 +310,9 @@ class Recompute:
 
     def _head(self, core: Any, hidden: Tensor) -> tuple[float, float]:
         """Bytes that the model holds on top of its layers, and bytes that it takes there for a moment."""
-        tokens, output = hidden.shape[:-1].numel(), hidden.numel() * hidden.element_size()
+        tokens, output = hidden.shape[-3:-1].numel(), hidden.numel() * hidden.element_size()
         linear = core.get_output_embeddings()
-        vocabulary, width = (0, 0) if linear is None else full_shape(linear.weight)
+        vocabulary, width = _shape_of(linear, core.config)
         if self.measured.head is not None:
             head = self.measured.head.at_least(tokens)
         elif fused_head_of(vars(core).get("_loss_function")) is not None:
@@ -295,7 +321,7 @@ class Recompute:
             head = 6 * vocabulary * tokens
         if linear is None:
             return head, 2 * head
-        trained = linear.weight.requires_grad
+        trained = any(p.requires_grad for p in linear.parameters())
         return head, max(2 * head, head_bytes(tokens, vocabulary, width, hidden.dtype, self.of_head, trained))
 
     def _tell_plan(self, run: Run, recomputed: frozenset[int]) -> None:
@@ -318,13 +344,21 @@ class Recompute:
 
 
 def recompute_of(model: nn.Module) -> Recompute | None:
-    """What decides for ``model``, or for a model in it; ``None`` if nothing does."""
-    for module in submodules(model):
-        for hook in module._forward_hooks.values():
-            owner = getattr(hook, "__self__", None)
-            if isinstance(owner, Recompute):
-                return owner
-    return None
+    """What decides for the transformers model in ``model``, which may be a wrapper; ``None`` if nothing does."""
+    found = (m for m in model.modules() if isinstance(m, PreTrainedModel) and not hasattr(m, "wraps_causal_lm"))
+    core = next(found, None)
+    owners = () if core is None else (getattr(hook, "__self__", None) for hook in core._forward_hooks.values())
+    return next((owner for owner in owners if isinstance(owner, Recompute)), None)
+
+
+def _shape_of(head: nn.Module | None, config: Any) -> tuple[int, int]:
+    """Rows and columns of a model's head. Several heads, a flat shard (FSDP1) or a quantised weight do not tell."""
+    weight = getattr(head, "weight", None)
+    if torch.is_tensor(weight) and weight.is_floating_point() and len(full_shape(weight)) == 2:
+        vocabulary, width = full_shape(weight)
+        return vocabulary, width
+    config = config.get_text_config()
+    return (0, 0) if head is None else (getattr(config, "vocab_size", 0), getattr(config, "hidden_size", 0))
 
 
 def _warn(message: str, *args: Any) -> None:
@@ -333,53 +367,14 @@ def _warn(message: str, *args: Any) -> None:
         logger.warning(message, *args)
 
 
-def _output_ref(output: Any) -> weakref.ref | None:
-    """A layer's hidden states, as long as anything needs them."""
-    first = output[0] if isinstance(output, tuple) else output
-    return weakref.ref(first) if torch.is_tensor(first) and first.requires_grad else None
-
-
-@contextmanager
-def _flag(layer: Any, recomputes: bool) -> Iterator[None]:
-    """Let the layer recompute or not, in place of the user's setting."""
-    if recomputes == layer.gradient_checkpointing:
-        yield
-        return
-    changed: dict[str, Any] = {"gradient_checkpointing": recomputes}
-    if recomputes:
-        changed["_gradient_checkpointing_func"] = functools.partial(checkpoint, use_reentrant=False)
-    attributes = vars(layer)
-    before = {name: attributes[name] for name in changed if name in attributes}
-    attributes.update(changed)
-    try:
-        yield
-    finally:
-        for name in changed:
-            del attributes[name]
-        attributes.update(before)
-
-
-def _is_of_torch(function: Any) -> bool:
-    """Whether transformers set this checkpoint function without offloading."""
-    return isinstance(function, functools.partial) and function.func is checkpoint
-
-
-def _has_past(kwargs: dict[str, Any]) -> bool:
-    """Whether there are keys and values of earlier tokens, which transformers drops for a checkpointed layer."""
-    past = kwargs.get("past_key_values")
-    if past is None:
-        return False
-    return not hasattr(past, "get_seq_length") or int(past.get_seq_length()) > 0
-
-
 def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def _most_of_ranks(number: int, device: torch.device) -> int:
-    """The largest ``number`` of any process."""
+def _any_of_ranks(marks: list[bool], device: torch.device) -> list[bool]:
+    """Each mark, set if it is in any process."""
     if not torch.distributed.is_initialized():
-        return number
-    most = torch.tensor(number, device=device)
+        return marks
+    most = torch.tensor(marks, dtype=torch.int32, device=device)
     torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX)
-    return int(most.item())
+    return most.bool().tolist()

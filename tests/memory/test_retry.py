@@ -1,8 +1,13 @@
 """Running out of memory in a micro-batch all the same: it runs again, or the run ends with the cause."""
 
+import random
+from collections import defaultdict
+
+import numpy as np
 import pytest
 import torch
 from fake_card import FakeCard, put_card  # noqa: F401  a fixture
+from peft import PromptTuningConfig, get_peft_model
 from tiny_models import tiny_model
 from training import Rows, arguments, assert_same_run
 from transformers import Trainer, TrainerCallback
@@ -15,10 +20,12 @@ from liger_trainer.training.failures import out_of_memory_lines
 class Fails:
     """Runs out of memory once, in the micro-batch of this number, in the forward or the backward of a layer."""
 
+    where = "layers.2.mlp"
+
     def __init__(self, model, number, backward):
         self.calls, self.number, self.backward, self.fired = 0, number, backward, 0
         self.before = lambda: None
-        model.model.layers[2].mlp.register_forward_hook(self.forward)
+        next(m for n, m in model.named_modules() if n.endswith(self.where)).register_forward_hook(self.forward)
 
     def forward(self, module, args, output):
         self.calls += torch._C._current_graph_task_id() == -1
@@ -34,14 +41,18 @@ class Fails:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
 
-def run(directory, put, number=0, backward=False, accumulation=1, engine=None, **config):
-    model = tiny_model("llama", num_hidden_layers=4, attention_dropout=0.1)
+def plain_model():
+    return tiny_model("llama", num_hidden_layers=4, attention_dropout=0.1)
+
+
+def run(directory, put, number=0, backward=False, accumulation=1, engine=None, cls=Trainer, make=plain_model, **config):
+    model = make()
     put(FakeCard(10**9))
     args = arguments(
         directory, use_liger=True, liger_config={"logits_budget_mib": 1, **config}, optim="sgd", learning_rate=0.1,
         gradient_accumulation_steps=accumulation, activation_checkpointing=True, max_steps=3,
     )  # fmt: skip
-    trainer = Trainer(model, args, train_dataset=Rows())
+    trainer = cls(model, args, train_dataset=Rows())
     trainer.failing = Fails(model, number, backward)
     if engine is not None:  # seen from the failure on
         trainer.failing.before = lambda: setattr(trainer, engine, True)
@@ -84,6 +95,66 @@ def test_nothing_more_to_give_up(tmp_path, put_card, monkeypatch):  # noqa: F811
         run(tmp_path, put_card, number=1)
     assert "even with all layers recomputed" in caught.value.__notes__[0]
     assert "per_device_train_batch_size" in caught.value.__notes__[1]
+
+
+def notes_of(*args, **kwargs):
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        run(*args, **kwargs)
+    return " ".join(caught.value.__notes__)
+
+
+def test_a_failure_before_the_layers_ends_the_run(tmp_path, put_card, monkeypatch):  # noqa: F811
+    """Nothing of this micro-batch could recompute, and the gradients of the one before must stay."""
+    monkeypatch.setattr(Fails, "where", "embed_tokens")
+    assert "outside of the layers" in notes_of(tmp_path, put_card, number=2, accumulation=2)
+
+
+def prompt_tuning():
+    return get_peft_model(plain_model(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+
+
+def test_gradients_outside_of_the_model_are_kept(tmp_path, put_card):  # noqa: F811
+    """All that prompt tuning trains is outside of the transformers model."""
+    expected = run(tmp_path, put_card, accumulation=2, make=prompt_tuning)
+    actual = run(tmp_path, put_card, 4, False, 2, make=prompt_tuning)
+    assert actual.failing.fired == 1
+    assert_same_run(expected, actual, tolerance=1e-30)
+
+
+class OwnLoss(Trainer):
+    """Runs the decoder alone, and counts as TRL's trainers do."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._total_train_tokens, self._metrics = 0, {"train": defaultdict(list)}
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        hidden = model.model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).last_hidden_state
+        self._total_train_tokens += inputs["input_ids"].numel()
+        self._metrics["train"]["noise"].append(random.random() + np.random.random())
+        return hidden.pow(2).mean()
+
+
+def test_a_loss_on_the_decoder_alone_counts_once(tmp_path, put_card):  # noqa: F811
+    expected = run(tmp_path, put_card, cls=OwnLoss)
+    actual = run(tmp_path, put_card, 2, True, cls=OwnLoss)
+    assert actual.failing.fired == 1
+    assert_same_run(expected, actual, tolerance=1e-30)
+    assert actual._total_train_tokens == expected._total_train_tokens
+    assert actual._metrics == expected._metrics
+    assert len(actual._metrics["train"]["noise"]) == 3
+    assert "gradients of earlier micro-batches" in notes_of(tmp_path, put_card, 4, True, 2, cls=OwnLoss)
+
+
+def test_layers_that_are_left_to_the_user_are_the_reason(tmp_path, put_card):  # noqa: F811
+    def every_second():
+        model = plain_model()
+        model.activation_checkpointing_enable = lambda *args, **kwargs: type(model).activation_checkpointing_enable(
+            model, every_n_layers=2
+        )
+        return model
+
+    assert "left as they are: not all of them" in notes_of(tmp_path, put_card, number=2, make=every_second)
 
 
 @pytest.mark.parametrize("engine", ["is_deepspeed_enabled", "is_fsdp_enabled"])
