@@ -147,6 +147,7 @@ def test_every_trainer_is_the_same(name, tmp_path):
             assert name == "Distillation" or state.trl_head.calls_fused == 2  # that trainer calls one op for both
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "options"),
     [
@@ -250,6 +251,7 @@ def test_a_teacher_that_was_patched_by_hand(tmp_path):
     assert student.report.counts["fused_loss"] == 1
 
 
+@pytest.mark.long
 def test_one_model_under_two_trainers(tmp_path):
     """What the first one needed of the model does not stay."""
     model = tiny_model("llama")
