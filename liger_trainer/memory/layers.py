@@ -1,7 +1,6 @@
 """One call of a decoder layer: its hidden states, and the flag by which transformers checkpoints it."""
 
 import functools
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,10 +17,10 @@ def hidden_states(args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
     return next(found, None)
 
 
-def output_ref(output: Any) -> weakref.ref | None:
-    """A layer's hidden states, as long as anything needs them."""
+def output_with_gradient(output: Any) -> Tensor | None:
+    """A layer's new hidden states, if backward comes to them."""
     first = output[0] if isinstance(output, tuple) else output
-    return weakref.ref(first) if torch.is_tensor(first) and first.requires_grad else None
+    return first if torch.is_tensor(first) and first.requires_grad else None
 
 
 @contextmanager

@@ -1,12 +1,16 @@
 """What is measured of a model's layers, and what tells that it has to be measured again."""
 
+import weakref
 from collections.abc import Hashable
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ..probing.probe import full_shape, submodules
+
+USES_OF_WALK = 32  # forwards after which parameters that were added are seen at the latest
 
 
 @dataclass(frozen=True)
@@ -91,11 +95,10 @@ def _description(parameter: Tensor | None) -> Hashable:
 
 
 class Parameters:
-    """One walk over a model's parameters.
+    """One walk over a model's parameters, which takes milliseconds with adapters and so is kept while it ``holds``.
 
     Attributes:
         signature: Which parameters there are, of which dtype, and which of them are trained.
-        has_gradients: Whether any of them has a gradient.
         trained: Bytes of those that are trained, of which this process holds a shard.
         is_sharded: Whether using them takes all processes (FSDP2, ZeRO-3).
         is_partitioned: Whether ZeRO-3 holds them.
@@ -104,12 +107,25 @@ class Parameters:
     def __init__(self, model: nn.Module):
         parameters = {p for module in submodules(model) for p in module._parameters.values() if p is not None}
         described = sum(hash(_description(p)) for p in parameters)  # a set has no order
-        trained = [p for p in parameters if p.requires_grad]
         self.signature = (len(parameters), described)
-        self.has_gradients = any(p.is_leaf and p.grad is not None for p in trained)  # FSDP1 has views
-        self.trained = sum(map(_bytes_here, trained))
+        self.trained = sum(_bytes_here(p) for p in parameters if p.requires_grad)
         self.is_partitioned = any(hasattr(p, "ds_id") for p in parameters)
         self.is_sharded = self.is_partitioned or any(isinstance(p, DTensor) for p in parameters)
+        self._seen = [(weakref.ref(p), p.requires_grad, p.dtype) for p in parameters]
+        self._uses = 0
+
+    def holds(self) -> bool:
+        """Whether all are still there, trained or frozen as before. A new walk is due now and then for more."""
+        self._uses += 1
+        if self._uses >= USES_OF_WALK:
+            return False
+        seen = ((ref(), trained, dtype) for ref, trained, dtype in self._seen)
+        return all(p is not None and p.requires_grad == trained and p.dtype == dtype for p, trained, dtype in seen)
+
+    def have_gradients(self) -> bool:
+        """Whether any of them has a gradient."""
+        trained = (ref() for ref, is_trained, _ in self._seen if is_trained)
+        return any(p is not None and p.is_leaf and p.grad is not None for p in trained)  # FSDP1 has views
 
 
 def _bytes_here(parameter: Tensor) -> int:
@@ -118,3 +134,13 @@ def _bytes_here(parameter: Tensor) -> int:
     if local is None:
         local = parameter._local_tensor if isinstance(parameter, DTensor) else parameter
     return local.numel() * parameter.element_size()
+
+
+def head_shape(head: nn.Module | None, config: Any) -> tuple[int, int]:
+    """Rows and columns of a model's head. Several heads, a flat shard (FSDP1) or a quantised weight do not tell."""
+    weight = getattr(head, "weight", None)
+    if isinstance(weight, Tensor) and weight.is_floating_point() and len(full_shape(weight)) == 2:
+        vocabulary, width = full_shape(weight)
+        return vocabulary, width
+    config = config.get_text_config()
+    return (0, 0) if head is None else (getattr(config, "vocab_size", 0), getattr(config, "hidden_size", 0))

@@ -7,6 +7,7 @@ From then on the first layer of each batch keeps its activations, and what it ad
 import functools
 import logging
 import weakref
+from collections import deque
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,12 +19,11 @@ from transformers import PreTrainedModel
 from ..head.fused_head import fused_head_of
 from ..kernels.linear_loss.chunk_sizes import head_bytes
 from ..kernels.linear_loss.options import MemoryOptions
-from ..probing.probe import full_shape
 from ..probing.rebinding import ModuleRef
 from ..probing.rule import Acted
 from . import card as cards
-from .layers import flag, has_past, hidden_states, is_of_torch, output_ref
-from .measured import Measured, Parameters, Size
+from .layers import flag, has_past, hidden_states, is_of_torch, output_with_gradient
+from .measured import Measured, Parameters, Size, head_shape
 from .plan import Costs, layers_to_recompute, peak
 
 logger = logging.getLogger(__name__)
@@ -34,6 +34,7 @@ AFTER_RETRY, AFTER_FAILURE = 0.01, 0.1
 # An unknown layer is kept and measured if its hidden states fit this many times more. A decoder layer keeps 15 to 40
 # times as much, needs it again for gradients, and another layer recomputes at the same time.
 ROOM_TO_MEASURE = 90
+ROUNDS = 8  # backwards after which it is forgotten that one had several forwards
 MIXED = "not all of them are set to be checkpointed"
 RECOMPUTED = "recomputed"  # among the kinds of layers that were measured
 
@@ -51,6 +52,7 @@ class Run:
         costs: What the forward and its backward take, but for the sizes of the layers.
         budget: The most bytes that may be in tensors.
         alike: All processes must recompute the same layers.
+        retries: The allocator's before it.
         recomputed: The layers that recompute; ``None``: as the user asked, but for those that are measured.
         noted: What was measured in it: kinds of layers that keep their activations, and ``RECOMPUTED``.
         layers: How many have recomputed so far.
@@ -65,6 +67,7 @@ class Run:
     costs: Costs
     budget: float
     alike: bool
+    retries: int
     recomputed: frozenset[int] | None = None
     noted: set[Hashable] = field(default_factory=set)
     layers: int = 0
@@ -102,17 +105,18 @@ class Recompute:
     last: Run | None = None  # the last forward that came to its end, or failed
     logged: Logged = field(default_factory=Logged)
     lost: float = 0  # bytes by which the budget has shrunk
-    retries: int | None = None  # the allocator's, at the last forward
+    retries: int = 0  # the allocator's that were counted
+    parameters: Parameters | None = None
     cautious: bool = False  # the next forward recomputes all layers
     left: str | None = None  # why the last forward's layers were left as the user set them
     told: set[str] = field(default_factory=set)
     most: int = -1  # layers that recompute, as the report says
     # Outputs of first layers, which live as long as their graph: a loss may take several forwards.
     outputs: list[weakref.ref] = field(default_factory=list)
-    forwards: int = 1  # the most that one backward had
+    rounds: deque[int] = field(default_factory=lambda: deque(maxlen=ROUNDS))  # how many forwards backwards had
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"run": None, "last": None, "outputs": []}
+        return vars(self) | {"run": None, "last": None, "parameters": None, "outputs": []}
 
     def wrap(self, index: int, of_class: Callable, original: Callable) -> Callable:
         """The forward that takes the place of layer ``index``'s.
@@ -143,7 +147,7 @@ class Recompute:
         with flag(layer, recomputes):
             output = call(layer, *args, **kwargs)
         if index == 0:
-            self.outputs = [ref for ref in (*self.outputs, output_ref(output)) if ref is not None]
+            self._watch(run, output_with_gradient(output))
         if measures:
             self._note(run, index, kind, recomputes, Size(max(0, run.card.allocated() - before), run.tokens))
         run.layers += recomputes
@@ -215,22 +219,23 @@ class Recompute:
         core = self.core()
         if len({*(getattr(core, "hf_device_map", None) or {}).values()}) > 1:
             return self._leave("they are on several devices")
-        parameters = Parameters(core)
+        if self.parameters is None or not self.parameters.holds():
+            self.parameters = Parameters(core)
+        parameters = self.parameters
         if self.measured.signature != parameters.signature:
             self.measured = Measured(parameters.signature)
         reading = card.read()
-        if self.retries is not None and reading.retries > self.retries and self.lost < AFTER_FAILURE * reading.total:
-            self.lost += AFTER_RETRY * reading.total
-        self.retries = reading.retries
         tokens, output = hidden.shape[-3:-1].numel(), hidden.numel() * hidden.element_size()
         costs = Costs(
             reading.allocated, (), (), *self._head(core, hidden),
-            gradients=0 if parameters.has_gradients else parameters.trained,
+            gradients=0 if parameters.have_gradients() else parameters.trained,
             gathered=3 * self.measured.widest if parameters.is_sharded else 0,  # one early, one in use, its gradient
         )  # fmt: skip
         budget = reading.free + reading.reserved - self.margin * reading.total - self.lost
         budget = reading.allocated + self._share() * (budget - reading.allocated)
-        run = self.last = Run(card, hidden.device, asked, tokens, output, costs, budget, parameters.is_partitioned)
+        run = self.last = Run(
+            card, hidden.device, asked, tokens, output, costs, budget, parameters.is_partitioned, reading.retries
+        )  # fmt: skip
         everything = frozenset(range(self.count))
         if self.cautious:
             run.recomputed = everything
@@ -251,8 +256,23 @@ class Recompute:
         """This forward's share of what is free, if a loss takes several forwards: that of those still to come."""
         self.outputs = [ref for ref in self.outputs if ref() is not None]
         before = len(self.outputs)
-        self.forwards = max(self.forwards, before + 1)
-        return 1 / (self.forwards - before)
+        if before == 0:
+            self.rounds.append(1)
+        self.rounds[-1] = max(self.rounds[-1], before + 1)
+        return 1 / (max(self.rounds) - before)
+
+    def _watch(self, run: Run, output: Tensor | None) -> None:
+        """Notice how long the first layer's output lives, and when backward has come to it."""
+        if output is not None:
+            self.outputs.append(weakref.ref(output))
+            output.register_hook(functools.partial(self._count_retries, run.card, run.retries))
+
+    def _count_retries(self, card: cards.Card, before: int, gradient: Tensor) -> None:
+        """Shrink the budget if the allocator had to return memory in this forward or its backward."""
+        reading = card.read()
+        if reading.retries > max(before, self.retries) and self.lost < AFTER_FAILURE * reading.total:
+            self.lost += AFTER_RETRY * reading.total
+        self.retries = max(self.retries, reading.retries)
 
     def _end(self, run: Run) -> None:
         """After the last layer, note what was decided."""
@@ -312,7 +332,7 @@ class Recompute:
         """Bytes that the model holds on top of its layers, and bytes that it takes there for a moment."""
         tokens, output = hidden.shape[-3:-1].numel(), hidden.numel() * hidden.element_size()
         linear = core.get_output_embeddings()
-        vocabulary, width = _shape_of(linear, core.config)
+        vocabulary, width = head_shape(linear, core.config)
         if self.measured.head is not None:
             head = self.measured.head.at_least(tokens)
         elif fused_head_of(vars(core).get("_loss_function")) is not None:
@@ -349,16 +369,6 @@ def recompute_of(model: nn.Module) -> Recompute | None:
     core = next(found, None)
     owners = () if core is None else (getattr(hook, "__self__", None) for hook in core._forward_hooks.values())
     return next((owner for owner in owners if isinstance(owner, Recompute)), None)
-
-
-def _shape_of(head: nn.Module | None, config: Any) -> tuple[int, int]:
-    """Rows and columns of a model's head. Several heads, a flat shard (FSDP1) or a quantised weight do not tell."""
-    weight = getattr(head, "weight", None)
-    if torch.is_tensor(weight) and weight.is_floating_point() and len(full_shape(weight)) == 2:
-        vocabulary, width = full_shape(weight)
-        return vocabulary, width
-    config = config.get_text_config()
-    return (0, 0) if head is None else (getattr(config, "vocab_size", 0), getattr(config, "hidden_size", 0))
 
 
 def _warn(message: str, *args: Any) -> None:
