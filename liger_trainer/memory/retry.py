@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer
 
@@ -68,7 +69,8 @@ def _obstacle(trainer: Trainer, model: Any, before: "_Before") -> str | None:
     """Why a failed micro-batch must not run again."""
     if trainer.args.world_size > 1:
         return "the other processes would wait for this one"
-    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled or isinstance(model, DistributedDataParallel):
+    wrapped = isinstance(model, DistributedDataParallel) or any(isinstance(p, DTensor) for p in model.parameters())
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled or wrapped:  # DTensors do not tell writes either
         return "the engine is in the middle of it"
     if type(trainer)._prepare_inputs is not Trainer._prepare_inputs:
         return f"{type(trainer).__name__} makes its inputs anew in each step"
