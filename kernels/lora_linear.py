@@ -21,7 +21,7 @@ Under activation checkpointing the op is two nodes, as in ``gated_linear``: the 
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
@@ -167,8 +167,8 @@ class _Save(Function):
         if not all(used):
             parts = u.split([a.shape[0] for _, a, _ in weights], 1)
             u = torch.cat([*itertools.compress(parts, used)], 1)
-        each = ([*itertools.compress(rows, used)] for rows in (ctx.scales, weights, grads, needed))
-        dx, dup, gradients = _backward(x, up, ctx.gating, u, needs_x or needs_up, *each)
+        of_used: Iterator[Any] = ([*itertools.compress(rows, used)] for rows in (ctx.scales, weights, grads, needed))
+        dx, dup, gradients = _backward(x, up, ctx.gating, u, needs_x or needs_up, *of_used)
         found = iter(gradients)
         rows = (next(found) if is_used else (None,) * FIELDS for is_used in used)
         return dx, dup, None, None, *itertools.chain.from_iterable(rows)
