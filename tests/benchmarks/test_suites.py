@@ -58,7 +58,13 @@ def bench(*args):
     return done.stdout
 
 
-@pytest.mark.parametrize("name", SUITES)
+# Of the suites that take longest, others of the same kind are here.
+LONG = ("attention_options", "paper_four_gpus", "convergence_cpu")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.long) if name in LONG else name for name in SUITES]
+)
 def test_every_point_of_a_suite_parses_and_trains_when_shrunk(name, fresh_state, tmp_path):
     """Every recipe with the overrides it is measured with, and its own Trainer on a tiny model of its own type."""
     whole = replace(suite.load(Path(name)), rounds=1)

@@ -216,6 +216,7 @@ def _noted(called, function, *args, **kwargs):
     return checkpoint(function, *args, use_reentrant=False, **kwargs)
 
 
+@pytest.mark.long
 def test_a_prefix_of_keys_and_values_is_kept(put_card):  # noqa: F811
     """transformers drops it for a layer that is checkpointed."""
     model = model_of(False)

@@ -61,7 +61,13 @@ def run(directory, put, number=0, backward=False, accumulation=1, engine=None, c
 
 
 @pytest.mark.parametrize(
-    ("backward", "number", "accumulation"), [(False, 2, 1), (True, 2, 1), (False, 4, 2), (True, 3, 2)]
+    ("backward", "number", "accumulation"),
+    [
+        (False, 4, 2),
+        (True, 3, 2),
+        pytest.param(False, 2, 1, marks=pytest.mark.long),
+        pytest.param(True, 2, 1, marks=pytest.mark.long),
+    ],
 )
 def test_the_micro_batch_runs_again_and_nothing_is_lost(backward, number, accumulation, tmp_path, put_card, caplog):  # noqa: F811
     """Dropout drops the same, too."""

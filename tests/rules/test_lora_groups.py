@@ -87,6 +87,7 @@ def test_layers_that_are_not_computed_as_a_whole_are_no_group(options):
     assert not [record for record in apply_liger(model).applied if "one op" in record.variant]
 
 
+@pytest.mark.long
 def test_hotswapped_scaling_compiles():
     """PEFT makes scaling a tensor for it, so that another value does not compile the model again."""
     plain = inject_adapter_in_model(lora(target_modules=["first", "third"]), Reads())

@@ -25,6 +25,7 @@ def streamed(tmp_path):
     }  # fmt: skip
 
 
+@pytest.mark.long
 def test_sft_packs_a_stream_of_conversations(tmp_path, streamed):
     sft = {"trainer": "sft", "packing": True, "assistant_only_loss": True, "use_peft": True, "lora_r": 2}
     trainer = build_trainer(parse_recipe([write_recipe(tmp_path, **streamed, **sft, eval_examples=3)]))

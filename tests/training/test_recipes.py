@@ -205,6 +205,7 @@ def test_quickstart_by_the_command(tmp_path):
     assert "rms_norm" in output  # the report of what was patched
 
 
+@pytest.mark.long
 def test_quickstart_with_sft_on_two_processes(tmp_path):
     args = [QUICKSTART, *TINY, "--output_dir", str(tmp_path), "--trainer", "sft", "--use_cpu", "true"]
     output = run("torch.distributed.run", "--nproc_per_node", "2", "-m", "liger_trainer.train", *args)
