@@ -116,7 +116,14 @@ def _forward_of_class(original: Callable, wrapped: Callable, layer: nn.Module, *
 
 
 def _with_bounds(function: Callable) -> Callable:
-    return replace_innermost(function, lambda inner: functools.partial(_layer_forward, inner))
+    def tells(inner: Callable) -> Callable:
+        @functools.wraps(inner)  # decorators of transformers ask for its name
+        def forward(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return _layer_forward(inner, layer, *args, **kwargs)
+
+        return forward
+
+    return replace_innermost(function, tells)
 
 
 _with_bounds_once = functools.cache(_with_bounds)  # for the forwards of classes

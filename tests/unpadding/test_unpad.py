@@ -390,3 +390,12 @@ def ragged(side, model_type):
         if side == "left":
             row["labels"][: 10 - 5 * i % 11 + first] = -100
     return rows
+
+
+def test_a_layers_forward_keeps_its_name():
+    """Decorators of transformers 5.24 ask for it."""
+
+    def forward(layer, hidden):
+        return hidden
+
+    assert mixers._with_bounds(forward).__name__ == "forward"
