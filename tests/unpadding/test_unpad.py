@@ -25,6 +25,7 @@ from liger_trainer.medusa.heads import MedusaConfig
 from liger_trainer.medusa.model import MedusaModel
 from liger_trainer.patching import patch_state
 from liger_trainer.rules.unpad import unpadded_stack
+from liger_trainer.unpadding import mixers
 
 with pytest.MonkeyPatch.context() as patch:  # it imports benchmarks, a checkout's folder that is not installed
     patch.syspath_prepend(str(Path(__file__).parents[2]))
