@@ -105,10 +105,10 @@ class UnpaddedStack:
         return functools.partial(self.forward_outer, original)
 
     def forward_outer(self, original: Callable, outer: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """As ``forward``, for a module around the stack that makes the stack's masks from the 2-D mask.
+        """``forward`` for a module around the stack that makes the stack's masks from the 2-D mask.
 
-        Not where the module has images to place among the tokens, and not with sharded weights: processes that have
-        images would not gather them for a check that others make.
+        It runs the original if the batch has images, or if weights are sharded: the check gathers sharded weights on all
+        processes, and a process with images would not take part.
         """
         given = _by_name(original, args, kwargs)
         mask: Any = given.get("attention_mask")
@@ -143,9 +143,10 @@ class UnpaddedStack:
         return original(stack, *args, **kwargs)
 
     def _fits(self, original: Callable, stack: Any, given: dict[str, Any]) -> bool:
-        """Whether the check holds for a stack with these arguments. It is made in the first such forward.
+        """Whether the stack has passed the check and these arguments allow a packed row.
 
-        All processes then check together, because sharded weights are gathered by all.
+        The check runs in the first forward with such arguments, on all processes at once, because all of them must
+        gather sharded weights.
         """
         unset = (given.get(name) is None or given[name] is False for name in _ORDINARY)
         if not all(unset) or stack.config.output_attentions or self._loss_is_foreign():
