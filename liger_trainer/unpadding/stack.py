@@ -107,8 +107,8 @@ class UnpaddedStack:
     def forward_outer(self, original: Callable, outer: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """``forward`` for a module around the stack that makes the stack's masks from the 2-D mask.
 
-        It runs the original if the batch has images, or if weights are sharded: the check gathers sharded weights on all
-        processes, and a process with images would not take part.
+        It runs the original if the batch has images, or if weights are sharded: the check gathers sharded weights on
+        all processes, and a process with images would not take part.
         """
         given = _by_name(original, args, kwargs)
         mask: Any = given.get("attention_mask")
