@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from liger_trainer.unpadding import mixers
 from liger_trainer.unpadding.attention import attend_rows
 from liger_trainer.unpadding.layout import is_bounds, layout_of, read_mask, rows_of
 
@@ -146,3 +147,12 @@ def test_a_mask_that_was_copied_to_another_device_is_freed():
     freed = weakref.ref(copied)
     del copied
     assert freed() is None
+
+
+def test_a_layers_forward_keeps_its_name():
+    """Decorators of transformers 5.24 ask for it."""
+
+    def forward(layer, hidden):
+        return hidden
+
+    assert mixers._with_bounds(forward).__name__ == "forward"

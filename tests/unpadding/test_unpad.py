@@ -25,7 +25,6 @@ from liger_trainer.medusa.heads import MedusaConfig
 from liger_trainer.medusa.model import MedusaModel
 from liger_trainer.patching import patch_state
 from liger_trainer.rules.unpad import unpadded_stack
-from liger_trainer.unpadding import mixers
 
 with pytest.MonkeyPatch.context() as patch:  # it imports benchmarks, a checkout's folder that is not installed
     patch.syspath_prepend(str(Path(__file__).parents[2]))
@@ -391,12 +390,3 @@ def ragged(side, model_type):
         if side == "left":
             row["labels"][: 10 - 5 * i % 11 + first] = -100
     return rows
-
-
-def test_a_layers_forward_keeps_its_name():
-    """Decorators of transformers 5.24 ask for it."""
-
-    def forward(layer, hidden):
-        return hidden
-
-    assert mixers._with_bounds(forward).__name__ == "forward"
