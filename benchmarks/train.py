@@ -129,7 +129,7 @@ def launch(jobs: list[dict], timeout: float, module: str = WORKER) -> list[dict]
     if not failed and (len(sent) < len(jobs) or end["code"] != 0):
         ending = f"was still running after {timeout:.0f} s" if end["code"] is None else f"ended with {end['code']}"
         failed = [{"status": "error", "note": f"{ending}: {end['log'][-400:]}"}]
-    if failed:  # of the rows of this rank before it, the last one cannot be told from that of a job which failed
+    if failed:  # Jobs that ended before the failure keep their rows. The last job has failed, even if it sent one.
         if failed[0]["status"] == "error":
             print(end["log"], file=sys.stderr)
         done = [message for message in sent if message["status"] == "ok"][: len(jobs) - 1]
